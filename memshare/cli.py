@@ -1,0 +1,71 @@
+"""The ``memshare`` command.
+
+Each subcommand is a module with two functions, ``add_arguments(parser)`` and ``run(args) -> int``,
+and one line in ``COMMANDS``. Only the module of the chosen subcommand is imported, so that
+``memshare --help`` is instant and light commands never load torch, vLLM or Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from memshare import __version__
+from memshare.errors import UserError
+
+# name -> (module, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "model": ("memshare.commands.model", "prepare the small test model in the user's cache"),
+}
+
+
+class Command(Protocol):
+    """What a subcommand's module provides."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the subcommand's options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work; return the exit status. May raise ``UserError``."""
+
+
+def load(name: str) -> Command:
+    """Import the module of subcommand ``name``."""
+    return cast(Command, importlib.import_module(COMMANDS[name][0]))
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser that knows every subcommand, and the options of the one in ``argv``."""
+    parser = argparse.ArgumentParser(
+        prog="memshare",
+        description="Reclaims KV-cache blocks of running requests in unmodified vLLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"memshare {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (_, help_line) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help_line)
+        if name == chosen:
+            load(name).add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 ok, 1 error, 2 usage, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(words).parse_args(words)
+    try:
+        return load(args.command).run(args)
+    except UserError as error:
+        print(f"memshare {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nmemshare {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The vLLM plug-in. All contact with vLLM internals lies in this package."""

@@ -1,0 +1,223 @@
+"""The connector that vLLM loads: ``"kv_connector": "MemShareConnector"``. It only routes calls.
+
+vLLM builds one in the scheduler's process and one on every worker (KVConnectorRole); each holds the
+half that belongs there. The hooks are vLLM's own
+(vllm/distributed/kv_transfer/kv_connector/v1/base.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from memshare.bridge import EvaluatorBridge
+from memshare.config import MemShareConfig
+from memshare.engine.guard import check_before_load, check_cache, check_workers, config_of
+from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
+from memshare.engine.metrics import MemSharePromMetrics, MemShareStats
+from memshare.engine.scheduler_side import SchedulerSide
+from memshare.engine.worker_side import WorkerSide
+from memshare.evaluate import open_source
+from memshare.steps import DelimiterAutomaton, compile_delimiters
+from memshare.vocabulary import Tokenizer, token_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+        PromMetric,
+        PromMetricT,
+    )
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_NOTHING = SchedulerMessage()
+
+
+class MemShareConnector(KVConnectorBase_V1):
+    """MemShare's place in the engine. With mode ``off`` both halves are None and nothing runs."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        check_before_load(vllm_config)
+        config = config_of(vllm_config)
+        self.scheduler_side: SchedulerSide | None = None
+        self.worker_side: WorkerSide | None = None
+        self._world_size = vllm_config.parallel_config.world_size
+        if config.mode == "off":
+            return
+        check_cache(kv_cache_config)
+        if role == KVConnectorRole.WORKER:
+            self.worker_side = WorkerSide(config, vllm_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is handed off, so a preemption must not drop output that is in flight."""
+        return False
+
+    def shutdown(self) -> None:
+        """Stop threads and close files."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.close()
+
+    # ---- scheduler ----
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Build the scheduler half around vLLM's block tables."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        config = config_of(self._vllm_config)
+        if config.mode == "off":
+            return
+        logger.info("MemShare configuration: %s", config.model_dump_json())
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self.scheduler_side = SchedulerSide(
+            config,
+            kv_cache_manager,
+            block_size=spec.block_size,
+            world_size=self._world_size,
+            automaton=_compile(config, self._vllm_config) if config.uses_stages else None,
+            open_bridge=lambda: EvaluatorBridge(
+                lambda: open_source(config), config.evaluator.queue_size
+            ),
+        )
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Start-up guard: every rank must have reported that its table can be edited."""
+        if self.scheduler_side is not None:
+            check_workers(
+                cast("dict[tuple[int, int], WorkerHandshake]", metadata), self._world_size
+            )
+
+    def on_new_request(self, request: Request) -> None:
+        """Begin to follow a request."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.add(request)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Stop following a request; vLLM frees its blocks itself."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.finish(request.request_id)
+        return False, None
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """No KV comes from outside."""
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """A waiting request has been admitted, or resumed."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.admitted(request.request_id)
+
+    def has_pending_block_frees(self) -> bool:
+        """Asked before each preemption: whether reclaiming can free a block instead."""
+        return self.scheduler_side is not None and self.scheduler_side.before_preemption()
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The message that goes to the workers with this step."""
+        if self.scheduler_side is None:
+            return _NOTHING
+        return self.scheduler_side.build_message(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take the workers' answers."""
+        message = connector_output.kv_connector_worker_meta
+        if self.scheduler_side is not None and isinstance(message, WorkerMessage):
+            self.scheduler_side.receive(message)
+
+    # ---- worker ----
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Remember the KV caches."""
+        if self.worker_side is not None:
+            self.worker_side.register(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the start-up guard looks at."""
+        return None if self.worker_side is None else self.worker_side.handshake()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Called behind the forward pass: compare blocks, return what is ready."""
+        return None if self.worker_side is None else self.worker_side.after_step()
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """No KV comes from outside."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """No KV comes from outside."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """No KV goes outside."""
+
+    def wait_for_save(self) -> None:
+        """No KV goes outside."""
+
+    # ---- metrics ----
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What has changed since the last step (scheduler side)."""
+        if self.scheduler_side is None:
+            return None
+        payload = self.scheduler_side.take_stats()
+        return None if payload is None else MemShareStats(payload)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        """Wrap a payload that has crossed to the front end."""
+        return MemShareStats(cast("Any", data))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """Register the metrics on vLLM's ``/metrics``."""
+        if config_of(vllm_config).mode == "off":
+            return None
+        return MemSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def reset_cache(self) -> bool | None:
+        """Nothing is cached here."""
+        return True
+
+
+def _compile(config: MemShareConfig, vllm_config: VllmConfig) -> DelimiterAutomaton:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return compile_delimiters(config.steps.delimiters, token_bytes(cast(Tokenizer, tokenizer)))

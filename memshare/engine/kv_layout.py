@@ -1,0 +1,97 @@
+"""Where K and V of each slot and channel lie inside a block, whatever the attention backend does.
+
+vLLM's caches share one logical shape, ``[blocks, heads, slots, K|V channels]``, but a backend may
+arrange a block's interior as its kernels like it: the CPU backend puts all K before all V and
+transposes or packs them by instruction set (vllm/v1/attention/backends/cpu_attn.py). So the
+arrangement is learned: known numbers are written through the backend's own cache update into a
+scratch block and looked up again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+
+_DIGIT_BITS = 3  # 0..7 is exact in every cache type, fp8 included
+
+
+class LayoutUnknown(ValueError):  # noqa: N818 - a finding about a backend, not a fault
+    """The backend's cache update does not place each value exactly once; the text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Places of K and V inside one head of one block.
+
+    Attributes:
+        slots: token slots in a block.
+        channels: channels of one head.
+        keys: ``[slots * channels]`` int64 places of K in the flattened ``slots x (K|V)`` region.
+        values: the same of V.
+        stored_as: the cache's real element type, where vLLM keeps fp8 as bytes.
+    """
+
+    slots: int
+    channels: int
+    keys: Tensor
+    values: Tensor
+    stored_as: torch.dtype
+
+    @classmethod
+    def learn(cls, layer: Attention, kv_cache: Tensor) -> KVLayout:
+        """Find the layout of ``layer``'s cache.
+
+        Args:
+            layer: vLLM's attention layer; its backend writes the scratch block.
+            kv_cache: ``[blocks, heads, slots, 2 * channels]``, the layer's cache; not modified.
+
+        Raises:
+            LayoutUnknown: see there.
+        """
+        if kv_cache.ndim != 4 or kv_cache.shape[-1] != 2 * layer.head_size:
+            raise LayoutUnknown(
+                f"its cache has shape {tuple(kv_cache.shape)}, not [blocks, heads, slots, "
+                f"{2 * layer.head_size}]"
+            )
+        write = getattr(layer.impl, "do_kv_cache_update", None)
+        if write is None:
+            raise LayoutUnknown(f"{type(layer.impl).__name__} has no cache update of its own")
+        _, heads, slots, width = kv_cache.shape
+        channels = width // 2
+        numbers = torch.arange(2 * slots * channels, device=kv_cache.device)
+        found = torch.zeros_like(numbers)
+        stored_as = _stored_as(layer, kv_cache)
+        slot_mapping = torch.arange(slots, device=kv_cache.device)
+        for shift in range(0, int(numbers[-1]).bit_length(), _DIGIT_BITS):
+            digits = (numbers >> shift) & ((1 << _DIGIT_BITS) - 1)
+            by_slot = digits.view(2, slots, 1, channels).expand(-1, -1, heads, -1)
+            keys, values = by_slot.to(layer.dtype if stored_as.itemsize == 1 else stored_as)
+            scratch = torch.zeros_like(kv_cache[:1])
+            write(layer, keys.contiguous(), values.contiguous(), scratch, slot_mapping)
+            found += scratch.view(stored_as)[0, 0].float().flatten().round().long() << shift
+        places = torch.full_like(numbers, -1)
+        places[found.clamp(0, len(numbers) - 1)] = numbers
+        if not torch.equal(torch.sort(found).values, numbers):
+            raise LayoutUnknown("its cache update rounds, drops or repeats values")
+        keys_at, values_at = places.chunk(2)
+        return cls(slots, channels, keys_at, values_at, stored_as)
+
+    def gather(self, kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of some blocks, each ``[blocks, heads, slots, channels]`` float32, copied."""
+        # Index the stored bytes first: torch cannot index every fp8 type.
+        blocks = kv_cache[block_ids].view(self.stored_as).float().flatten(2)
+        shape = (*blocks.shape[:2], self.slots, self.channels)
+        keys = blocks.index_select(2, self.keys).view(shape)
+        return keys, blocks.index_select(2, self.values).view(shape)
+
+
+def _stored_as(layer: Attention, kv_cache: Tensor) -> torch.dtype:
+    if kv_cache.dtype.itemsize > 1:
+        return kv_cache.dtype
+    return torch.float8_e5m2 if "e5m2" in layer.kv_cache_dtype else torch.float8_e4m3fn

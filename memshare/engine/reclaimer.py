@@ -1,0 +1,244 @@
+"""The act: which remaps are done, when, and how vLLM's books stay right."""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+from memshare.config import MemShareConfig
+from memshare.engine.blocks import BlockBook
+from memshare.engine.journal import Journal
+from memshare.engine.messages import Remap
+from memshare.engine.requests import Candidate, Entry, RequestState
+from memshare.engine.roster import Roster
+from memshare.policy.base import DemandPolicy, StagedPolicy
+from memshare.reclaim import ReclaimQueue
+from memshare.stats import DropReason
+
+
+class Reclaimer:
+    """Holds verified pairs and applies remaps.
+
+    Attributes:
+        enabled: false in mode ``observe`` and after a failed integrity check: nothing is remapped.
+        shared_entries: table entries of live requests that are re-pointed now.
+    """
+
+    def __init__(
+        self,
+        config: MemShareConfig,
+        policy: StagedPolicy | DemandPolicy,
+        roster: Roster,
+        book: BlockBook,
+        journal: Journal,
+    ) -> None:
+        self.enabled = config.mode == "share"
+        self.shared_entries = 0
+        self._eager = config.trigger.kind == "eager"
+        self._low = math.ceil(config.trigger.low_watermark * book.total)
+        self._high = max(math.ceil(config.trigger.high_watermark * book.total), 1)
+        self._policy = policy
+        self._roster = roster
+        self._book = book
+        self._journal = journal
+        self._queue: ReclaimQueue[Candidate] = ReclaimQueue()
+        self._remaps: list[Remap] = []  # of the step that is being scheduled
+
+    def __len__(self) -> int:
+        """Pairs in the reclaim queue."""
+        return len(self._queue)
+
+    @property
+    def reclaimable(self) -> int:
+        """Blocks that can be freed beyond what :meth:`footprint` counts on; may be negative.
+
+        On demand, a footprint counts on the whole budget, of which some has been used already.
+        """
+        if not isinstance(self._policy, StagedPolicy):
+            return -self.shared_entries
+        allowed = (self._roster.budget(state) - len(state.repointed) for state in self._roster)
+        return min(len(self._queue), sum(left for left in allowed if left > 0))
+
+    def footprint(self, state: RequestState, tokens: int) -> int:
+        """Blocks that a request of so many tokens is expected to keep.
+
+        An on-demand policy always finds a victim, so all that it may re-point is left out. Pairs of
+        a staged policy cannot be foreseen.
+        """
+        blocks = -(-tokens // self._book.block_size)
+        if isinstance(self._policy, StagedPolicy):
+            return blocks
+        return blocks - self._roster.shareable(state, tokens // self._book.block_size)
+
+    def add(self, candidate: Candidate) -> None:
+        """Queue a verified pair, or hold it back until its target leaves the recent window."""
+        state = candidate.target.state
+        if not self._roster.is_current(candidate):
+            self._journal.drop(candidate, "stale")
+        elif candidate.target.index >= self._roster.end_target(state):
+            state.held_back.append(candidate)
+        else:
+            loser = self._queue.push(candidate)
+            if loser is not None:
+                self._journal.drop(loser, "replaced")
+
+    def release(self, state: RequestState) -> None:
+        """The request has grown by a block: look again at what was held back."""
+        held_back, state.held_back = state.held_back, []
+        for candidate in held_back:
+            self.add(candidate)
+
+    def forget(self, state: RequestState, reason: DropReason) -> None:
+        """The request's blocks are gone, or about to go."""
+        self.shared_entries -= len(state.repointed)
+        for candidate in state.held_back:
+            self._journal.drop(candidate, reason)
+        for index in range(state.full):
+            queued = self._queue.discard((state.request_id, state.generation, index))
+            if queued is not None:
+                self._journal.drop(queued, reason)
+        # Its row in the workers is gone; V2 may give it to another request in this very step.
+        self._remaps = [r for r in self._remaps if r.request_id != state.request_id]
+
+    def take_remaps(self) -> tuple[Remap, ...]:
+        """The commands that go to the workers with this step."""
+        remaps, self._remaps = tuple(self._remaps), []
+        return remaps
+
+    def before_preemption(self) -> bool:
+        """vLLM is about to preempt for want of a block; true if reclaiming has freed one.
+
+        Called in the middle of ``Scheduler.schedule``. The remaps go out with this step's message,
+        so every worker's table is edited before a freed block is written again.
+        """
+        freed = self._reclaim(self._high) if self.enabled else 0
+        if freed:
+            self._journal.tally.add("preemptions_avoided")
+        return freed > 0
+
+    def reclaim(self, demand: int) -> None:
+        """Reclaim by the trigger, so that the next step finds its blocks.
+
+        Args:
+            demand: blocks that running requests will begin in the next step.
+        """
+        if not self.enabled:
+            return
+        if self._eager:
+            self._reclaim(self._book.total)
+            return
+        free = self._book.free
+        if free >= max(self._low, demand):
+            return
+        freed = self._reclaim(self._high + demand - free)
+        if free < demand <= free + freed:
+            self._journal.tally.add("preemptions_avoided")
+
+    def _reclaim(self, wanted: int) -> int:
+        """Free up to ``wanted`` blocks; returns how many."""
+        if isinstance(self._policy, StagedPolicy):
+            return self._reclaim_queued(wanted)
+        return self._reclaim_on_demand(self._policy, wanted)
+
+    def _reclaim_queued(self, wanted: int) -> int:
+        freed = 0
+        next_step: list[Candidate] = []
+        while freed < wanted and (candidate := self._queue.pop()) is not None:
+            state = candidate.target.state
+            if not self._roster.is_current(candidate):
+                self._journal.drop(candidate, "stale")
+            elif candidate.target.block.ref_cnt != 1:
+                self._journal.drop(candidate, "no_gain")
+            elif len(state.repointed) >= self._roster.budget(state):
+                state.held_back.append(candidate)  # the budget grows with the request
+            elif self._must_wait(state):
+                next_step.append(candidate)
+            else:
+                freed += self._apply(candidate)
+        for candidate in next_step:
+            self._queue.push(candidate)
+        return freed
+
+    def _reclaim_on_demand(self, policy: DemandPolicy, wanted: int) -> int:
+        """Take victims from the least shared requests first, so that damage spreads evenly."""
+        views = [
+            Victims(self._roster, self._book, state)
+            for state in self._roster
+            if state.full > 0 and not self._must_wait(state)
+        ]
+        heap = [(view.shared_fraction, i) for i, view in enumerate(views) if view.has_budget]
+        heapq.heapify(heap)
+        freed = 0
+        while heap and freed < wanted:
+            _, i = heapq.heappop(heap)
+            view = views[i]
+            victim = policy.choose(view)
+            if victim is None:
+                continue
+            freed += self._apply(view.candidate(victim.target, victim.donor))
+            if view.has_budget:
+                heapq.heappush(heap, (view.shared_fraction, i))
+        return freed
+
+    def _must_wait(self, state: RequestState) -> bool:
+        """Whether a remap of this request must wait for another step.
+
+        Either its whole block list is on its way to the workers and would overwrite the edit, or it
+        would be its first remap in a step that publishes a block (see BlockBook.publishes_soon).
+        """
+        if state.sent_whole_at == self._journal.step or self._book.table(state.request_id) is None:
+            return True
+        return state.tainted_from is None and self._book.publishes_soon(state.request)
+
+    def _apply(self, candidate: Candidate) -> int:
+        """The remap: scheduler's table, reference counts and the workers' command. Blocks freed."""
+        state, index, donor = candidate.target.state, candidate.target.index, candidate.donor.block
+        if state.tainted_from is None:
+            state.tainted_from = state.full
+            self._book.stop_publishing(state.request_id)
+        freed = self._book.repoint(state.request_id, index, donor)
+        state.repointed.add(index)
+        self.shared_entries += 1
+        self._remaps.append(Remap(state.request_id, index, donor.block_id))
+        self._journal.tally.add("applied")
+        self._journal.tally.add("blocks_reclaimed", freed)
+        self._journal.pair("applied", candidate, damage=round(candidate.damage, 4), freed=freed)
+        return freed
+
+
+class Victims:
+    """One request as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`)."""
+
+    __slots__ = ("_blocks", "_state", "budget", "end", "first", "full")
+
+    def __init__(self, roster: Roster, book: BlockBook, state: RequestState) -> None:
+        table = book.table(state.request_id)
+        assert table is not None, "the caller has looked"
+        self._blocks = table
+        self._state = state
+        self.first = roster.first_target(state)
+        self.end = min(roster.end_target(state), len(table))
+        self.full = min(state.full, len(table))
+        self.budget = roster.budget(state)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether another block of the request may be re-pointed."""
+        return len(self._state.repointed) < self.budget and self.first < self.end
+
+    @property
+    def shared_fraction(self) -> float:
+        """How much of the request is re-pointed."""
+        return len(self._state.repointed) / self.full
+
+    def is_target(self, index: int) -> bool:
+        """See :meth:`VictimView.is_target`."""
+        return index not in self._state.repointed and self._blocks[index].ref_cnt == 1
+
+    def candidate(self, target: int, donor: int) -> Candidate:
+        """The pair that a policy's choice means."""
+        state, blocks = self._state, self._blocks
+        return Candidate(
+            Entry(state, state.generation, target, blocks[target]),
+            Entry(state, state.generation, donor, blocks[donor]),
+        )

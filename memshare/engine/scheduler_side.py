@@ -1,0 +1,270 @@
+"""The connector's scheduler half: one call an engine step, from new tokens to remaps.
+
+A step runs through :meth:`SchedulerSide.build_message` in this order: forget what was preempted,
+take candidates that evaluators have found, look at requests that have filled a block, reclaim, and
+hand stage-two work to the workers. Results come back through :meth:`SchedulerSide.receive`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from memshare.bridge import EvaluatorBridge
+from memshare.config import MemShareConfig
+from memshare.engine.admission import Admission
+from memshare.engine.blocks import BlockBook
+from memshare.engine.intake import Intake
+from memshare.engine.jobs import JobDesk
+from memshare.engine.journal import Journal
+from memshare.engine.messages import SchedulerMessage, WorkerMessage
+from memshare.engine.reclaimer import Reclaimer
+from memshare.engine.requests import RequestState
+from memshare.engine.roster import Roster
+from memshare.policy import load_policy
+from memshare.policy.base import StagedPolicy
+from memshare.stats import Payload
+from memshare.steps import DelimiterAutomaton
+from memshare.wheel import TimingWheel
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+# Engine steps whose demand for blocks is met in advance. Two, because a request's first remap must
+# not fall into the step that completes a block (Reclaimer._must_wait), which is the last before it
+# wants the next one.
+_AHEAD = 2
+
+
+class IntegrityError(RuntimeError):
+    """Our bookkeeping and vLLM's differ. The text lists the differences."""
+
+
+class SchedulerSide:
+    """The scheduler half. Every method is called on the engine's thread."""
+
+    def __init__(
+        self,
+        config: MemShareConfig,
+        manager: KVCacheManager,
+        block_size: int,
+        world_size: int,
+        automaton: DelimiterAutomaton | None,
+        open_bridge: Callable[[], EvaluatorBridge],
+    ) -> None:
+        """Take hold of vLLM's block tables; start evaluators and event log.
+
+        Args:
+            config: a valid configuration whose mode is not ``off``.
+            manager: vLLM's KV cache manager.
+            block_size: token slots in a block.
+            world_size: ranks whose partial results make a whole one.
+            automaton: compiled step delimiters; None only if the policy needs no steps.
+            open_bridge: makes the bridge to the evaluators; called only if the policy needs them.
+        """
+        policy = load_policy(config.policy)
+        self._config = config
+        self.journal = Journal(config.event_log)
+        self.book = BlockBook(manager, block_size)
+        self.roster = Roster(config, automaton, self.book)
+        self.reclaimer = Reclaimer(config, policy, self.roster, self.book, self.journal)
+        self.admission = Admission(config.admission, self.roster, self.reclaimer, self.book)
+        self.intake: Intake | None = None
+        self.jobs: JobDesk | None = None
+        if isinstance(policy, StagedPolicy):
+            self.intake = Intake(
+                config, policy, open_bridge(), self.roster, self.journal, block_size
+            )
+            self.jobs = JobDesk(
+                config.distance, policy, self.roster, self.book, self.journal, world_size
+            )
+        self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
+        self._check_wanted = False
+        self._check_failed = False
+        self.journal.event(
+            "started", blocks=self.book.total, mode=config.mode, policy=config.policy.name
+        )
+
+    def close(self) -> None:
+        """Stop threads and close files. Idempotent."""
+        if self.intake is not None:
+            self.intake.close()
+        self.journal.close()
+
+    # ---- requests come and go ----
+
+    def add(self, request: Request) -> None:
+        """Begin to follow a request, unless it must stay exact."""
+        reason = self.roster.add(request)
+        if reason is not None:
+            self.journal.tally.add_labelled("opted_out", reason)
+            self.journal.event("opted_out", request=request.request_id, reason=reason)
+
+    def finish(self, request_id: str) -> None:
+        """Stop following a request; vLLM frees its blocks right after this call."""
+        state = self.roster.remove(request_id)
+        if state is None:
+            return
+        self.journal.event("finished", request=request_id, shared=len(state.repointed))
+        self.reclaimer.forget(state, "finished")
+        self.admission.forget(state)
+        if self.intake is not None:
+            self.intake.forget(state)
+
+    def admitted(self, request_id: str) -> None:
+        """vLLM has given blocks to a request that was waiting."""
+        state = self.roster.get(request_id)
+        if state is not None:
+            self.admission.admitted(state)
+
+    # ---- one engine step ----
+
+    def build_message(self, output: SchedulerOutput) -> SchedulerMessage:
+        """Run one step of MemShare; called when vLLM has scheduled, before it executes."""
+        self.journal.step += 1
+        self._note_schedule(output)
+        if self.intake is not None and self.jobs is not None:
+            for candidate in self.intake.candidates():
+                self.jobs.add(candidate)
+        for state, generation in self._wheel.advance():
+            if state.alive and state.generation == generation:
+                self._look_at(state)
+        if self.intake is not None:
+            self.intake.send()
+        self.reclaimer.reclaim(demand=self._wheel.due_within(_AHEAD))
+        # vLLM admits nobody in a step in which memory was short. If it did, somebody has reset it.
+        short = bool(output.preempted_req_ids) and not output.scheduled_cached_reqs.resumed_req_ids
+        self.admission.advance(preempted=short)
+        return SchedulerMessage(
+            remaps=self.reclaimer.take_remaps(),
+            batches=self.jobs.take() if self.jobs is not None else (),
+            tables=self._begin_check(),
+        )
+
+    def before_preemption(self) -> bool:
+        """vLLM finds no block for a running request; true if reclaiming has freed some.
+
+        vLLM then lets the request wait for the next step, but, as nothing was preempted, would give
+        the freed blocks to waiting requests in this one. So admission is closed until then.
+        """
+        freed = self.reclaimer.before_preemption()
+        if freed:
+            self.admission.close()
+        return freed
+
+    def _note_schedule(self, output: SchedulerOutput) -> None:
+        for request_id in output.preempted_req_ids or ():
+            state = self.roster.get(request_id)
+            if state is None:
+                continue
+            self.journal.tally.add("preemptions")
+            self.journal.event("preempted", request=request_id, shared=len(state.repointed))
+            self.reclaimer.forget(state, "preempted")
+            self.admission.forget(state)
+            if self.intake is not None:
+                self.intake.forget(state)
+            self.roster.start_generation(state)
+        sent_whole = [new.req_id for new in output.scheduled_new_reqs]
+        sent_whole += output.scheduled_cached_reqs.resumed_req_ids
+        for request_id in sent_whole:
+            state = self.roster.get(request_id)
+            if state is not None:
+                state.sent_whole_at = self.journal.step
+                self._wheel.schedule((state, state.generation), 1)
+                self.admission.grown(state)  # it may have been preempted and resumed at once
+
+    def _look_at(self, state: RequestState) -> None:
+        """Look at a request that may have filled a block since it was last looked at."""
+        request, block_size = state.request, self.book.block_size
+        # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
+        committed = request.num_computed_tokens - request.num_in_flight_tokens
+        in_prompt = committed < request.num_prompt_tokens
+        ticks = 1 if in_prompt else block_size - committed % block_size
+        self._wheel.schedule((state, state.generation), ticks)
+        full = committed // block_size
+        if full == state.full:
+            return
+        state.full = full
+        if self.intake is not None:
+            self.intake.feed(state, until=full * block_size)
+        self.reclaimer.release(state)
+        self.admission.grown(state)
+
+    def receive(self, message: WorkerMessage) -> None:
+        """Take what the workers (all ranks that have answered, folded together) report."""
+        if self.jobs is not None:
+            for candidate in self.jobs.verified(message.results):
+                self.reclaimer.add(candidate)
+        if message.remap_misses:
+            self.journal.tally.add("remap_misses", message.remap_misses)
+            # The block is free, and a worker may still read it.
+            self._report_check([f"workers did not know {message.remap_misses} remapped requests"])
+        self._check_wanted |= message.check_wanted
+        if message.table_faults is not None:
+            self._report_check(message.table_faults)
+
+    # ---- integrity ----
+
+    def check_integrity(self) -> list[str]:
+        """Compare our bookkeeping with vLLM's, on the scheduler side. [] if all is well."""
+        faults = self.book.reference_faults()
+        for state in self.roster:
+            name, table = f"request {state.request_id}", self.book.table(state.request_id)
+            if table is None:
+                continue
+            if state.repointed and state.tainted_from is None:
+                faults.append(f"{name}: remapped, but not tainted")
+            if state.tainted_from is not None and self.book.is_publishing(state.request_id):
+                faults.append(f"{name}: tainted, but still publishing")
+            if state.repointed and max(state.repointed) >= len(table):
+                faults.append(f"{name}: a remapped entry is gone")
+        shared = sum(len(state.repointed) for state in self.roster)
+        if shared != self.reclaimer.shared_entries:
+            faults.append(f"{self.reclaimer.shared_entries} shared entries counted, {shared} held")
+        return faults
+
+    def _begin_check(self) -> dict[str, list[int]] | None:
+        """Check this side; returns the tables that the workers compare with theirs, if due."""
+        every = self._config.integrity.check_every
+        if not self._check_wanted and not (every and self.journal.step % every == 0):
+            return None
+        self._check_wanted = False
+        faults = self.check_integrity()
+        if faults:
+            self._report_check(faults)
+        return self.book.tables()
+
+    def _report_check(self, faults: list[str]) -> None:
+        result = "failed" if faults else "passed"
+        listed = "; ".join(faults[:8])
+        self.journal.tally.add_labelled("integrity_checks", result)
+        self.journal.event("integrity", result=result, faults=listed)
+        if not faults:
+            return
+        if self._config.integrity.on_failure == "raise":
+            raise IntegrityError(f"MemShare integrity check failed: {listed}")
+        self.reclaimer.enabled = False
+        self._check_failed = True
+        logger.error(
+            "MemShare integrity check failed: %s. No further remaps; serving goes on.", listed
+        )
+
+    # ---- reporting ----
+
+    def take_stats(self) -> Payload | None:
+        """What has changed since the last call; None if nothing has."""
+        return self.journal.take_stats(
+            {
+                "queue_length": float(len(self.reclaimer)),
+                "pairs_waiting": float(len(self.jobs)) if self.jobs is not None else 0.0,
+                "shared_entries": float(self.reclaimer.shared_entries),
+                "free_blocks": float(self.book.free),
+                "admission_reserve": float(self.admission.reserve),
+                "sharing_stopped": float(self._check_failed),
+            }
+        )

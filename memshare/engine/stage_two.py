@@ -1,0 +1,201 @@
+"""Stage two on one rank: which layers are compared, how they are read, when results are ready."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memshare.config import DistanceConfig
+from memshare.distance import LayerBlocks, similarity_sums
+from memshare.engine.kv_layout import KVLayout, LayoutUnknown
+from memshare.engine.messages import BlockAt, JobBatch, PairResult
+from memshare.rotary import Rotation, RotationUnknown
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+
+logger = logging.getLogger(__name__)
+
+
+class StageTwoUnsupported(ValueError):  # noqa: N818 - a finding about a model, not a fault
+    """Stage two cannot read this model's KV cache; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    name: str
+    cache: Tensor
+    layout: KVLayout
+    rotation: Rotation | None
+    keys: bool
+    values: bool
+
+
+class StageTwo:
+    """Compares blocks in a few layers; results come back when the device has them."""
+
+    def __init__(
+        self,
+        config: DistanceConfig,
+        model: torch.nn.Module,
+        attention: dict[str, Attention],
+        kv_caches: dict[str, Tensor],
+    ) -> None:
+        """Choose the layers and learn how to read them.
+
+        Args:
+            config: norm, tensors and layers.
+            model: the loaded model; its rotary modules are looked up beside the attention layers.
+            attention: vLLM's attention layers by name.
+            kv_caches: per layer name, ``[blocks, heads, slots, 2 * channels]``.
+
+        Raises:
+            StageTwoUnsupported: a layer's cache cannot be read.
+        """
+        self._config = config
+        names = _spread(list(kv_caches), config.layers)
+        rotations: dict[int, Rotation | None] = {}
+        layers = []
+        for name in names:
+            try:
+                layout = KVLayout.learn(attention[name], kv_caches[name])
+            except LayoutUnknown as reason:
+                raise StageTwoUnsupported(
+                    f"MemShare cannot compare blocks of attention layer {name}: {reason}. "
+                    "Choose policy 'oldest' or 'random', which compare nothing, or mode 'off'."
+                ) from None
+            rotation = _rotation_beside(model, name, rotations) if self._corrects_keys else None
+            keys = config.tensors != "v" and (rotation is not None or not self._corrects_keys)
+            values = config.tensors != "k" or not keys
+            layers.append(_Layer(name, kv_caches[name], layout, rotation, keys, values))
+        self._layers = tuple(layers)
+        self._ready: deque[_Pending] = deque()
+
+    @property
+    def _corrects_keys(self) -> bool:
+        return self._config.norm == "relative"
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers that are compared."""
+        return tuple(layer.name for layer in self._layers)
+
+    @property
+    def keys_corrected(self) -> bool:
+        """Whether the positions of keys are undone in every compared layer."""
+        return all(layer.rotation is not None for layer in self._layers)
+
+    @torch.inference_mode()
+    def launch(self, batches: Sequence[JobBatch]) -> None:
+        """Start comparing. On a GPU this only enqueues work behind the forward pass."""
+        for batch in batches:
+            device = self._layers[0].cache.device
+            targets, target_at = _split((job.target for job in batch.jobs), device)
+            donors, donor_at = _split((job.donor for job in batch.jobs), device)
+            sample, sample_at = _split(batch.sample, device)
+            sums = similarity_sums(
+                self._gather(targets, donors, sample),
+                target_at, donor_at, sample_at, self._config.norm,
+            )  # fmt: skip
+            ids = tuple(job.job_id for job in batch.jobs)
+            self._ready.append(_Pending.start(ids, sums.total, sums.count))
+
+    def collect(self) -> dict[int, PairResult]:
+        """Results that have reached the host; never waits for the device."""
+        results: dict[int, PairResult] = {}
+        while self._ready and self._ready[0].is_ready():
+            results.update(self._ready.popleft().results())
+        return results
+
+    def _gather(
+        self, targets: Tensor, donors: Tensor, sample: Tensor
+    ) -> Iterator[tuple[LayerBlocks, LayerBlocks, LayerBlocks]]:
+        together = torch.cat((targets, donors, sample))
+        sizes = (len(targets), len(donors), len(sample))
+        for layer in self._layers:
+            keys, values = layer.layout.gather(layer.cache, together)
+            a, b, c = (
+                LayerBlocks(k if layer.keys else None, v if layer.values else None, layer.rotation)
+                for k, v in zip(keys.split(sizes), values.split(sizes), strict=True)
+            )
+            yield a, b, c
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """Sums of one batch on their way to the host."""
+
+    job_ids: tuple[int, ...]
+    total: Tensor
+    count: int
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, job_ids: tuple[int, ...], total: Tensor, count: int) -> _Pending:
+        if total.device.type == "cpu":
+            return cls(job_ids, total, count, None)
+        host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+        host.copy_(total, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return cls(job_ids, host, count, copied)
+
+    def is_ready(self) -> bool:
+        return self.copied is None or bool(self.copied.query())
+
+    def results(self) -> dict[int, PairResult]:
+        totals = self.total.tolist()
+        return {
+            job_id: PairResult(total, self.count, ranks=1)
+            for job_id, total in zip(self.job_ids, totals, strict=True)
+        }
+
+
+def _split(
+    blocks: Iterator[BlockAt] | Sequence[BlockAt], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Block ids and positions as two ``[N]`` int64 tensors."""
+    pairs = torch.tensor([(b.block_id, b.position) for b in blocks], dtype=torch.int64)
+    return tuple(pairs.view(-1, 2).to(device, non_blocking=True).unbind(1))
+
+
+def _spread(names: list[str], layers: int | str) -> list[str]:
+    """``layers`` of the names, evenly spread over the depth, ends included."""
+    if layers == "all" or int(layers) >= len(names):
+        return names
+    wanted = int(layers)
+    if wanted == 1:
+        return [names[len(names) // 2]]
+    return [names[round(i * (len(names) - 1) / (wanted - 1))] for i in range(wanted)]
+
+
+def _rotation_beside(
+    model: torch.nn.Module, attention_name: str, known: dict[int, Rotation | None]
+) -> Rotation | None:
+    """The rotation that the attention layer's keys went through; None if it can't be undone."""
+    parent = model.get_submodule(attention_name.rpartition(".")[0])
+    rotary = getattr(parent, "rotary_emb", None)
+    if id(rotary) in known:
+        return known[id(rotary)]
+    rotation = None
+    cache = getattr(rotary, "cos_sin_cache", None)
+    if rotary is None or not isinstance(cache, Tensor):
+        logger.warning(
+            "no rotary table beside %s: stage two compares V only in this layer", attention_name
+        )
+    else:
+        try:
+            rotation = Rotation.from_cache(cache, bool(rotary.is_neox_style))
+        except RotationUnknown as reason:
+            logger.warning(
+                "the rotary embedding %s cannot be undone (%s): stage two compares V only",
+                type(rotary).__name__, reason,
+            )  # fmt: skip
+    known[id(rotary)] = rotation
+    return rotation

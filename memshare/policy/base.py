@@ -1,0 +1,81 @@
+"""What a policy is, without any engine: block indices in, block indices out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from memshare.evaluate import Span
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """The ``index``-th block of the request that wrote ``span``'s step."""
+
+    span: Span
+    index: int
+
+
+class PairProposal(NamedTuple):
+    """Re-point ``target`` at ``donor``."""
+
+    target: BlockRef
+    donor: BlockRef
+
+
+class StagedPolicy(ABC):
+    """A policy whose pairs pass stage one and stage two."""
+
+    @abstractmethod
+    def propose(self, later: Span, earlier: Span, block_size: int) -> Iterator[PairProposal]:
+        """Block pairs of two similar steps that are worth comparing in stage two."""
+
+    def damage(self, similarity: float) -> float:
+        """How much a verified pair is expected to hurt; the reclaim queue takes the least first."""
+        return 1.0 - similarity
+
+
+class VictimView(Protocol):
+    """What an on-demand policy may know of one request's blocks. Indices into its block table."""
+
+    @property
+    def first(self) -> int:
+        """First block that may be a target."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """One past the last block that may be a target now (the recent window begins here)."""
+        ...
+
+    @property
+    def full(self) -> int:
+        """One past the last full, committed block: what may be a donor ends here."""
+        ...
+
+    @property
+    def budget(self) -> int:
+        """How many of the request's blocks may be re-pointed in all."""
+        ...
+
+    def is_target(self, index: int) -> bool:
+        """Whether re-pointing this entry would free a block: sole owner, not yet re-pointed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """An on-demand choice within one request."""
+
+    target: int
+    donor: int
+
+
+class DemandPolicy(ABC):
+    """A policy that picks a victim when a block is needed. It compares nothing."""
+
+    @abstractmethod
+    def choose(self, view: VictimView) -> Victim | None:
+        """Pick one of the request's blocks, or None if there is none to take."""

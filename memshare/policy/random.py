@@ -1,0 +1,25 @@
+"""``random``: the baseline that lets go of unprotected blocks in random order."""
+
+from __future__ import annotations
+
+import random
+
+from memshare.config import RandomParams
+from memshare.policy.base import DemandPolicy, Victim, VictimView
+
+
+class RandomPolicy(DemandPolicy):
+    """Draws the target among the blocks that free memory, the donor among the others."""
+
+    def __init__(self, params: RandomParams) -> None:
+        self._random = random.Random(params.seed)
+
+    def choose(self, view: VictimView) -> Victim | None:
+        """See :meth:`DemandPolicy.choose`."""
+        targets = [i for i in range(view.first, view.end) if view.is_target(i)]
+        donors = range(view.first, view.full)
+        if not targets or len(donors) < 2:
+            return None
+        target = self._random.choice(targets)
+        donor = self._random.choice([i for i in donors if i != target])
+        return Victim(target, donor)
