@@ -1,0 +1,89 @@
+"""The Ray Serve application, named ``cluster.app:build`` in config files."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.config import ClusterArgs, parse_cluster_args
+from cluster.evaluators import EvaluatorPool
+from cluster.replica import EngineReplica
+
+logger = logging.getLogger(__name__)
+
+_POOL_HEALTH_PERIOD_S = 2.0  # how long an evaluator that was killed for good may be missing
+
+
+def build(args: Mapping[str, object]) -> Application:
+    """Build the application; everything is checked first, and nothing is started.
+
+    Args:
+        args: see :class:`cluster.config.ClusterArgs`.
+
+    Raises:
+        ConfigError: names each wrong field, its value and the fix.
+    """
+    cluster = parse_cluster_args(args)
+    if cluster.engine.extra:
+        # Only here: it imports vLLM, which takes many seconds.
+        from cluster.engine_options import check_engine_options
+
+        check_engine_options(cluster)
+    logger.info("MemShare cluster: %s", _without_secrets(cluster).model_dump_json())
+    pool = _pool(cluster) if cluster.uses_pool else None
+    return _engine(cluster).bind(cluster, pool)
+
+
+def _without_secrets(cluster: ClusterArgs) -> ClusterArgs:
+    """The arguments as they may be logged: what may be a key or a token shows as ``***``."""
+    env = dict.fromkeys(cluster.replica.env, "***")
+    extra = {
+        name: "***" if re.search("key|token|secret|password", name, re.IGNORECASE) else value
+        for name, value in cluster.engine.extra.items()
+    }
+    return cluster.model_copy(
+        update={
+            "replica": cluster.replica.model_copy(update={"env": env}),
+            "engine": cluster.engine.model_copy(update={"extra": extra}),
+        }
+    )
+
+
+def _engine(cluster: ClusterArgs) -> serve.Deployment:
+    replica = cluster.replica
+    limit = replica.max_queued_requests
+    deploy = serve.deployment(
+        name="Engine",
+        num_replicas=cluster.replicas,
+        max_ongoing_requests=replica.max_ongoing_requests,
+        max_queued_requests=-1 if limit is None else limit,
+        health_check_period_s=replica.health_check_period_s,
+        health_check_timeout_s=replica.health_check_timeout_s,
+        graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s,
+    )
+    engine = deploy(serve.ingress()(EngineReplica))
+    actor = {"num_cpus": replica.cpus, "runtime_env": {"env_vars": replica.env}}
+    if cluster.engine.distributed_executor_backend != "ray":
+        return engine.options(ray_actor_options={**actor, "num_gpus": replica.gpus})
+    # Workers are Ray actors of their own, all on the replica's node.
+    device = "GPU" if replica.gpus else "CPU"
+    workers = [{device: 1.0} for _ in range(cluster.engine.tensor_parallel_size)]
+    return engine.options(
+        ray_actor_options=actor,
+        placement_group_bundles=[{"CPU": replica.cpus}, *workers],
+        placement_group_strategy="STRICT_PACK",
+    )
+
+
+def _pool(cluster: ClusterArgs) -> Application:
+    deploy = serve.deployment(
+        name="EvaluatorPool",
+        num_replicas=1,
+        health_check_period_s=_POOL_HEALTH_PERIOD_S,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deploy(EvaluatorPool).bind(cluster.memshare)

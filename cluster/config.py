@@ -1,0 +1,192 @@
+"""Arguments of the Ray Serve application: one typed model, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from memshare.config import ConfigError, MemShareConfig, Section, explain, load_config
+
+ExtraValue = str | int | float | bool
+
+
+class EngineConfig(Section):
+    """Options of the vLLM engine in every replica. None leaves vLLM's own default."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Workers (GPUs, or CPU processes) that share one copy of the model."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights and activations; ``auto`` takes the model's own."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and output together that one request may have."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Token slots in one KV block. On a CPU a multiple of 32."""
+    num_gpu_blocks_override: int | None = Field(default=None, ge=2)
+    """KV blocks, instead of as many as memory holds. For tests under a short KV cache."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Requests that run at the same time in one replica."""
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    """Tokens computed in one engine step."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Fraction of a GPU's memory that one replica may take."""
+    enable_prefix_caching: bool = True
+    """Whether requests reuse KV blocks of equal prefixes. MemShare works with it on."""
+    enforce_eager: bool = False
+    """Whether to run without CUDA graphs and compilation. Starts faster, serves slower on a GPU."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the engine's random numbers."""
+    load_format: str | None = Field(default=None, min_length=1)
+    """Format of the weights on disk, such as ``safetensors``; ``dummy`` makes random weights."""
+    distributed_executor_backend: Literal["uni", "mp", "ray"] | None = None
+    """How workers run: in the engine's process (``uni``), as its child processes (``mp``) or as Ray
+    actors in a placement group of one node (``ray``). None lets vLLM choose."""
+    extra: dict[str, ExtraValue] = Field(default_factory=dict)
+    """Any other option of vLLM's OpenAI server by its name, with ``_`` or ``-``, value as on its
+    command line. Checked by vLLM's own parser when the application is built."""
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _flat(cls, extra: object) -> object:
+        # One line for a wrong value, where pydantic would report each member of the union.
+        if isinstance(extra, Mapping):
+            for name, value in extra.items():
+                if not isinstance(value, ExtraValue):
+                    raise ValueError(
+                        f"{name} = {value!r} is neither text, number nor boolean; "
+                        "write lists and objects as JSON text"
+                    )
+        return extra
+
+    @model_validator(mode="after")
+    def _one_process_one_rank(self) -> EngineConfig:
+        if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size ({self.tensor_parallel_size}) needs more than one process, "
+                "but distributed_executor_backend is 'uni'; set 'mp', 'ray' or leave it out"
+            )
+        return self
+
+
+class ReplicaConfig(Section):
+    """One replica as Ray Serve sees it: resources, limits and supervision."""
+
+    cpus: float = Field(default=1.0, ge=0.0)
+    """CPU cores that Ray reserves for one replica."""
+    gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs that Ray reserves for one replica; 0 on a CPU. At least ``tensor_parallel_size``, save
+    under the ``ray`` executor, which reserves one for each worker itself."""
+    pin_cpus: bool = False
+    """CPU only: bind every worker to cores of its own, so that replicas of one machine don't
+    compete. Needs ``cpus`` x ``tensor_parallel_size`` x replicas cores."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the replica and its engine, name to value."""
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Requests that one replica works on; vLLM queues those beyond ``max_num_seqs``."""
+    max_queued_requests: int | None = Field(default=1024, ge=1)
+    """Requests that wait in a proxy while every replica is full; further ones get HTTP 503. None
+    has no limit."""
+    health_check_period_s: float = Field(default=1.0, gt=0.0)
+    """Seconds between health checks. A dead engine ends its replica at once; it is replaced at the
+    next check."""
+    health_check_timeout_s: float = Field(default=30.0, gt=0.0)
+    """Seconds without an answer after which a health check has failed; three failures end a
+    replica."""
+    graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0.0)
+    """Seconds that a stopping replica has to finish its requests, before it is killed."""
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _texts(cls, env: object) -> object:
+        if not isinstance(env, Mapping):
+            return env
+        for name, value in env.items():
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise ValueError(f"{name} = {value!r} is not text; put it in quotes")
+        return {name: str(value) for name, value in env.items()}
+
+
+class ClusterArgs(Section):
+    """``args`` of the application in a Ray Serve config file."""
+
+    model: str = Field(min_length=1)
+    """``smollm2-135m`` (made locally, no download), a local folder, or a Hugging Face id."""
+    served_model_name: str | None = Field(default=None, min_length=1)
+    """Name of the model in the OpenAI API. None takes ``model``."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the engine, each with all its workers."""
+    engine: EngineConfig = EngineConfig()
+    """The vLLM engine."""
+    replica: ReplicaConfig = ReplicaConfig()
+    """Resources and supervision of a replica."""
+    memshare: MemShareConfig = MemShareConfig()
+    """What MemShare does; ``mode: off`` leaves a plain vLLM, without connector and worker class."""
+
+    @property
+    def public_name(self) -> str:
+        """Name of the model in the OpenAI API."""
+        return self.served_model_name or self.model
+
+    @property
+    def uses_memshare(self) -> bool:
+        """Whether engines run with MemShare's connector and worker class."""
+        return self.memshare.mode != "off"
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether a pool of evaluator actors is needed."""
+        return (
+            self.uses_memshare
+            and self.memshare.uses_stages
+            and self.memshare.evaluator.source == "ray"
+        )
+
+
+def parse_cluster_args(
+    args: Mapping[str, object], environ: Mapping[str, str] | None = None
+) -> ClusterArgs:
+    """Validate the application's arguments.
+
+    The section ``memshare`` follows the precedence of :mod:`memshare.config` and counts as its
+    explicit options.
+
+    Args:
+        args: as in the config file.
+        environ: the environment; ``os.environ`` if None.
+
+    Raises:
+        ConfigError: names each wrong field, its value and the fix.
+    """
+    section = args.get("memshare") or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"memshare = {section!r} is a {type(section).__name__}\n"
+            "    fix: write its fields below it, for example 'mode: observe'"
+        )
+    try:
+        config = load_config(section, environ)
+    except ConfigError as error:
+        raise ConfigError(f"In the section 'memshare' of the application:\n{error}") from None
+    try:
+        cluster = ClusterArgs.model_validate({**args, "memshare": config})
+    except ValidationError as error:
+        raise ConfigError(explain(error, ClusterArgs, ["args of the application"])) from None
+    _check_gpus(cluster)
+    if cluster.memshare.event_log is not None and cluster.replicas > 1:
+        raise ConfigError(
+            f"memshare.event_log = {str(cluster.memshare.event_log)!r}: {cluster.replicas} "
+            "replicas would write one file, over each other\n"
+            "    fix: leave it out, or set 'replicas' to 1"
+        )
+    return cluster
+
+
+def _check_gpus(cluster: ClusterArgs) -> None:
+    """Workers that are the replica's own processes need their GPUs reserved by the replica."""
+    gpus, ranks = cluster.replica.gpus, cluster.engine.tensor_parallel_size
+    if cluster.engine.distributed_executor_backend != "ray" and 0 < gpus < ranks:
+        raise ConfigError(
+            f"replica.gpus = {gpus:g}: fewer than engine.tensor_parallel_size ({ranks})\n"
+            f"    fix: set replica.gpus to {ranks}, or engine.tensor_parallel_size to {gpus:g}"
+        )

@@ -1,0 +1,154 @@
+"""From the application's arguments to vLLM's own, checked by vLLM's own parser."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from argparse import Namespace
+from typing import NoReturn
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from cluster.config import ClusterArgs, EngineConfig, ExtraValue
+from memshare.config import ConfigError, MemShareConfig
+
+CONNECTOR = "MemShareConnector"
+CONNECTOR_MODULE = "memshare.engine.connector"
+WORKER_CLASS = "memshare.engine.worker.MemShareWorker"
+
+# Options that `engine.extra` may not set, and where they belong.
+_ELSEWHERE = {
+    "model": "set 'model' of the application",
+    "served_model_name": "set 'served_model_name' of the application",
+    "kv_transfer_config": "leave it out: MemShare's connector takes this place",
+    "worker_cls": "leave it out: MemShare's worker class takes this place",
+    "host": "set 'http_options.host' of the Ray Serve config file",
+    "port": "set 'http_options.port' of the Ray Serve config file",
+    "root_path": "set 'route_prefix' of the application",
+    "api_server_count": "set 'replicas' of the application",
+    "data_parallel_size": "set 'replicas' of the application",
+    "config": "write the options of that file under 'engine'",
+    "grpc": "leave it out: replicas are served by Ray Serve",
+    "headless": "leave it out: replicas are served by Ray Serve",
+    "ssl_certfile": "end TLS before Ray Serve: replicas speak plain HTTP",
+    "ssl_keyfile": "end TLS before Ray Serve: replicas speak plain HTTP",
+    "ssl_ca_certs": "end TLS before Ray Serve: replicas speak plain HTTP",
+    "uds": "leave it out: replicas are served by Ray Serve",
+}
+
+
+class _RefusedError(ValueError):
+    """vLLM's parser refused an argument."""
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, which raises where it would end the process."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="vLLM", allow_abbrev=False)  # type: ignore[no-untyped-call]
+
+    def error(self, message: str) -> NoReturn:
+        raise _RefusedError(message)
+
+    @property
+    def option_names(self) -> set[str]:
+        return {
+            option.removeprefix("--").replace("-", "_")
+            for option in self._option_string_actions
+            if option.startswith("--") and not option.startswith("--no-")
+        }
+
+
+def check_engine_options(args: ClusterArgs) -> None:
+    """Check everything that vLLM can check without the model.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    parser = _parser()
+    known = parser.option_names
+    typed = set(EngineConfig.model_fields)
+    for raw, value in args.engine.extra.items():
+        name = raw.removeprefix("--").replace("-", "_")
+        if name in _ELSEWHERE:
+            raise _wrong(raw, value, "is not an engine option here", _ELSEWHERE[name])
+        if name in typed:
+            raise _wrong(raw, value, "has a field of its own", f"set 'engine.{name}'")
+        if name not in known:
+            close = difflib.get_close_matches(name, known | typed, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "see `vllm serve --help=all`"
+            raise _wrong(raw, value, "vLLM has no such option", hint)
+        try:
+            _parse(parser, _flag(name, value))
+        except _RefusedError as refused:
+            raise _wrong(raw, value, str(refused), "give a value that vLLM accepts") from None
+    try:
+        validate_parsed_serve_args(_parse(parser, _argv(args, args.model, args.memshare)))
+    except (_RefusedError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"vLLM does not accept the engine's options: {error}\n"
+            "    fix: correct the option that it names under 'engine'"
+        ) from None
+
+
+def parse_engine_options(args: ClusterArgs, model: str, config: MemShareConfig) -> Namespace:
+    """The arguments of vLLM's OpenAI server for one replica.
+
+    Args:
+        args: the application's arguments, checked before by :func:`check_engine_options`.
+        model: folder or Hugging Face id that ``args.model`` stands for on this machine.
+        config: MemShare's configuration on this machine.
+    """
+    return _parse(_parser(), _argv(args, model, config))
+
+
+def _parser() -> _Parser:
+    parser = _Parser()
+    make_arg_parser(parser)
+    return parser
+
+
+def _parse(parser: _Parser, argv: list[str]) -> Namespace:
+    options = parser.parse_args(argv)
+    assert isinstance(options, Namespace)
+    return options
+
+
+def _argv(args: ClusterArgs, model: str, config: MemShareConfig) -> list[str]:
+    argv = ["--model", model, "--served-model-name", args.public_name]
+    for name, value in args.engine.model_dump(exclude={"extra"}, exclude_none=True).items():
+        argv += _flag(name, value)
+    for name, value in args.engine.extra.items():
+        argv += _flag(name.removeprefix("--"), value)
+    if args.uses_memshare:
+        argv += ["--kv-transfer-config", _connector(config), "--worker-cls", WORKER_CLASS]
+    return argv
+
+
+def _flag(name: str, value: ExtraValue) -> list[str]:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    # One word, so that a value that starts with a dash is not taken for an option.
+    return [f"--{option}={value}"]
+
+
+def _connector(config: MemShareConfig) -> str:
+    """vLLM's ``--kv-transfer-config``.
+
+    Holds every field, so that files and variables on the replica's machine can't change what was
+    validated when the application was built.
+    """
+    return json.dumps(
+        {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": config.model_dump(mode="json"),
+        }
+    )
+
+
+def _wrong(name: str, value: ExtraValue, what: str, fix: str) -> ConfigError:
+    return ConfigError(f"engine.extra.{name} = {value!r}: {what}\n    fix: {fix}")

@@ -1,0 +1,143 @@
+"""One replica: vLLM's own OpenAI app around an engine with MemShare, in one Ray Serve actor.
+
+"Direct": the replica is the ingress, so that a token passes no process between engine and proxy.
+vLLM is imported when a replica starts, not with this module: Ray Serve imports that, too, when it
+builds the application, and would spend many seconds on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from cluster.config import ClusterArgs
+from cluster.guard import leave_no_orphans
+from cluster.http import DisconnectOnCancel
+from memshare.config import MemShareConfig
+from memshare.model import resolve_model
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+_POOL_WAIT_S = 30.0  # at most so long does an engine's start wait for the evaluators
+_WATCH_S = 0.2  # how long an engine's death may go unnoticed
+_LAST_WORDS_S = 0.5  # for failed requests to get their answers before the replica exits
+
+
+class EngineReplica:
+    """An engine and its OpenAI app.
+
+    Metrics: the engine's series, MemShare's among them, are on ``/metrics`` of the HTTP port and on
+    the metrics port of the replica's Ray node. With several replicas the HTTP port shows the one
+    that Ray Serve happens to choose; scrape the Ray nodes, where a label tells replicas apart.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, args: ClusterArgs, pool: DeploymentHandle[Any] | None
+    ) -> None:
+        """Start the engine. Takes as long as loading the model does.
+
+        Args:
+            args: the application's arguments.
+            pool: the :class:`~cluster.evaluators.EvaluatorPool`, if stage one runs on it.
+        """
+        leave_no_orphans()
+        self._engine: AsyncLLM | None = None
+        self._watch: asyncio.Task[None] | None = None
+        if args.replica.pin_cpus:
+            _pin(args)
+        if pool is not None:
+            await _await_pool(pool)
+        model = await asyncio.to_thread(resolve_model, args.model)
+
+        from cluster.engine import openai_app, start_engine
+        from cluster.engine_options import parse_engine_options
+
+        options = parse_engine_options(args, model, _on_this_machine(args.memshare))
+        engine = self._engine = start_engine(options, args.uses_memshare)
+        self._asgi = DisconnectOnCancel(await openai_app(engine, options))
+        self._watch = asyncio.create_task(_exit_with(engine))
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The app that Ray Serve runs, called once after the constructor."""
+        return self._asgi
+
+    async def check_health(self) -> None:
+        """Ray Serve's health check.
+
+        Raises:
+            RuntimeError: the engine has ended. Not vLLM's EngineDeadError: Ray Serve's controller
+                would import vLLM to unpickle it, and stand still for all that time.
+        """
+        if self._engine is None or self._engine.errored:
+            raise RuntimeError("the engine has ended")
+
+    async def __del__(self) -> None:
+        """Ray Serve's destructor, also after a constructor that failed: ends the engine."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.shutdown)
+
+
+async def _exit_with(engine: AsyncLLM) -> None:
+    """End this process when the engine has died, so that Ray Serve replaces the replica at once."""
+    while not engine.errored:
+        await asyncio.sleep(_WATCH_S)
+    logger.error("the engine has died: the replica exits, to be replaced")
+    await asyncio.sleep(_LAST_WORDS_S)
+    logging.shutdown()
+    # Not sys.exit: this is not the actor's own thread, and Ray Serve would wait for requests.
+    os._exit(1)
+
+
+async def _await_pool(pool: DeploymentHandle[Any]) -> None:
+    """Give the pool a chance to be first. An engine serves without it as well."""
+    try:
+        await asyncio.wait_for(pool.ready.remote(), _POOL_WAIT_S)
+    except Exception as error:
+        logger.warning("the evaluator pool is not ready, the engine starts without it: %r", error)
+
+
+def _on_this_machine(config: MemShareConfig) -> MemShareConfig:
+    """Tell the engine's process, which is not part of the Ray cluster, where that is."""
+    if config.evaluator.address is not None:
+        return config
+    address = ray.get_runtime_context().gcs_address
+    evaluator = config.evaluator.model_copy(update={"address": address})
+    return config.model_copy(update={"evaluator": evaluator})
+
+
+def _pin(args: ClusterArgs) -> None:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = core_lists(
+        available=sorted(os.sched_getaffinity(0)),
+        replica=serve.get_replica_context().rank.local_rank,
+        workers=args.engine.tensor_parallel_size,
+        cores=max(1, round(args.replica.cpus)),
+    )
+
+
+def core_lists(available: list[int], replica: int, workers: int, cores: int) -> str:
+    """Cores for the workers of one replica, in the form of ``VLLM_CPU_OMP_THREADS_BIND``.
+
+    Args:
+        available: ids of the machine's cores; when they run out, counting starts again.
+        replica: which replica of this machine, from 0.
+        workers: workers of one replica.
+        cores: cores of one worker.
+    """
+    first = replica * workers * cores
+    lists = [
+        [available[(first + w * cores + c) % len(available)] for c in range(cores)]
+        for w in range(workers)
+    ]
+    return "|".join(",".join(map(str, sorted(set(ids)))) for ids in lists)
