@@ -1,0 +1,64 @@
+# Everything starts here. A fresh machine needs Python >= 3.11 (with venv) and make.
+#
+#   make serve    set up, then serve a real model on http://127.0.0.1:8000
+#   make test     set up, then run every check and test
+#
+# Every target sets up what it needs; what is up to date is skipped at once.
+
+PYTHON      ?= python3
+ACCELERATOR ?= cpu
+CONFIG      ?= configs/cluster.yaml
+MODEL_TP    ?= 2
+
+BIN := .venv/bin
+# Runs a command of the venv with the process environment for local runs.
+RUN := $(BIN)/python tools/runtime_env.py
+
+.DEFAULT_GOAL := help
+# The order of prerequisites is the order of work, also under `make -j`.
+.NOTPARALLEL:
+.PHONY: help venv model serve test lint format test-unit test-engine test-cluster test-long clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## Create .venv and install everything (ACCELERATOR=cpu or gpu)
+	@$(PYTHON) tools/setup_env.py --accelerator $(ACCELERATOR)
+
+model: venv ## Prepare the small models in the user's cache
+	@$(RUN) memshare model
+	@$(RUN) memshare model --pad-heads-to $(MODEL_TP)
+
+serve: venv ## Serve a real model (CONFIG=configs/cluster.yaml); Ctrl-C stops it
+	@$(RUN) memshare model
+	@$(RUN) python tools/serve_local.py $(CONFIG)
+
+test: venv model lint test-unit test-engine test-cluster ## Run every check and test
+
+lint: venv ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-unit: venv ## Fast tests: no engine, no Ray
+	$(RUN) pytest -m "not engine and not cluster"
+
+test-engine: venv model ## Tests that start a real vLLM engine
+	$(RUN) pytest -m "engine and not cluster" --timeout 600
+
+test-cluster: venv model ## Tests that start Ray
+	$(RUN) pytest -m cluster --timeout 900
+
+test-long: venv ## Random schedules: 100,000 engine steps against vLLM's scheduler
+	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/engine/test_state_machine.py --timeout 3600
+
+clean: ## Remove caches, logs and builds
+	rm -rf build dist .run .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find memshare cluster tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Also remove the virtual environment
+	rm -rf .venv

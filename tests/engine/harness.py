@@ -1,0 +1,98 @@
+"""A real vLLM engine in this process, and a model that needs no weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from tools.plug_in import plug_in
+
+BLOCK = 32
+
+StartEngine = Callable[..., AbstractContextManager["Engine"]]
+
+
+class Engine:
+    """A vLLM engine, with or without MemShare."""
+
+    def __init__(self, model: str, memshare: dict[str, Any] | None, **options: Any) -> None:
+        from vllm import LLM
+
+        plugged = {} if memshare is None else plug_in(memshare)
+        settings = {
+            "max_model_len": 2048,
+            "block_size": BLOCK,
+            "enforce_eager": True,
+            "seed": 0,
+            # Twice as fast as bfloat16 on CPUs that only emulate it.
+            "dtype": "float32",
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(model, **settings | plugged | options)
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def side(self) -> Any:
+        return self.scheduler.connector.scheduler_side
+
+    @property
+    def totals(self) -> Counter[str]:
+        return Counter(self.side.journal.tally.totals)
+
+    def metric(self, name: str) -> float:
+        return sum(m.value for m in self.llm.get_metrics() if m.name == name)
+
+    def generate(
+        self, prompts: list[str], max_tokens: int, extra_args: dict[str, Any] | None = None
+    ) -> list[tuple[int, ...]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0, ignore_eos=True, extra_args=extra_args
+        )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    def is_clean(self) -> bool:
+        """All requests are done: free = total, and the prefix cache can be reset."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        all_free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        return all_free and self.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def write_tiny_model(folder: Path) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {char: token for token, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 258, "bos_token_id": 256,
+        "eos_token_id": 257, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

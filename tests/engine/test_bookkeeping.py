@@ -1,0 +1,114 @@
+"""Invariants on a real engine under real memory pressure, checked at every step (design: 1-6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.engine.harness import Engine, StartEngine
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+CHECKED = {"integrity": {"check_every": 1, "on_failure": "raise"}}
+LOOSE = {
+    "steps": {"similarity_threshold": 0.0, "min_tokens": 8, "max_tokens": 32, "max_matches": 4},
+    "distance": {"similarity_threshold": 0.0, "max_jobs_per_step": 64},
+    "protect": {"recent_tokens": 64},
+}
+POLICIES: dict[str, dict[str, Any]] = {
+    "oldest": CHECKED | {"policy": {"name": "oldest"}},
+    "random": CHECKED | {"policy": {"name": "random"}},
+    "paper": CHECKED | LOOSE | {"policy": {"name": "paper"}},
+    "paper, newest, eager": CHECKED
+    | LOOSE
+    | {"policy": {"name": "paper", "survivor": "newest"}, "trigger": {"kind": "eager"}},
+    "paper, tenant": CHECKED | LOOSE | {"policy": {"name": "paper"}, "scope": "tenant"},
+}
+PROMPTS = [f"Problem {i}: " + "add one to the number, " * 3 for i in range(16)]
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def engine(
+    request: pytest.FixtureRequest, start_engine: StartEngine, tiny: str
+) -> Iterator[Engine]:
+    options = {"load_format": "dummy", "num_gpu_blocks_override": 80}
+    with start_engine(tiny, POLICIES[request.param], **options) as engine:
+        yield engine
+
+
+def test_shares_under_pressure_and_leaves_nothing_behind(engine: Engine) -> None:
+    outputs = engine.generate(PROMPTS, max_tokens=320)
+    totals = engine.totals
+    assert all(len(tokens) == 320 for tokens in outputs)
+    assert totals["applied"] > 20
+    assert totals["blocks_reclaimed"] > 20
+    assert totals["integrity_checks:passed"] > 320
+    assert "integrity_checks:failed" not in totals
+    assert totals["remap_misses"] == 0
+    assert engine.is_clean()
+
+
+def test_every_pair_is_resolved_once(engine: Engine) -> None:
+    side = engine.side
+    if side.jobs is None:
+        pytest.skip("an on-demand policy has no candidates")
+    engine.generate(PROMPTS, max_tokens=200)
+    totals = engine.totals
+    assert totals["candidates"] > 0
+    dropped = sum(count for name, count in totals.items() if name.startswith("dropped:"))
+    # Matches whose requests are gone are dropped before they become candidates.
+    dropped -= totals["dropped:unknown_request"]
+    held = len(side.jobs) + side.jobs.running + len(side.reclaimer)
+    assert totals["compared"] == totals["verified"] + totals["rejected"]
+    assert totals["candidates"] == totals["rejected"] + totals["applied"] + dropped + held
+
+
+def test_aborts_in_the_middle(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    vllm = engine.llm.llm_engine
+    before = engine.totals["applied"]
+    for i, prompt in enumerate(PROMPTS):
+        params = SamplingParams(max_tokens=480, temperature=0, ignore_eos=True)
+        vllm.add_request(f"abort-{i}", prompt, params)
+    steps = 0
+    while vllm.has_unfinished_requests():
+        vllm.step()
+        steps += 1
+        if steps % 40 == 0:
+            vllm.abort_request([f"abort-{(steps // 40 * 7) % len(PROMPTS)}"])
+        if steps == 500:
+            vllm.abort_request([f"abort-{i}" for i in range(len(PROMPTS))])
+    assert engine.totals["applied"] > before
+    assert "integrity_checks:failed" not in engine.totals
+    assert engine.is_clean()
+    assert len(list(engine.side.roster)) == 0
+    assert engine.side.reclaimer.shared_entries == 0
+    assert len(engine.side.reclaimer) == 0
+
+
+def test_opted_out_requests_stay_exact(engine: Engine) -> None:
+    before = engine.totals
+    engine.generate(PROMPTS, max_tokens=160, extra_args={"memshare": "off"})
+    engine.generate(PROMPTS[:2], max_tokens=8, extra_args={"memshare_blok_threshold": 1})
+    after = engine.totals
+    assert after["applied"] == before["applied"]
+    assert after["opted_out:requested"] == len(PROMPTS)
+    assert after["opted_out:invalid_options"] == 2
+
+
+def test_prompt_logprobs_stay_exact(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    engine.llm.generate(PROMPTS[0], SamplingParams(max_tokens=4, prompt_logprobs=1), use_tqdm=False)
+    assert engine.totals["opted_out:prompt_logprobs"] == 1
+
+
+def test_a_check_on_demand_reaches_every_worker(engine: Engine) -> None:
+    before = engine.totals["integrity_checks:passed"]
+    answers = engine.llm.collective_rpc("check_memshare_integrity")
+    engine.generate(PROMPTS[:1], max_tokens=4)
+    assert all("requested" in answer for answer in answers)
+    assert engine.totals["integrity_checks:passed"] > before

@@ -1,0 +1,248 @@
+"""Arguments of the application: what is accepted, and what the errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from cluster.config import ClusterArgs, EngineConfig, ReplicaConfig, parse_cluster_args
+from cluster.replica import core_lists
+from memshare.config import ConfigError, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def parse(**args: object) -> ClusterArgs:
+    return parse_cluster_args({"model": "some/model", **args}, environ={})
+
+
+def application(name: str) -> dict[str, Any]:
+    """The arguments in a Ray Serve config file."""
+    (application,) = yaml.safe_load((CONFIGS / name).read_text())["applications"]
+    assert application["import_path"] == "cluster.app:build"
+    arguments: dict[str, Any] = application["args"]
+    return arguments
+
+
+# (section, field, wrong value, what the message must say besides field and value)
+WRONG: list[tuple[str, str, object, str]] = [
+    ("", "model", "", "at least 1 character"),
+    ("", "served_model_name", "", "at least 1 character"),
+    ("", "replicas", 0, "greater than or equal to 1"),
+    ("", "engine", 3, "EngineConfig"),
+    ("", "replica", "big", "ReplicaConfig"),
+    ("engine", "tensor_parallel_size", 0, "greater than or equal to 1"),
+    ("engine", "dtype", "int8", "'bfloat16'"),
+    ("engine", "max_model_len", 0, "greater than or equal to 1"),
+    ("engine", "block_size", "large", "valid integer"),
+    ("engine", "num_gpu_blocks_override", 1, "greater than or equal to 2"),
+    ("engine", "max_num_seqs", -3, "greater than or equal to 1"),
+    ("engine", "max_num_batched_tokens", 0, "greater than or equal to 1"),
+    ("engine", "gpu_memory_utilization", 1.5, "less than or equal to 1"),
+    ("engine", "enable_prefix_caching", "perhaps", "valid boolean"),
+    ("engine", "enforce_eager", "perhaps", "valid boolean"),
+    ("engine", "seed", -1, "greater than or equal to 0"),
+    ("engine", "load_format", "", "at least 1 character"),
+    ("engine", "distributed_executor_backend", "threads", "'ray'"),
+    ("engine", "extra", ["swap"], "valid dictionary"),
+    ("engine", "extra", {"max_logprobs": [1]}, "write lists and objects as JSON text"),
+    ("replica", "cpus", -1, "greater than or equal to 0"),
+    ("replica", "gpus", -1, "greater than or equal to 0"),
+    ("replica", "pin_cpus", "both", "valid boolean"),
+    ("replica", "env", ["A=1"], "valid dictionary"),
+    ("replica", "env", {"DEBUG": True}, "DEBUG = True is not text; put it in quotes"),
+    ("replica", "max_ongoing_requests", 0, "greater than or equal to 1"),
+    ("replica", "max_queued_requests", 0, "greater than or equal to 1"),
+    ("replica", "health_check_period_s", 0, "greater than 0"),
+    ("replica", "health_check_timeout_s", 0, "greater than 0"),
+    ("replica", "graceful_shutdown_timeout_s", -1, "greater than or equal to 0"),
+    ("memshare", "mode", "shar", "'observe'"),
+]
+
+
+@pytest.mark.parametrize(("section", "field", "value", "text"), WRONG)
+def test_a_wrong_value_is_named_with_its_fix(
+    section: str, field: str, value: object, text: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(**({section: {field: value}} if section else {field: value}))
+    message = str(caught.value)
+    assert section in message
+    assert f"{field} = {value!r}" in message
+    assert text in message
+    assert "fix: " in message
+
+
+def test_every_field_has_a_wrong_value_above() -> None:
+    tried = {(section, field) for section, field, _, _ in WRONG}
+    models: dict[str, type[BaseModel]] = {
+        "": ClusterArgs,
+        "engine": EngineConfig,
+        "replica": ReplicaConfig,
+    }
+    fields = {(section, field) for section, model in models.items() for field in model.model_fields}
+    assert fields - tried == {("", "memshare")}, "tested where it is defined"
+
+
+@pytest.mark.parametrize("model", [ClusterArgs, EngineConfig, ReplicaConfig])
+def test_every_field_is_documented(model: type[BaseModel]) -> None:
+    assert [n for n, field in model.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        ({"engin": {}}, "did you mean 'engine'?"),
+        ({"engine": {"max_seqs": 3}}, "did you mean 'max_num_seqs'?"),
+        ({"replica": {"gpu": 3}}, "did you mean 'gpus'?"),
+        ({"memshare": {"trigger": {"low_mark": 3}}}, "did you mean 'low_watermark'?"),
+    ],
+)
+def test_an_unknown_field_gets_a_hint(args: dict[str, object], hint: str) -> None:
+    with pytest.raises(ConfigError, match="there is no such field") as caught:
+        parse(**args)
+    assert hint in str(caught.value)
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model = .*Field required"):
+        parse_cluster_args({}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (
+            {"engine": {"tensor_parallel_size": 2}, "replica": {"gpus": 1}},
+            "fix: set replica.gpus to 2",
+        ),
+        (
+            {"engine": {"tensor_parallel_size": 2, "distributed_executor_backend": "uni"}},
+            "set 'mp', 'ray' or leave it out",
+        ),
+        ({"memshare": "share"}, "fix: write its fields below it"),
+    ],
+)
+def test_fields_that_contradict_each_other(args: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(**args)
+    assert text in str(caught.value)
+
+
+def test_memshare_follows_its_own_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "memshare.yaml"
+    file.write_text("mode: observe\nscope: tenant\nbudget: {max_shared_fraction: 0.1}\n")
+    environ = {"MEMSHARE_CONFIG": str(file), "MEMSHARE_SCOPE": "request"}
+    explicit = {"budget": {"max_shared_fraction": 0.2}}
+    config = parse_cluster_args({"model": "m", "memshare": explicit}, environ).memshare
+    assert (config.mode, config.scope) == ("observe", "request")
+    assert config.budget.max_shared_fraction == 0.2
+
+
+def test_yaml_off_means_off() -> None:
+    args = parse(memshare=yaml.safe_load("mode: off"))
+    assert not args.uses_memshare
+    assert not args.uses_pool
+
+
+def test_numbers_in_the_environment_become_text() -> None:
+    assert parse(replica={"env": {"A": 1, "B": "2"}}).replica.env == {"A": "1", "B": "2"}
+
+
+@pytest.mark.parametrize(
+    ("memshare", "needed"),
+    [
+        ({"evaluator": {"source": "ray"}, "policy": {"name": "paper"}}, True),
+        ({"evaluator": {"source": "ray"}, "policy": {"name": "oldest"}}, False),
+        ({"evaluator": {"source": "in_process"}}, False),
+    ],
+)
+def test_the_pool_is_deployed_when_stage_one_needs_it(
+    memshare: dict[str, object], needed: bool
+) -> None:
+    assert parse(memshare=memshare).uses_pool is needed
+
+
+@pytest.mark.parametrize(
+    ("replica", "workers", "cores", "lists"),
+    [
+        (0, 1, 1, "0"),
+        (1, 1, 1, "1"),
+        (2, 1, 1, "2"),
+        (4, 1, 1, "0"),
+        (0, 2, 1, "0|1"),
+        (1, 2, 1, "2|3"),
+        (1, 1, 2, "2,3"),
+        (0, 1, 8, "0,1,2,3"),
+    ],
+)
+def test_replicas_get_cores_of_their_own(
+    replica: int, workers: int, cores: int, lists: str
+) -> None:
+    assert core_lists([0, 1, 2, 3], replica, workers, cores) == lists
+
+
+def test_the_cpu_file_is_what_the_readme_promises() -> None:
+    args = parse_cluster_args(application("cluster.yaml"), environ={})
+    assert (args.model, args.public_name, args.replicas) == ("smollm2-135m", "smollm2", 1)
+    assert (args.memshare.mode, args.memshare.trigger.kind) == ("share", "pressure")
+    assert args.uses_pool
+    assert args.replica.gpus == 0
+
+
+def test_the_gpu_file_reserves_a_gpu_for_each_worker() -> None:
+    args = parse_cluster_args(application("gpu.yaml"), environ={})
+    assert args.replica.gpus == args.engine.tensor_parallel_size == 2
+    assert args.memshare.mode == "share"
+
+
+def test_the_observe_file_changes_nothing() -> None:
+    assert load_config({"config": str(CONFIGS / "observe.yaml")}, {}).mode == "observe"
+
+
+def test_the_paper_file_is_the_paper() -> None:
+    config = load_config({"config": str(CONFIGS / "paper.yaml")}, {})
+    assert (config.policy.name, config.trigger.kind) == ("paper", "eager")
+    assert (config.distance.norm, config.distance.layers) == ("paper", "all")
+    assert config.steps.similarity_threshold == 0.9
+    assert config.distance.similarity_threshold == 0.8
+    assert config.protect.recent_tokens == 0
+
+
+def test_what_may_be_a_key_is_not_logged() -> None:
+    from cluster.app import _without_secrets
+    from cluster.config import ClusterArgs
+
+    cluster = ClusterArgs.model_validate(
+        {
+            "model": "m",
+            "replica": {"env": {"HF_TOKEN": "hf_1"}},
+            "engine": {"extra": {"api_key": "sk-1", "max_logprobs": 5}},
+        }
+    )
+    logged = _without_secrets(cluster).model_dump_json()
+    assert "hf_1" not in logged
+    assert "sk-1" not in logged
+    assert "HF_TOKEN" in logged
+    assert '"max_logprobs":5' in logged
+    assert cluster.replica.env == {"HF_TOKEN": "hf_1"}
+
+
+def test_the_demo_differs_from_the_default_in_memshare_alone() -> None:
+    default, demo = (
+        yaml.safe_load((CONFIGS / name).read_text()) for name in ("cluster.yaml", "demo.yaml")
+    )
+    for document in (default, demo):
+        document["applications"][0]["args"].pop("memshare")
+    assert demo == default
+
+
+def test_replicas_do_not_share_an_event_log(tmp_path: Path) -> None:
+    log = {"event_log": str(tmp_path / "events.jsonl")}
+    assert parse(memshare=log).memshare.event_log is not None
+    with pytest.raises(ConfigError, match=r"memshare.event_log = .*2 replicas"):
+        parse(memshare=log, replicas=2)

@@ -1,0 +1,417 @@
+"""The configuration: every field refuses what is wrong, from every place that it can come from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from memshare.config import (
+    ConfigError,
+    MemShareConfig,
+    OldestParams,
+    RandomParams,
+    load_config,
+)
+
+NAN, INF = float("nan"), float("inf")
+NO_NUMBERS = ["x", [], {}, None, True, NAN]
+NO_FRACTIONS = [-0.01, 1.01, *NO_NUMBERS]
+NO_COUNTS = [0, -1, 1.5, INF, *NO_NUMBERS]  # counts that begin at 1
+NO_WORDS = ["x", "", 1, [], None, True]
+
+# Per field, values that it must refuse. A field added later fails a test until it is added here.
+BAD: dict[str, list[object]] = {
+    "mode": [*NO_WORDS, "ON"],
+    "policy": ["paper", 1, [], None, True],
+    "policy.name": ["x", "", 1, ["paper"], None],
+    "policy[paper].survivor": NO_WORDS,
+    "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
+    "trigger": ["eager", 1, [], None, True],
+    "trigger.kind": NO_WORDS,
+    "trigger.low_watermark": NO_FRACTIONS,
+    "trigger.high_watermark": NO_FRACTIONS,
+    "admission": ["x", 1, [], None, True],
+    "admission.lookahead_tokens": [-1, 1.5, *NO_NUMBERS],
+    "admission.hold_steps": NO_COUNTS,
+    "steps": ["x", 1, [], None, True],
+    "steps.delimiters": ["\n\n", 5, [], [""], ["\n", 5], None, {}],
+    "steps.min_tokens": NO_COUNTS,
+    "steps.max_tokens": [7, *NO_COUNTS],
+    "steps.similarity_threshold": NO_FRACTIONS,
+    "steps.max_matches": [65, *NO_COUNTS],
+    "steps.max_history": [1, *NO_COUNTS],
+    "distance": ["x", 1, [], None, True],
+    "distance.norm": NO_WORDS,
+    "distance.tensors": NO_WORDS,
+    "distance.layers": NO_COUNTS,
+    "distance.similarity_threshold": NO_FRACTIONS,
+    "distance.max_jobs_per_step": [4097, *NO_COUNTS],
+    "distance.max_waiting": NO_COUNTS,
+    "protect": ["all", 1, [], None, True],
+    "protect.prompt_tokens": [-1, 1.5, *NO_NUMBERS],
+    "protect.recent_tokens": [-1, 1.5, *NO_NUMBERS],
+    "budget": ["x", 1, [], None, True],
+    "budget.max_shared_fraction": NO_FRACTIONS,
+    "scope": NO_WORDS,
+    "evaluator": ["ray", 1, [], None, True],
+    "evaluator.source": NO_WORDS,
+    "evaluator.queue_size": NO_COUNTS,
+    "evaluator.max_requests": NO_COUNTS,
+    "evaluator.address": [5, [], {}, True, "auto", "ray://head:10001", "head"],
+    "evaluator.namespace": ["", 5, [], None, True],
+    "evaluator.actors": [1025, *NO_COUNTS],
+    "evaluator.cpus_per_actor": [-0.1, INF, *NO_NUMBERS],
+    "evaluator.max_pending_calls": NO_COUNTS,
+    "evaluator.call_timeout_s": [0, -1.0, INF, *NO_NUMBERS],
+    "evaluator.retry_after_s": [0, -1.0, INF, *NO_NUMBERS],
+    "integrity": ["x", 1, [], None, True],
+    "integrity.check_every": [-1, 1.5, *NO_NUMBERS],
+    "integrity.on_failure": NO_WORDS,
+    "event_log": [5, [], {}, True],
+}
+
+
+def models_in(field: FieldInfo) -> list[type[BaseModel]]:
+    options = get_args(field.annotation) or (field.annotation,)
+    return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+
+
+def tag_of(variant: type[BaseModel]) -> str:
+    """The name by which a user chooses this variant."""
+    (name,) = get_args(variant.model_fields["name"].annotation)
+    return name
+
+
+def sections(
+    model: type[BaseModel] = MemShareConfig, path: str = ""
+) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section, by the path of its fields: ``""``, ``trigger.``, ``policy[paper].``."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        variants = models_in(field)
+        for variant in variants:
+            tag = f"[{tag_of(variant)}]" if len(variants) > 1 else ""
+            yield from sections(variant, f"{path}{name}{tag}.")
+
+
+SECTIONS = dict(sections())
+
+
+def plain(path: str) -> str:
+    """A field's path as a user writes it."""
+    return re.sub(r"\[\w+\]", "", path)
+
+
+def nested(path: str, value: object) -> dict[str, Any]:
+    """``policy[random].seed`` -> ``{"policy": {"name": "random", "seed": value}}``."""
+    *outer, name = path.split(".")
+    result: dict[str, Any] = {name: value}
+    for section in reversed(outer):
+        key, _, variant = section.rstrip("]").partition("[")
+        result = {key: ({"name": variant} if variant else {}) | result}
+    return result
+
+
+Source = Callable[[Path, str, object], MemShareConfig]
+
+
+def from_options(_: Path, path: str, value: object) -> MemShareConfig:
+    return load_config(nested(path, value), {})
+
+
+def from_yaml(folder: Path, path: str, value: object) -> MemShareConfig:
+    file = folder / "memshare.yaml"
+    file.write_text(yaml.safe_dump(nested(path, value)))
+    return load_config(None, {"MEMSHARE_CONFIG": str(file)})
+
+
+def from_environment(_: Path, path: str, value: object) -> MemShareConfig:
+    variables: dict[str, str] = {}
+
+    def spell(prefix: str, fields: dict[str, Any]) -> None:
+        for name, inner in fields.items():
+            key = f"{prefix}{name.upper()}"
+            if isinstance(inner, dict) and inner:
+                spell(f"{key}__", inner)
+            else:
+                variables[key] = yaml.safe_dump(inner).removesuffix("...\n")
+
+    spell("MEMSHARE_", nested(path, value))
+    return load_config({}, variables)
+
+
+SOURCES: dict[str, Source] = {
+    "options": from_options,
+    "yaml": from_yaml,
+    "environment": from_environment,
+}
+sources = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+
+
+def assert_refused(
+    source: Source, folder: Path, path: str, value: object, unknown: bool = False
+) -> None:
+    """The error names the dotted field, the value, and what to do."""
+    with pytest.raises(ConfigError) as caught:
+        source(folder, path, value)
+    head, *rest = str(caught.value).splitlines()
+    assert head.startswith("MemShare configuration is not valid (")
+    lines = list(zip(rest[::2], rest[1::2], strict=True))
+    assert lines
+    expected = [f"  {plain(path)} = {value!r}: "]
+    if isinstance(value, list):  # the error may be one element's
+        expected += [f"  {plain(path)}[{i}] = {item!r}: " for i, item in enumerate(value)]
+    for line, fix in lines:
+        (start,) = (text for text in expected if line.startswith(text))
+        assert len(line) > len(start)
+        assert fix.startswith("    fix: ")
+        assert len(fix) > len("    fix: give it")
+        assert unknown == ("there is no such field" in line)
+
+
+# ---- every field ----
+
+
+def test_every_field_has_bad_values() -> None:
+    fields = {path + name for path, model in SECTIONS.items() for name in model.model_fields}
+    # The name of a variant is the same field in all of them.
+    fields = {
+        "policy.name" if f.startswith("policy[") and f.endswith("].name") else f for f in fields
+    }
+    assert fields == BAD.keys()
+    assert all(BAD.values())
+
+
+@sources
+@pytest.mark.parametrize("path", BAD)
+def test_a_wrong_value_is_refused(source: Source, path: str, tmp_path: Path) -> None:
+    for value in BAD[path]:
+        assert_refused(source, tmp_path, path, value)
+
+
+@sources
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_unknown_name_is_refused(source: Source, section: str, tmp_path: Path) -> None:
+    assert_refused(source, tmp_path, f"{section}no_such_thing", 1, unknown=True)
+    assert_refused(source, tmp_path, f"{section}zz", {"a": 1}, unknown=True)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_misspelt_name_is_put_right(section: str) -> None:
+    for name in SECTIONS[section].model_fields:
+        with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
+            load_config(nested(f"{section}{name}x", 1), {})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_says_what_it_is(section: str) -> None:
+    for name, field in SECTIONS[section].model_fields.items():
+        if name == "name":
+            continue
+        assert field.description, f"{section}{name} has no docstring"
+        assert not field.is_required(), f"{section}{name} has no default"
+
+
+@sources
+def test_every_default_can_be_given_back(source: Source, tmp_path: Path) -> None:
+    """Negative control of the tests above: what is right passes, from everywhere."""
+    for section, model in SECTIONS.items():
+        for name, field in model.model_fields.items():
+            value = field.get_default()
+            if name == "name" or isinstance(value, BaseModel):
+                continue
+            value = list(value) if isinstance(value, tuple) else value
+            config = source(tmp_path, section + name, value)
+            for part in plain(section).split(".")[:-1]:
+                config = getattr(config, part)
+            assert getattr(config, name) == field.get_default()
+
+
+@sources
+def test_every_policy_can_be_named(source: Source, tmp_path: Path) -> None:
+    policies = models_in(MemShareConfig.model_fields["policy"])
+    assert len(policies) > 1
+    for params in policies:
+        assert type(source(tmp_path, "policy.name", tag_of(params)).policy) is params
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    faults = {
+        "mode": "x",
+        "trigger": {"kind": "y", "z": 1},
+        "policy": {"name": "random", "seed": -1},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_config(faults, {})
+    for name in ("mode = 'x'", "trigger.kind = 'y'", "trigger.z = 1", "policy.seed = -1"):
+        assert name in str(caught.value)
+
+
+def test_names_that_are_no_text() -> None:
+    with pytest.raises(ConfigError, match=r"trigger\.1 = .*Keys should be strings"):
+        load_config({"trigger": {1: 2}}, {})
+
+
+# ---- cross-field checks ----
+
+
+@sources
+def test_watermarks_must_be_in_order(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"trigger = .*high_watermark \(0\.1\).*low_watermark \(0\.2\)"
+    ):
+        source(tmp_path, "trigger.low_watermark", 0.2)
+    assert source(tmp_path, "trigger.low_watermark", 0.1).trigger.high_watermark == 0.1
+
+
+@sources
+def test_step_lengths_must_be_in_order(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"steps = .*max_tokens \(256\).*min_tokens \(257\)"):
+        source(tmp_path, "steps.min_tokens", 257)
+    assert source(tmp_path, "steps.min_tokens", 256).steps.max_tokens == 256
+
+
+# ---- YAML ----
+
+
+@pytest.mark.parametrize(("word", "mode"), [("off", "off"), ("'off'", "off"), ("share", "share")])
+def test_mode_off_means_off(word: str, mode: str, tmp_path: Path) -> None:
+    file = tmp_path / "memshare.yaml"
+    file.write_text(f"mode: {word}\n")
+    assert load_config({"config": str(file)}, {}).mode == mode
+    assert load_config({}, {"MEMSHARE_MODE": word}).mode == mode
+
+
+def test_mode_on_is_no_mode(tmp_path: Path) -> None:
+    file = tmp_path / "memshare.yaml"
+    file.write_text("mode: on\n")
+    with pytest.raises(ConfigError, match=r"mode = True: .*'observe' or 'share'"):
+        load_config({"config": str(file)}, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"mode: [", "is not YAML"),
+        (b"mode: \xff", "is not YAML"),
+        (b"mode: \x00", "is not YAML"),
+        (b"- mode", "holds a list"),
+        (b"observe", "holds a str"),
+    ],
+)
+def test_a_file_that_is_no_configuration(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "memshare.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"(?s)memshare.yaml' {says}.*fix: "):
+        load_config({"config": str(file)}, {})
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.yaml"):
+        with pytest.raises(
+            ConfigError, match=f"{path}' cannot be read: [^§]*fix: correct the path"
+        ):
+            load_config(None, {"MEMSHARE_CONFIG": str(path)})
+
+
+@pytest.mark.parametrize("content", ["", "# only a comment\n"])
+def test_an_empty_file_changes_nothing(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "memshare.yaml"
+    file.write_text(content)
+    assert load_config({"config": file}, {}) == MemShareConfig()
+
+
+def test_an_empty_path_names_no_file() -> None:
+    assert load_config({"config": None}, {"MEMSHARE_CONFIG": ""}) == MemShareConfig()
+
+
+# ---- precedence ----
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "memshare.yaml"
+    path.write_text(
+        "mode: observe\n"
+        "trigger: {kind: eager, low_watermark: 0.01, high_watermark: 0.02}\n"
+        "policy: {name: random, seed: 7}\n"
+    )
+    return path
+
+
+def test_a_later_source_wins_field_by_field(file: Path) -> None:
+    environment = {
+        "MEMSHARE_CONFIG": str(file),
+        "MEMSHARE_MODE": "share",
+        "MEMSHARE_TRIGGER__LOW_WATERMARK": "0.03",
+        "MEMSHARE_TRIGGER__HIGH_WATERMARK": "4e-2",
+        "UNRELATED": "1",
+    }
+    config = load_config({"trigger": {"high_watermark": 0.5}}, environment)
+    assert config.mode == "share", "environment over file"
+    assert config.trigger.kind == "eager", "file over default"
+    assert config.trigger.low_watermark == 0.03
+    assert config.trigger.high_watermark == 0.5, "explicit over environment"
+    assert config.steps == MemShareConfig().steps
+    without = load_config({}, environment)
+    assert without.trigger.high_watermark == 0.04
+    assert without.policy == RandomParams(name="random", seed=7)
+
+
+def test_the_option_config_wins_over_the_variable(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("mode: off\n")
+    config = load_config({"config": str(other)}, {"MEMSHARE_CONFIG": str(file)})
+    assert config == MemShareConfig(mode="off"), "one file is read, not both"
+
+
+def test_another_policy_replaces_the_section(file: Path) -> None:
+    environment = {"MEMSHARE_CONFIG": str(file)}
+    assert load_config({"policy": {"name": "oldest"}}, environment).policy == OldestParams(
+        name="oldest"
+    ), "the seed of `random` must not be left over"
+    same = load_config({"policy": {"name": "random"}}, environment).policy
+    assert same == RandomParams(name="random", seed=7), "the same policy keeps its parameters"
+    seed = load_config({}, environment | {"MEMSHARE_POLICY__SEED": "8"}).policy
+    assert seed == RandomParams(name="random", seed=8)
+
+
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in [key for key in os.environ if key.startswith("MEMSHARE_")]:
+        monkeypatch.delenv(key)
+    assert load_config() == MemShareConfig()
+    monkeypatch.setenv("MEMSHARE_SCOPE", "tenant")
+    assert load_config().scope == "tenant"
+    assert load_config({}, {}).scope == "request"
+
+
+def test_the_error_says_where_the_values_came_from(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"scope": "x"}, {"MEMSHARE_CONFIG": str(file)})
+    assert str(caught.value).splitlines()[0].endswith(f"({file}, explicit options):")
+
+
+def test_nothing_that_was_passed_in_is_changed(file: Path) -> None:
+    options: dict[str, Any] = {"config": str(file), "trigger": {"kind": "eager"}}
+    environment = {"MEMSHARE_TRIGGER__LOW_WATERMARK": "0.001"}
+    load_config(options, environment)
+    assert options == {"config": str(file), "trigger": {"kind": "eager"}}
+    assert environment == {"MEMSHARE_TRIGGER__LOW_WATERMARK": "0.001"}
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        MemShareConfig().trigger.kind = "eager"  # type: ignore[misc]
+
+
+def test_a_section_given_as_a_number_is_not_hidden_by_a_later_source() -> None:
+    with pytest.raises(ConfigError, match="steps = 5"):
+        load_config({"steps": {"min_tokens": 4}}, {"MEMSHARE_STEPS": "5"})

@@ -1,0 +1,166 @@
+"""The documentation says what the code does: names, links, examples, the generated page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+import yaml
+
+from cluster.config import parse_cluster_args
+from memshare.config import ENV_PREFIX, load_config
+from memshare.events import EventKind
+from memshare.request_options import RequestOptions
+from memshare.stats import COUNTERS, GAUGES, LABELLED, DropReason
+from tools.make_config_docs import PAGE, anchor, render
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+# Histograms are named where they are made, in a module that cannot be imported without vLLM.
+METRICS = (ROOT / "memshare" / "engine" / "metrics.py").read_text(encoding="utf-8")
+HISTOGRAMS = set(re.findall(r'name=f"\{PREFIX\}(\w+)"', METRICS))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+TRANSFER = re.compile(r"--kv-transfer-config '(.*?)'", re.DOTALL)
+VARIABLE = re.compile(rf"\b({ENV_PREFIX}\w+)=(\S+)")
+FIRST_CELL = re.compile(r"^\| `([\w:]+)` \|", re.MULTILINE)
+
+
+class Example(NamedTuple):
+    """A fenced block."""
+
+    page: str
+    language: str
+    text: str
+
+
+def examples(*languages: str) -> Iterator[Example]:
+    for page in PAGES:
+        for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language in languages:
+                yield Example(page.name, language, text)
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def section(page: str, heading: str) -> str:
+    """Text below ``heading``, up to the next one of any level."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    _, found, rest = text.partition(f"# {heading}\n")
+    assert found, f"{page} has no heading {heading!r}"
+    return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def table_after(text: str, lead: str) -> set[str]:
+    """First cells of the table that follows ``lead``."""
+    _, found, rest = text.partition(lead)
+    assert found, lead
+    return set(FIRST_CELL.findall(rest.strip().partition("\n\n")[0]))
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: python tools/make_config_docs.py"
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
+    exist = {f"vllm:memshare_{name}_total" for name in (*COUNTERS, *LABELLED)}
+    assert HISTOGRAMS
+    exist |= {f"vllm:memshare_{name}" for name in (*GAUGES, *HISTOGRAMS)}
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    assert set(FIRST_CELL.findall(page)) >= exist
+    for file in PAGES:
+        named = set(re.findall(r"vllm:memshare_\w+", file.read_text(encoding="utf-8")))
+        assert named - {"vllm:memshare_"} <= exist, file.name
+
+
+def test_every_drop_reason_and_event_is_documented() -> None:
+    counters = section("metrics.md", "Counters with a label")
+    reasons = table_after(counters, "Reasons of `vllm:memshare_dropped_total`:\n")
+    assert reasons == set(get_args(DropReason))
+    log = section("metrics.md", "The event log")
+    assert set(FIRST_CELL.findall(log)) == set(get_args(EventKind))
+
+
+def test_the_readme_lists_every_request_option() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(RequestOptions.model_fields) <= set(FIRST_CELL.findall(readme))
+
+
+def anchors(page: Path) -> set[str]:
+    return {anchor(heading) for heading in HEADING.findall(prose(page))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_resolves(page: Path) -> None:
+    links = LINK.findall(prose(page))
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not fragment or fragment in anchors(target), link
+
+
+def check_transfer_config(value: dict[str, Any]) -> None:
+    assert value["kv_connector"] == "MemShareConnector"
+    assert value["kv_connector_module_path"] == "memshare.engine.connector"
+    assert value["kv_role"] == "kv_producer"
+    assert len(value) - ("kv_connector_extra_config" in value) == 3, "an unknown key"
+    load_config(value.get("kv_connector_extra_config"), environ={})
+
+
+@pytest.mark.parametrize("example", list(examples("yaml", "json")), ids=lambda e: e.page)
+def test_every_configuration_example_is_valid(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    value = yaml.safe_load(example.text)  # JSON is YAML
+    if example.language == "json":
+        value = json.loads(example.text)
+    if "applications" in value:
+        for application in value["applications"]:
+            assert application["import_path"] == "cluster.app:build"
+            parse_cluster_args(application["args"], environ={})
+    elif "kv_connector" in value:
+        check_transfer_config(value)
+    else:
+        load_config(value, environ={})
+
+
+@pytest.mark.parametrize("example", list(examples("sh")), ids=lambda e: e.page)
+def test_every_configuration_on_a_command_line_is_valid(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for value in TRANSFER.findall(example.text):
+        check_transfer_config(json.loads(value))
+    load_config(environ=dict(VARIABLE.findall(example.text)))
+
+
+def test_the_three_ways_to_write_a_configuration_mean_the_same() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    written: dict[str, str] = dict(FENCE.findall(page))
+    from_file = load_config(yaml.safe_load(written["yaml"]), environ={})
+    from_environment = load_config(environ=dict(VARIABLE.findall(written["sh"])))
+    explicit = json.loads(written["json"])["kv_connector_extra_config"]
+    assert from_file == from_environment == load_config(explicit, environ={})
+    assert from_file != load_config(environ={}), "the example changes something"
+
+
+def test_the_checks_see_the_examples() -> None:
+    """Negative control of the patterns above."""
+    assert len(list(examples("yaml", "json"))) >= 4
+    shell = "".join(example.text for example in examples("sh"))
+    assert len(TRANSFER.findall(shell)) >= 3
+    assert len(VARIABLE.findall(shell)) >= 8

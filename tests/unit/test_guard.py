@@ -1,0 +1,52 @@
+"""The guard against orphans, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Stands for a replica: guards itself, starts an "engine", tells its process id, and waits.
+REPLICA = """
+import subprocess, time
+from cluster.guard import leave_no_orphans
+leave_no_orphans()
+print(subprocess.Popen(["sleep", "3600"]).pid, flush=True)
+{then}
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("end", ["by itself", "SIGTERM", "SIGKILL"])
+def test_the_engine_ends_with_the_replica(end: str) -> None:
+    then = "" if end == "by itself" else "time.sleep(3600)"
+    replica = subprocess.Popen(
+        [sys.executable, "-c", REPLICA.format(then=then)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert replica.stdout is not None
+    engine = int(replica.stdout.readline())
+    if end != "by itself":
+        assert is_running(engine)
+        os.kill(replica.pid, signal.Signals[end])
+    replica.wait(timeout=20)
+    deadline = time.monotonic() + 20
+    while is_running(engine) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(engine)

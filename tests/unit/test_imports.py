@@ -1,0 +1,49 @@
+"""Who may import what: the library never Ray, and only the engine part vLLM."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import memshare
+
+PACKAGE = Path(memshare.__file__).parent
+LIGHT = ["config", "request_options", "evaluate", "bridge", "steps", "vocabulary", "policy.base"]
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level packages that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_only_the_engine_part_imports_vllm_and_nothing_imports_ray() -> None:
+    files = list(PACKAGE.rglob("*.py"))
+    assert len(files) > 20
+    for file in files:
+        names = imported(file)
+        assert names.isdisjoint({"ray", "cluster"}), file
+        assert "vllm" not in names or file.is_relative_to(PACKAGE / "engine"), file
+    # Negative control: the look through the files does see such imports.
+    assert any("vllm" in imported(file) for file in (PACKAGE / "engine").glob("*.py"))
+
+
+def test_stage_one_loads_neither_torch_nor_ray_nor_vllm() -> None:
+    """Evaluator actors and the command line start in a moment, and by the hundred."""
+    code = f"import sys; import {', '.join('memshare.' + name for name in LIGHT)}; "
+    code += "sys.exit(', '.join({'torch', 'ray', 'vllm', 'numba'} & set(sys.modules)) or None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,175 @@
+"""Policies: what they choose is always possible, and is what their names say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memshare import config, policy
+from memshare.config import OldestParams, PaperParams, RandomParams
+from memshare.evaluate import Span
+from memshare.policy import load_policy
+from memshare.policy.base import BlockRef, DemandPolicy, StagedPolicy, Victim
+from memshare.policy.oldest import OldestPolicy
+from memshare.policy.paper import PaperPolicy
+from memshare.policy.random import RandomPolicy
+
+BLOCK = 16
+
+
+@dataclass
+class View:
+    """A request's blocks as the engine shows them; ``taken`` were re-pointed already."""
+
+    first: int
+    end: int
+    full: int
+    budget: int
+    taken: set[int] = field(default_factory=set)
+    shared: frozenset[int] = frozenset()  # not the request's alone: freeing them frees nothing
+
+    def is_target(self, index: int) -> bool:
+        assert self.first <= index < self.end, "asked about a protected block"
+        return index not in self.taken and index not in self.shared
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    full = draw(st.integers(0, 40))
+    first = draw(st.integers(0, 45))
+    end = draw(st.integers(0, full))
+    indices = st.sets(st.integers(0, 40))
+    budget = draw(st.integers(0, full))
+    return View(first, end, full, budget, draw(indices), frozenset(draw(indices)))
+
+
+DEMAND = st.one_of(
+    st.builds(lambda: load_policy(OldestParams(name="oldest"))),
+    st.builds(lambda s: load_policy(RandomParams(name="random", seed=s)), st.integers(0, 99)),
+)
+
+
+@given(DEMAND, views())
+def test_every_choice_is_possible(demand: DemandPolicy, view: View) -> None:
+    targets = {i for i in range(view.first, view.end) if view.is_target(i)}
+    while (victim := demand.choose(view)) is not None:
+        assert victim.target in targets, "protected, shared, or taken before"
+        assert view.first <= victim.donor < view.full
+        assert victim.donor != victim.target
+        targets.remove(victim.target)
+        view.taken.add(victim.target)
+    # It gives up only when no block is left, or none that could stand in.
+    assert not targets or view.full - view.first < 2 or targets == {view.full - 1}
+
+
+def choices(demand: DemandPolicy, view: View, count: int) -> list[Victim]:
+    victims: list[Victim] = []
+    while len(victims) < count and (victim := demand.choose(view)) is not None:
+        victims.append(victim)
+        view.taken.add(victim.target)
+    return victims
+
+
+@given(views())
+def test_oldest_takes_ascending(view: View) -> None:
+    expected = [i for i in range(view.first, view.end) if view.is_target(i)]
+    victims = choices(OldestPolicy(OldestParams(name="oldest")), view, 100)
+    assert [v.target for v in victims] == expected[: len(victims)]
+    assert all(v.donor > v.target for v in victims), "what stays is newer"
+
+
+@given(st.integers(0, 10), st.integers(1, 20), st.integers(0, 20))
+def test_oldest_gives_every_donor_one_victim_where_there_is_room(
+    first: int, budget: int, more: int
+) -> None:
+    full = first + 2 * budget + more
+    view = View(first, full, full, budget)
+    victims = choices(OldestPolicy(OldestParams(name="oldest")), view, budget)
+    donors = {v.donor for v in victims}
+    assert len(victims) == len(donors) == budget
+    assert donors.isdisjoint(v.target for v in victims)
+
+
+def test_random_repeats_with_its_seed_and_differs_without() -> None:
+    def draw(seed: int) -> list[Victim]:
+        demand = RandomPolicy(RandomParams(name="random", seed=seed))
+        return choices(demand, View(2, 50, 60, 30), 20)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    targets = [v.target for v in draw(1)]
+    assert targets != sorted(targets), "random must not be oldest by another name"
+
+
+def test_random_draws_every_block() -> None:
+    demand = RandomPolicy(RandomParams(name="random"))
+    seen = {demand.choose(View(2, 6, 8, 4)) for _ in range(2000)}
+    assert {(v.target, v.donor) for v in seen if v} == {
+        (t, d) for t in range(2, 6) for d in range(2, 8) if t != d
+    }
+
+
+@st.composite
+def span_pairs(draw: st.DrawFn) -> tuple[Span, Span]:
+    """A step and an earlier one of the same or of another request."""
+    start = draw(st.integers(0, 200))
+    earlier = Span("a", 0, start, start + draw(st.integers(1, 100)))
+    if draw(st.booleans()):
+        start = earlier.end + draw(st.integers(0, 100))
+        return Span("a", 0, start, start + draw(st.integers(1, 100))), earlier
+    start = draw(st.integers(0, 200))
+    return Span("b", 0, start, start + draw(st.integers(1, 100))), earlier
+
+
+def blocks_of(span: Span) -> list[int]:
+    """Blocks that hold a token of ``span``, by looking at each token."""
+    return sorted({token // BLOCK for token in range(span.start, span.end)})
+
+
+@given(span_pairs())
+def test_paper_pairs_kth_with_kth(pair: tuple[Span, Span]) -> None:
+    later, earlier = pair
+    expected = [
+        (BlockRef(later, i), BlockRef(earlier, j))
+        for i, j in zip(blocks_of(later), blocks_of(earlier), strict=False)
+        if (later.request_id, i) != (earlier.request_id, j)
+    ]
+    oldest = PaperPolicy(PaperParams(name="paper", survivor="oldest"))
+    newest = PaperPolicy(PaperParams(name="paper", survivor="newest"))
+    assert [(p.target, p.donor) for p in oldest.propose(later, earlier, BLOCK)] == expected
+    assert [(p.donor, p.target) for p in newest.propose(later, earlier, BLOCK)] == expected
+
+
+@pytest.mark.parametrize("survivor", ["oldest", "newest"])
+def test_paper_never_pairs_a_block_with_itself(survivor: str) -> None:
+    staged = PaperPolicy(PaperParams.model_validate({"name": "paper", "survivor": survivor}))
+    earlier, later = Span("a", 0, 2 * BLOCK, 2 * BLOCK + 4), Span("a", 0, 2 * BLOCK + 4, 3 * BLOCK)
+    assert list(staged.propose(later, earlier, BLOCK)) == []
+    # Negative control: the same positions of two requests are different blocks.
+    other = earlier._replace(request_id="b")
+    assert len(list(staged.propose(later, other, BLOCK))) == 1
+
+
+def test_less_similar_means_more_damage() -> None:
+    staged = PaperPolicy(PaperParams(name="paper"))
+    assert staged.damage(1.0) == 0.0 < staged.damage(0.8) < staged.damage(0.2)
+
+
+def test_every_policy_of_the_configuration_can_be_built() -> None:
+    union = get_args(get_args(config.PolicyParams)[0])
+    built = {}
+    for params in union:
+        (name,) = get_args(params.model_fields["name"].annotation)
+        built[name] = load_policy(params(name=name))
+        assert isinstance(built[name], StagedPolicy | DemandPolicy)
+    assert built.keys() == policy._POLICIES.keys()
+    assert len({type(p) for p in built.values()}) == len(built)
+    # The configuration says by itself, without importing a policy, which ones need the stages.
+    for params in union:
+        (name,) = get_args(params.model_fields["name"].annotation)
+        cfg = config.MemShareConfig(policy=params(name=name))
+        assert cfg.uses_stages == isinstance(built[name], StagedPolicy)

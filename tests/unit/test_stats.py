@@ -1,0 +1,122 @@
+"""Tallies, and the payloads that carry them between processes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memshare.stats import (
+    COUNTERS,
+    DISTANCE_BUCKETS,
+    GAUGES,
+    LABELLED,
+    LAG_BUCKETS,
+    DropReason,
+    Payload,
+    Tally,
+    empty_payload,
+    merge_payloads,
+)
+
+NAMES = st.sampled_from(sorted(COUNTERS))
+FAMILIES = st.sampled_from(sorted(LABELLED))
+REASONS = st.sampled_from(get_args(DropReason))
+NUMBERS = st.floats(0, 10)
+Act = Callable[[Tally], object]
+
+ACTS: st.SearchStrategy[Act] = st.one_of(
+    st.builds(lambda n, c: lambda t: t.add(n, c), NAMES, st.integers(1, 5)),
+    st.builds(
+        lambda n, r, c: lambda t: t.add_labelled(n, r, c), FAMILIES, REASONS, st.integers(1, 5)
+    ),
+    st.builds(lambda d: lambda t: t.observe_distance(d), NUMBERS),
+    st.builds(lambda s: lambda t: t.observe_lag(s), NUMBERS),
+)
+INTERVALS = st.lists(
+    st.tuples(
+        st.lists(ACTS, max_size=6), st.dictionaries(st.sampled_from(sorted(GAUGES)), NUMBERS)
+    ),
+    max_size=6,
+)
+
+
+def plain(payload: Payload) -> Payload:
+    """Make the order of a payload's keys not matter."""
+    return json.loads(json.dumps(payload, sort_keys=True))
+
+
+@given(INTERVALS)
+def test_intervals_merge_into_the_whole(
+    intervals: list[tuple[list[Act], dict[str, float]]],
+) -> None:
+    piecewise, whole = Tally(), Tally()
+    merged, gauges = empty_payload(), {}
+    for acts, now in intervals:
+        for act in acts:
+            act(piecewise)
+            act(whole)
+        gauges |= now
+        payload = piecewise.take(now)
+        if payload is not None:
+            merge_payloads(merged, payload)
+    assert plain(merged) == plain(whole.take(gauges) or empty_payload())
+    assert piecewise.totals == whole.totals
+    counted = Counter(merged["counters"])
+    for family, by_label in merged["labelled"].items():
+        counted.update({f"{family}:{label}": count for label, count in by_label.items()})
+    assert counted == whole.totals
+
+
+@given(INTERVALS)
+def test_a_payload_crosses_processes_unchanged(
+    intervals: list[tuple[list[Act], dict[str, float]]],
+) -> None:
+    tally = Tally()
+    for acts, gauges in intervals:
+        for act in acts:
+            act(tally)
+        payload = tally.take(gauges)
+        if payload is not None:
+            assert json.loads(json.dumps(payload)) == payload
+            assert msgspec.msgpack.decode(msgspec.msgpack.encode(payload)) == payload
+
+
+def test_a_quiet_interval_gives_nothing() -> None:
+    tally = Tally()
+    assert tally.take({}) is None
+    assert tally.take({"free_blocks": 3.0}) is not None
+    assert tally.take({"free_blocks": 3.0}) is None, "an unchanged gauge is no news"
+    changed = tally.take({"free_blocks": 2.0})
+    assert changed is not None
+    assert changed["gauges"] == {"free_blocks": 2.0}
+    tally.add("steps")
+    assert tally.take({"free_blocks": 2.0}) == {**empty_payload(), "counters": {"steps": 1}}
+    assert tally.take({"free_blocks": 2.0}) is None
+
+
+def test_a_payload_taken_is_not_touched_again() -> None:
+    tally = Tally()
+    tally.observe_distance(0.5)
+    tally.add_labelled("dropped", "stale")
+    first = tally.take({})
+    tally.observe_distance(0.25)
+    tally.add_labelled("dropped", "stale")
+    assert first is not None
+    assert first["distances"] == [0.5]
+    assert first["labelled"] == {"dropped": {"stale": 1}}
+
+
+@pytest.mark.parametrize("buckets", [DISTANCE_BUCKETS, LAG_BUCKETS])
+def test_buckets_ascend(buckets: tuple[float, ...]) -> None:
+    assert list(buckets) == sorted(set(buckets))
+
+
+def test_metric_names_are_unique_across_kinds() -> None:
+    assert len({*COUNTERS, *LABELLED, *GAUGES}) == len(COUNTERS) + len(LABELLED) + len(GAUGES)

@@ -1,0 +1,68 @@
+"""The process environment for local runs, and a launcher that applies it.
+
+    python tools/runtime_env.py pytest -m engine
+
+Every value is a default: what the caller's environment already sets stays.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from glob import glob
+from pathlib import Path
+
+DEFAULTS = {
+    # Ray's memory monitor kills Serve replicas when anything else on the machine uses the RAM.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Ray starts workers at nice 15, and the engine would inherit it.
+    "RAY_worker_niceness": "0",
+    # Never join (and on exit shut down) a Ray cluster that happens to run on this machine.
+    "RAY_ADDRESS": "local",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # The default model is made locally. Set HF_HUB_OFFLINE=0 to serve a model by its hub id.
+    "HF_HUB_OFFLINE": "1",
+    # One vLLM worker per core is fastest on small machines: two OpenMP threads on two busy cores
+    # wait for each other.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+# glibc returns large buffers to the kernel and faults them in again on every use; tcmalloc keeps
+# them. Debian's package is libtcmalloc-minimal4. vLLM itself preloads the OpenMP library it needs.
+TCMALLOC = ("/usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib*/libtcmalloc_minimal.so.4")
+
+
+def preload(current: str) -> str:
+    """Return ``LD_PRELOAD`` with tcmalloc added in front, if installed and not yet there."""
+    if "tcmalloc" in current:
+        return current
+    found = [path for pattern in TCMALLOC for path in sorted(glob(pattern))]  # noqa: PTH207
+    return ":".join([*found[:1], *([current] if current else [])])
+
+
+def runtime_env(base: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of ``base`` with our defaults, this venv first on PATH, and tcmalloc."""
+    env = {**DEFAULTS, **base}
+    bin_dir = str(Path(sys.executable).parent)
+    env["PATH"] = os.pathsep.join([bin_dir, env.get("PATH", os.defpath)])
+    libraries = preload(env.get("LD_PRELOAD", ""))
+    if libraries:
+        env["LD_PRELOAD"] = libraries
+    return env
+
+
+def main() -> None:
+    """Replace this process by the command on the command line."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: runtime_env.py COMMAND [ARGUMENT ...]")
+    env = runtime_env(os.environ)
+    # execvpe looks the command up in the PATH of `env`, so the venv's scripts are found.
+    os.execvpe(sys.argv[1], sys.argv[1:], env)
+
+
+if __name__ == "__main__":
+    main()
