@@ -287,7 +287,7 @@ def test_the_engine_side_never_waits_and_sees_sharing_resume() -> None:
     assert slowest < 0.5, "the engine's side must not wait for Ray"
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379"])
 def test_an_address_without_a_cluster_is_reported_at_once(address: str) -> None:
     config = make_config(address=address)
     program = textwrap.dedent(

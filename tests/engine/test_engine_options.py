@@ -64,7 +64,7 @@ def test_what_vllm_gets() -> None:
             "enable_prefix_caching": False,
             "extra": {"max-logprobs": 7, "async_scheduling": False, "reasoning_parser": "qwen3"},
         },
-        memshare={"mode": "observe", "evaluator": {"address": "somewhere"}},
+        memshare={"mode": "observe", "evaluator": {"address": "somewhere:6379"}},
     )
     options = parse_engine_options(args, "/folder", args.memshare)
     assert (options.model, options.served_model_name) == ("/folder", ["name"])
@@ -76,7 +76,7 @@ def test_what_vllm_gets() -> None:
     assert connector.kv_connector_module_path == "memshare.engine.connector"
     extra = connector.kv_connector_extra_config
     assert extra == json.loads(args.memshare.model_dump_json()), "every field, resolved"
-    assert (extra["mode"], extra["evaluator"]["address"]) == ("observe", "somewhere")
+    assert (extra["mode"], extra["evaluator"]["address"]) == ("observe", "somewhere:6379")
 
 
 def test_off_is_plain_vllm() -> None:
