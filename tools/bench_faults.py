@@ -182,7 +182,10 @@ def _phases(options: argparse.Namespace) -> list[tuple[Phase, Phase]]:
         "an actor killed, three times": lambda step: (
             pool.kill(restart=True, only=step % ACTORS) if step % 90 == 45 else None
         ),
-        "all actors stopped, again and again": lambda step: (
+        "all actors stopped, twice": lambda step: (
+            pool.kill(restart=False) if step in (10, 110) else None
+        ),
+        "all actors stopped, every 30 steps": lambda step: (
             pool.kill(restart=False) if step % 30 == 10 else None
         ),
         "all actors frozen, queues full": lambda step: pool.freeze() if step == 10 else None,
