@@ -38,8 +38,8 @@ from ray.exceptions import (
     RayError,
 )
 
-from memshare.config import EvaluatorConfig, MemShareConfig, StepConfig
-from memshare.evaluate import Answer, EvaluatorError, LexicalEvaluator, NewSteps
+from memshare.config import EvaluatorConfig, MemShareConfig
+from memshare.evaluate import Answer, EvaluatorError, NewSteps, open_stage_one
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +52,18 @@ def actor_name(index: int) -> str:
 class Evaluator:
     """One actor of the pool: stage one for the histories that are sent to it."""
 
-    def __init__(self, steps: StepConfig, max_requests: int) -> None:
-        self._evaluator = LexicalEvaluator(steps, max_requests)
+    def __init__(self, config: MemShareConfig) -> None:
+        self._stage_one = open_stage_one(config)
 
     @ray.method
     def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
-        """See :meth:`memshare.evaluate.LexicalEvaluator.evaluate`."""
-        return self._evaluator.evaluate(batch)
+        """See :meth:`memshare.evaluate.StageOne.evaluate`."""
+        return self._stage_one.evaluate(batch)
 
     @ray.method
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """See :meth:`memshare.evaluate.CandidateSource.forget`."""
-        self._evaluator.forget(histories, request_ids)
+        self._stage_one.forget(histories, request_ids)
 
     @ray.method
     def ready(self) -> None:
@@ -105,7 +105,7 @@ class ActorDirectory:
             max_task_retries=0,
             max_pending_calls=pool.max_pending_calls,
         )
-        made = options.remote(self._config.steps, pool.max_requests)
+        made = options.remote(self._config)
         self._made[index] = made
         return made
 

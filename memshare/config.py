@@ -131,9 +131,11 @@ class DistanceConfig(Section):
     similarity_threshold: Fraction = 0.8
     """Similarity under the chosen norm, 0..1. A pair at or above it is verified."""
     max_jobs_per_step: Whole = Field(default=16, ge=1, le=4096)
-    """Pairs. So many are compared in one engine step; the rest wait."""
+    """Pairs of blocks. So many are compared in one engine step; the rest wait. ``twins`` compares
+    tokens: as many pairs of them as so many blocks have slots."""
     max_waiting: Whole = Field(default=4096, ge=1)
-    """Pairs. So many may wait for stage two; further candidates are dropped and counted."""
+    """Pairs of blocks (``twins``: slots of so many blocks). So many may wait for stage two; further
+    candidates are dropped and counted."""
 
 
 class ProtectConfig(Section):
@@ -174,7 +176,20 @@ class RandomParams(Section):
     """Seed of the generator that draws victims and donors."""
 
 
-PolicyParams = Annotated[PaperParams | OldestParams | RandomParams, Field(discriminator="name")]
+class TwinsParams(Section):
+    """Blocks first whose tokens the request has written again since, at whatever offset."""
+
+    name: Literal["twins"]
+    age_weight: Fraction = 0.3
+    """Coverage, 0..1, that the oldest block of a request may lack against its newest and still go
+    first. 0 looks at coverage alone."""
+    min_coverage: Fraction = 0.0
+    """Coverage, 0..1. Blocks below it are never targets; with 0, memory comes before exactness."""
+
+
+PolicyParams = Annotated[
+    PaperParams | OldestParams | RandomParams | TwinsParams, Field(discriminator="name")
+]
 
 
 class EvaluatorConfig(Section):
@@ -226,7 +241,7 @@ class MemShareConfig(Section):
     mode: Literal["off", "observe", "share"] = "share"
     """``off``: nothing of MemShare runs. ``observe``: everything but remaps. ``share``: all."""
     policy: PolicyParams = PaperParams(name="paper")
-    """What picks pairs, with its parameters: ``paper``, ``oldest`` or ``random``."""
+    """What picks pairs, with its parameters: ``paper``, ``twins``, ``oldest`` or ``random``."""
     trigger: TriggerConfig = TriggerConfig()
     """When pairs are applied."""
     admission: AdmissionConfig = AdmissionConfig()
@@ -258,7 +273,21 @@ class MemShareConfig(Section):
     @property
     def uses_stages(self) -> bool:
         """Whether the policy needs stage one and stage two."""
-        return isinstance(self.policy, PaperParams)
+        return isinstance(self.policy, PaperParams | TwinsParams)
+
+    @model_validator(mode="after")
+    def _twins_are_of_one_request(self) -> MemShareConfig:
+        if isinstance(self.policy, TwinsParams):
+            if self.scope != "request":
+                raise ValueError(
+                    "policy.name 'twins' works within one request; set scope to 'request'"
+                )
+            if self.distance.norm != "relative":
+                raise ValueError(
+                    "policy.name 'twins' compares tokens by the norm 'relative'; set "
+                    "distance.norm to 'relative'"
+                )
+        return self
 
 
 def load_config(
@@ -384,7 +413,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for key in sorted(environ):
+    # A section's name first: merged later, it would replace what came before it.
+    for key in sorted(environ, key=lambda key: (not key.endswith("__NAME"), key)):
         if not key.startswith(ENV_PREFIX) or key == ENV_FILE:
             continue
         *sections, name = key.removeprefix(ENV_PREFIX).lower().split("__")

@@ -90,6 +90,58 @@ def similarity_sums(
     return PairSums(total, count)
 
 
+class TokenScale:
+    """How far apart random tokens are, per head, in one tensor of one layer: a running estimate.
+
+    Batches are small and many, so the moments are kept over all of them, the newest
+    ``_MEMORY`` tokens or so counting most.
+    """
+
+    _MEMORY = 65536
+
+    def __init__(self) -> None:
+        self._count = 0.0
+        self._mean: Tensor | None = None
+        self._spread: Tensor | None = None  # [heads], sum of squared distances from the mean
+
+    def update(self, tokens: Tensor) -> None:
+        """Add ``[N, heads, channels]`` float32 tokens, keys moved to position 0 before."""
+        fresh, mean = float(len(tokens)), tokens.mean(0)
+        spread = (tokens - mean).square().sum((0, 2))
+        if self._mean is None or self._spread is None:
+            self._count, self._mean, self._spread = fresh, mean, spread
+            return
+        old = min(self._count, self._MEMORY)
+        self._spread = self._spread * (old / self._count)
+        between = (mean - self._mean).square().sum(1) * (old * fresh / (old + fresh))
+        self._spread = self._spread + spread + between
+        self._mean = self._mean + (mean - self._mean) * (fresh / (old + fresh))
+        self._count = old + fresh
+
+    def distance(self) -> Tensor:
+        """``[heads]``: RMS distance of two random tokens (see :func:`_random_distance`)."""
+        assert self._spread is not None, "update comes first"
+        return torch.sqrt(2.0 * self._spread / max(self._count - 1.0, 1.0)).clamp_min(1e-6)
+
+
+def token_similarity_sums(tensors: Iterable[tuple[Tensor, Tensor, TokenScale]]) -> PairSums:
+    """Similarity of N pairs of tokens, summed over heads, tensors and layers.
+
+    ``1 - |a - b| / r``, where ``r`` is the RMS distance of two random tokens in that tensor and
+    head. 1 is identical, 0 is as unlike as random tokens, and it may be negative.
+
+    Args:
+        tensors: per layer and tensor, ``[N, heads, channels]`` float32 of the tokens, of their
+            twins, and the scale, which already knows them. Keys have been moved to position 0.
+    """
+    total, count = torch.zeros(0), 0
+    for a, b, scale in tensors:
+        scores = 1.0 - torch.linalg.vector_norm(a - b, dim=2) / scale.distance()
+        total = scores.sum(1) if count == 0 else total + scores.sum(1)
+        count += scores.shape[1]
+    return PairSums(total, count)
+
+
 def _paper(a: Tensor, b: Tensor) -> Tensor:
     """``[P, heads]`` similarity in 0..1; two zero blocks are identical."""
     return 1.0 - _norms(a - b) / (_norms(a) + _norms(b)).clamp_min(1e-30)

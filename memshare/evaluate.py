@@ -1,21 +1,26 @@
 """Stage one as a service: what goes to an evaluator, what comes back, and who may be one.
 
-An evaluator remembers the reasoning steps of each request and finds, for a new step, earlier steps
-with a similar bag of tokens. It sees token ids only. The engine talks to it through
-:class:`memshare.bridge.EvaluatorBridge`, so nothing here runs on the engine's critical path.
+An evaluator remembers the reasoning steps of each request. For a new step it finds earlier steps
+with a similar bag of tokens, or, for the policy ``twins``, earlier tokens that occur in it again.
+It sees token ids only. The engine talks to it through :class:`memshare.bridge.EvaluatorBridge`, so
+nothing here runs on the engine's critical path.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from math import isfinite
-from typing import NamedTuple, Protocol, cast
+from typing import Generic, NamedTuple, Protocol, TypeVar, cast
+
+import numpy as np
 
 from memshare.config import MemShareConfig, StepConfig
 from memshare.lexical import StepIndex
+from memshare.twins import Positions, TwinIndex
 
 
 class NewSteps(NamedTuple):
@@ -59,21 +64,39 @@ class StepMatch(NamedTuple):
     similarity: float
 
 
+class TwinLinks(NamedTuple):
+    """Tokens of one request that have been written again.
+
+    Attributes:
+        request_id: the request.
+        generation: its generation when the steps were sent.
+        earlier: ``[N]`` int32 token positions, rising.
+        later: ``[N]`` int32 positions of their twins, ``later > earlier``.
+    """
+
+    request_id: str
+    generation: int
+    earlier: Positions
+    later: Positions
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An evaluator's answer to one batch of :class:`NewSteps`."""
 
     matches: tuple[StepMatch, ...]
     sent_at: float
+    links: tuple[TwinLinks, ...] = ()
 
     @staticmethod
     def is_sound(thing: object) -> bool:
         """Whether ``thing`` has this shape. Answers cross processes: they are not trusted."""
         return (
             isinstance(thing, Answer)
-            and _fits((thing.matches, thing.sent_at), (tuple, float))
+            and _fits((thing.matches, thing.sent_at, thing.links), (tuple, float, tuple))
             and isfinite(thing.sent_at)
             and all(_is_sound_match(match) for match in thing.matches)
+            and all(_are_sound_links(links) for links in thing.links)
         )
 
 
@@ -86,6 +109,18 @@ def _is_sound_match(match: object) -> bool:
             _fits(span, (str, int, int, int)) and 0 <= span.start < span.end
             for span in (match.later, match.earlier)
         )
+    )
+
+
+def _are_sound_links(links: object) -> bool:
+    return (
+        isinstance(links, TwinLinks)
+        and _fits(links, (str, int, np.ndarray, np.ndarray))
+        and all(array.dtype == np.int32 and array.ndim == 1 for array in links[2:])
+        and len(links.earlier) == len(links.later)
+        and bool((links.earlier >= 0).all())
+        and bool((links.earlier[1:] > links.earlier[:-1]).all())
+        and bool((links.later > links.earlier).all())
     )
 
 
@@ -133,20 +168,71 @@ class CandidateSource(Protocol):
         ...
 
 
+class StageOne(Protocol):
+    """What an evaluator computes."""
+
+    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+        """Compare every new step with its history, then add it to the history."""
+        ...
+
+    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget`."""
+        ...
+
+
+def open_stage_one(config: MemShareConfig) -> StageOne:
+    """Build what the configuration's policy needs."""
+    if config.policy.name == "twins":
+        return TwinEvaluator(config.evaluator.max_requests)
+    return LexicalEvaluator(config.steps, config.evaluator.max_requests)
+
+
+Index = TypeVar("Index")
+
+
+class _Histories(Generic[Index]):
+    """One index per history; the least recently used go first."""
+
+    def __init__(self, make: Callable[[], Index], limit: int) -> None:
+        self._make = make
+        self._limit = limit
+        self._indexes: OrderedDict[str, Index] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Index]:
+        return iter(self._indexes.values())
+
+    def of(self, key: str) -> Index:
+        """The history's index, made if there is none."""
+        index = self._indexes.get(key)
+        if index is None:
+            index = self._indexes[key] = self._make()
+            if len(self._indexes) > self._limit:
+                self._indexes.popitem(last=False)
+        else:
+            self._indexes.move_to_end(key)
+        return index
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget whole histories."""
+        for key in keys:
+            self._indexes.pop(key, None)
+
+
 class LexicalEvaluator:
-    """Stage one itself: one :class:`~memshare.lexical.StepIndex` per history, LRU-bounded."""
+    """Similar steps: one :class:`~memshare.lexical.StepIndex` per history."""
 
     def __init__(self, steps: StepConfig, max_requests: int) -> None:
         self._steps = steps
-        self._max_requests = max_requests
-        self._histories: OrderedDict[str, StepIndex[Span]] = OrderedDict()
+        self._histories: _Histories[StepIndex[Span]] = _Histories(
+            lambda: StepIndex(steps.max_history), max_requests
+        )
 
     def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
-        """Match every new step against its history, then add it to the history."""
+        """See :meth:`StageOne.evaluate`."""
         matches: list[StepMatch] = []
         for new in batch:
-            index = self._history(new.history)
-            for first, last in zip(new.bounds, new.bounds[1:], strict=False):
+            index = self._histories.of(new.history)
+            for first, last in pairwise(new.bounds):
                 span = Span(
                     new.request_id, new.generation, new.position + first, new.position + last
                 )
@@ -154,33 +240,48 @@ class LexicalEvaluator:
                     new.tokens[first:last], span, new.threshold, self._steps.max_matches
                 )
                 matches.extend(StepMatch(span, earlier, score) for earlier, score in found)
-        return Answer(tuple(matches), min((new.sent_at for new in batch), default=0.0))
+        return Answer(tuple(matches), _oldest(batch))
 
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """See :meth:`CandidateSource.forget`."""
-        for key in histories:
-            self._histories.pop(key, None)
+        self._histories.drop(histories)
         gone = set(request_ids)
         if gone:
-            for index in self._histories.values():
+            for index in self._histories:
                 index.discard(lambda span: span.request_id in gone)
 
-    def _history(self, key: str) -> StepIndex[Span]:
-        index = self._histories.get(key)
-        if index is None:
-            index = self._histories[key] = StepIndex(self._steps.max_history)
-            if len(self._histories) > self._max_requests:
-                self._histories.popitem(last=False)
-        else:
-            self._histories.move_to_end(key)
-        return index
+
+class TwinEvaluator:
+    """Twins: one :class:`~memshare.twins.TwinIndex` per request."""
+
+    def __init__(self, max_requests: int) -> None:
+        self._histories: _Histories[TwinIndex] = _Histories(TwinIndex, max_requests)
+
+    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+        """See :meth:`StageOne.evaluate`."""
+        links: list[TwinLinks] = []
+        for new in batch:
+            index = self._histories.of(new.history)
+            for first, last in pairwise(new.bounds):
+                earlier, later = index.add(new.tokens[first:last], new.position + first)
+                links.append(TwinLinks(new.request_id, new.generation, earlier, later))
+        return Answer((), _oldest(batch), tuple(links))
+
+    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget`. A history is one request's: there are no others."""
+        del request_ids
+        self._histories.drop(histories)
+
+
+def _oldest(batch: Sequence[NewSteps]) -> float:
+    return min((new.sent_at for new in batch), default=0.0)
 
 
 class InProcessSource:
     """Evaluates at once, on the calling (bridge) thread."""
 
     def __init__(self, config: MemShareConfig) -> None:
-        self._evaluator = LexicalEvaluator(config.steps, config.evaluator.max_requests)
+        self._evaluator = open_stage_one(config)
         self._answers: deque[Answer | EvaluatorError] = deque()
 
     @property

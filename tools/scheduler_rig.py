@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memshare.engine.messages import PairResult, SchedulerMessage, WorkerMessage
+from memshare.engine.messages import JobResult, SchedulerMessage, TwinBatch, WorkerMessage
+from memshare.engine.ranks import RankGather
 from tools.plug_in import plug_in
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class StandInWorker:
     tables: dict[str, list[int]] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     expected: dict[str, list[int]] = field(default_factory=dict)
-    late: dict[int, PairResult] = field(default_factory=dict)
+    late: dict[int, JobResult] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -84,11 +85,16 @@ class StandInWorker:
         for request_id, start, blocks, _ in pointed:
             self._point(request_id, start, blocks)
         for batch in message.batches:
-            for job in batch.jobs:
-                share = self._random.random()
-                answer.results[job.job_id] = PairResult(share, 1, 1)
+            sizes = (
+                {batch.job_id: batch.tokens.shape[1]}
+                if isinstance(batch, TwinBatch)
+                else {job.job_id: 1 for job in batch.jobs}
+            )
+            for job_id, pairs in sizes.items():
+                shares = [self._random.random() for _ in range(pairs)]
+                answer.results[job_id] = JobResult(list(shares), 1, 1)
                 if self.ranks > 1:
-                    self.late[job.job_id] = PairResult(share, 1, self.ranks - 1)
+                    self.late[job_id] = JobResult(list(shares), 1, self.ranks - 1)
         if message.tables is not None:
             answer.table_faults = [
                 f"{request_id}: {self.tables[request_id]} is not {blocks}"
@@ -151,7 +157,7 @@ class Rig:
         self.worker = StandInWorker(ranks, seed)
         self.scheduler = _scheduler(folder, memshare, blocks, max_num_seqs)
         if ranks > 1 and self.side.jobs is not None:
-            self.side.jobs._world_size = ranks
+            self.side.jobs._gather = RankGather(ranks)
         self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"] - 2
 
     @property

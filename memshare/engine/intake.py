@@ -1,4 +1,4 @@
-"""Stage one from the engine's side: output tokens go out as steps, candidate pairs come in."""
+"""Stage one from the engine's side: output tokens go out as steps, answers come in."""
 
 from __future__ import annotations
 
@@ -8,30 +8,17 @@ from time import monotonic
 from memshare.bridge import EvaluatorBridge
 from memshare.config import MemShareConfig
 from memshare.engine.journal import Journal
-from memshare.engine.requests import Candidate, RequestState
-from memshare.engine.roster import Roster
-from memshare.evaluate import Answer, EvaluatorError, NewSteps, StepMatch
-from memshare.policy.base import PairProposal, StagedPolicy
+from memshare.engine.requests import RequestState
+from memshare.evaluate import Answer, EvaluatorError, NewSteps
 
 
 class Intake:
-    """Feeds the evaluators and turns their answers into candidates."""
+    """Feeds the evaluators and takes their answers."""
 
-    def __init__(
-        self,
-        config: MemShareConfig,
-        policy: StagedPolicy,
-        bridge: EvaluatorBridge,
-        roster: Roster,
-        journal: Journal,
-        block_size: int,
-    ) -> None:
+    def __init__(self, config: MemShareConfig, bridge: EvaluatorBridge, journal: Journal) -> None:
         self._threshold = config.steps.similarity_threshold
-        self._policy = policy
         self._bridge = bridge
-        self._roster = roster
         self._journal = journal
-        self._block_size = block_size
         self._outgoing: list[NewSteps] = []
 
     def feed(self, state: RequestState, until: int) -> None:
@@ -79,41 +66,16 @@ class Intake:
         """The request's blocks are gone, and with them the use of its steps."""
         self._bridge.forget(state.history, state.request_id)
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Candidates from what evaluators have answered since the last call."""
+    def answers(self) -> Iterator[Answer]:
+        """What evaluators have answered since the last call; their faults are counted."""
         for item in self._bridge.drain():
             if isinstance(item, EvaluatorError):
                 self._journal.tally.add_labelled("evaluator_faults", item.reason)
                 self._journal.event("evaluator_fault", reason=item.reason, detail=str(item))
             else:
-                yield from self._candidates_of(item)
+                self._journal.tally.observe_lag(max(monotonic() - item.sent_at, 0.0))
+                yield item
 
     def close(self) -> None:
         """Stop the bridge. Idempotent."""
         self._bridge.close()
-
-    def _candidates_of(self, answer: Answer) -> Iterator[Candidate]:
-        tally = self._journal.tally
-        tally.observe_lag(max(monotonic() - answer.sent_at, 0.0))
-        for match in answer.matches:
-            if not self._may_pair(match):
-                tally.add_labelled("dropped", "unknown_request")
-                continue
-            for pair in self._policy.propose(match.later, match.earlier, self._block_size):
-                tally.add("candidates")
-                candidate = self._candidate(pair)
-                if candidate is None:
-                    tally.add_labelled("dropped", "unavailable")
-                    continue
-                self._journal.pair("candidate", candidate, similarity=round(match.similarity, 4))
-                yield candidate
-
-    def _may_pair(self, match: StepMatch) -> bool:
-        """Both requests live and share a history. Answers are not trusted to respect tenants."""
-        later = self._roster.get(match.later.request_id)
-        earlier = self._roster.get(match.earlier.request_id)
-        return later is not None and earlier is not None and later.history == earlier.history
-
-    def _candidate(self, pair: PairProposal) -> Candidate | None:
-        target, donor = self._roster.entry(pair.target), self._roster.entry(pair.donor)
-        return None if target is None or donor is None else Candidate(target, donor)

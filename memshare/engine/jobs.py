@@ -1,24 +1,26 @@
-"""Stage two from the scheduler's side: candidates go out as jobs, verified pairs come back."""
+"""Stage two for pairs of blocks: candidates go out as jobs, verified pairs come back."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
 
 from memshare.config import DistanceConfig
 from memshare.engine.blocks import BlockBook
 from memshare.engine.journal import Journal
-from memshare.engine.messages import BlockAt, JobBatch, PairJob, PairResult
+from memshare.engine.messages import BlockAt, JobBatch, JobResult, PairJob
+from memshare.engine.ranks import RankGather
+from memshare.engine.reclaimer import Reclaimer
 from memshare.engine.requests import Candidate, Entry, RequestState
 from memshare.engine.roster import Roster
-from memshare.policy.base import StagedPolicy
+from memshare.evaluate import Answer, StepMatch
+from memshare.policy.base import PairProposal, StagedPolicy
 
 _SAMPLE_BLOCKS = 8  # random blocks of a request that scale its distances (distance.py)
 
 
 class JobDesk:
-    """Every job is answered by all ranks or discarded, once."""
+    """:class:`~memshare.engine.desk.StageTwoDesk` of a staged policy."""
 
     def __init__(
         self,
@@ -26,6 +28,7 @@ class JobDesk:
         policy: StagedPolicy,
         roster: Roster,
         book: BlockBook,
+        reclaimer: Reclaimer,
         journal: Journal,
         world_size: int,
     ) -> None:
@@ -33,24 +36,56 @@ class JobDesk:
         self._policy = policy
         self._roster = roster
         self._book = book
+        self._reclaimer = reclaimer
         self._journal = journal
-        self._world_size = world_size
+        self._gather = RankGather(world_size)
         self._waiting: deque[Candidate] = deque()
         self._running: dict[int, Candidate] = {}
-        self._partial: dict[int, PairResult] = {}
         self._last_id = 0
         self._random = random.Random(0)
 
     def __len__(self) -> int:
-        """Candidates that wait for stage two."""
+        """See :meth:`StageTwoDesk.__len__`."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs that the workers have not answered yet."""
+        """See :attr:`StageTwoDesk.running`."""
         return len(self._running)
 
-    def add(self, candidate: Candidate) -> None:
+    def propose(self, answer: Answer) -> None:
+        """See :meth:`StageTwoDesk.propose`."""
+        tally = self._journal.tally
+        for match in answer.matches:
+            if not self._may_pair(match):
+                tally.add_labelled("dropped", "unknown_request")
+                continue
+            for pair in self._policy.propose(match.later, match.earlier, self._book.block_size):
+                tally.add("candidates")
+                candidate = self._candidate(pair)
+                if candidate is None:
+                    tally.add_labelled("dropped", "unavailable")
+                    continue
+                self._journal.pair("candidate", candidate, similarity=round(match.similarity, 4))
+                self._add(candidate)
+
+    def grown(self, state: RequestState) -> None:
+        """See :meth:`StageTwoDesk.grown`."""
+
+    def forget(self, state: RequestState) -> None:
+        """See :meth:`StageTwoDesk.forget`. What waits is found stale in its turn."""
+
+    def _may_pair(self, match: StepMatch) -> bool:
+        """Both requests live and share a history. Answers are not trusted to respect tenants."""
+        later = self._roster.get(match.later.request_id)
+        earlier = self._roster.get(match.earlier.request_id)
+        return later is not None and earlier is not None and later.history == earlier.history
+
+    def _candidate(self, pair: PairProposal) -> Candidate | None:
+        target, donor = self._roster.entry(pair.target), self._roster.entry(pair.donor)
+        return None if target is None or donor is None else Candidate(target, donor)
+
+    def _add(self, candidate: Candidate) -> None:
         """Let a candidate wait for stage two, unless it can't come to anything."""
         target = candidate.target
         if target.block is candidate.donor.block:
@@ -83,20 +118,12 @@ class JobDesk:
             batches.append(JobBatch(tuple(jobs), self._sample(state)))
         return tuple(batches)
 
-    def verified(self, results: dict[int, PairResult]) -> Iterator[Candidate]:
-        """Add ranks' partial results up; yields pairs that all ranks together find similar."""
-        for job_id, result in results.items():
-            partial = self._partial.pop(job_id, None)
-            if partial is not None:
-                result.total += partial.total
-                result.count += partial.count
-                result.ranks += partial.ranks
-            if result.ranks < self._world_size:
-                self._partial[job_id] = result
-                continue
+    def receive(self, results: dict[int, JobResult]) -> None:
+        """See :meth:`StageTwoDesk.receive`. Pairs that are similar go to the reclaimer."""
+        for job_id, result in self._gather.complete(results):
             candidate = self._running.pop(job_id)
-            if self._is_similar(candidate, result.total / max(result.count, 1)):
-                yield candidate
+            if self._is_similar(candidate, result.totals[0] / max(result.count, 1)):
+                self._reclaimer.add(candidate)
 
     def _is_similar(self, candidate: Candidate, similarity: float) -> bool:
         tally = self._journal.tally

@@ -90,6 +90,25 @@ class KVLayout:
         keys = blocks.index_select(2, self.keys).view(shape)
         return keys, blocks.index_select(2, self.values).view(shape)
 
+    def gather_tokens(
+        self, kv_cache: Tensor, block_ids: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of some tokens, each ``[N, heads, channels]`` float32, copied.
+
+        Args:
+            kv_cache: the layer's cache.
+            block_ids: ``[N]`` int64.
+            slots: ``[N]`` int64, slot of each token in its block.
+        """
+        heads = torch.arange(kv_cache.shape[1], device=kv_cache.device)[:, None]
+        width = kv_cache.shape[3]
+        tensors = []
+        for places in (self.keys, self.values):
+            at = places.view(self.slots, self.channels)[slots][:, None, :]
+            stored = kv_cache[block_ids[:, None, None], heads, at // width, at % width]
+            tensors.append(stored.view(self.stored_as).float())
+        return tensors[0], tensors[1]
+
 
 def _stored_as(layer: Attention, kv_cache: Tensor) -> torch.dtype:
     if kv_cache.dtype.itemsize > 1:

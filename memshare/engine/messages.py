@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -41,6 +43,20 @@ class JobBatch:
     sample: tuple[BlockAt, ...]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class TwinBatch:
+    """Stage two's work on pairs of tokens, a token and its twin; one job.
+
+    Attributes:
+        job_id: the job.
+        tokens: ``[4, N]`` int64: block id and position of each token, block id and position of each
+            twin. The slot is the position modulo the block size.
+    """
+
+    job_id: int
+    tokens: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class Remap:
     """Re-point entry ``index`` of a request's block table at physical block ``block_id``."""
@@ -62,17 +78,29 @@ class SchedulerMessage(KVConnectorMetadata):
     """
 
     remaps: tuple[Remap, ...] = ()
-    batches: tuple[JobBatch, ...] = ()
+    batches: tuple[JobBatch | TwinBatch, ...] = ()
     tables: dict[str, list[int]] | None = None
 
 
 @dataclass
-class PairResult:
-    """A pair's similarity over the ranks that have answered so far; ``total / count`` is it."""
+class JobResult:
+    """Similarities over the ranks that have answered so far.
 
-    total: float
+    Attributes:
+        totals: sums, one for each of the job's pairs; divided by ``count`` they are similarities.
+        count: how many similarities each sum holds.
+        ranks: ranks that have answered.
+    """
+
+    totals: list[float]
     count: int
     ranks: int
+
+    def add(self, other: JobResult) -> None:
+        """Add what other ranks have found."""
+        self.totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
+        self.count += other.count
+        self.ranks += other.ranks
 
 
 @dataclass
@@ -86,7 +114,7 @@ class WorkerMessage(KVConnectorWorkerMetadata):
         remap_misses: remaps for requests that a worker did not know.
     """
 
-    results: dict[int, PairResult] = field(default_factory=dict)
+    results: dict[int, JobResult] = field(default_factory=dict)
     table_faults: list[str] | None = None
     check_wanted: bool = False
     remap_misses: int = 0
@@ -99,9 +127,7 @@ class WorkerMessage(KVConnectorWorkerMetadata):
             if ours is None:
                 self.results[job_id] = theirs
             else:
-                ours.total += theirs.total
-                ours.count += theirs.count
-                ours.ranks += theirs.ranks
+                ours.add(theirs)
         if other.table_faults is not None:
             self.table_faults = [*(self.table_faults or ()), *other.table_faults]
         self.check_wanted |= other.check_wanted

@@ -5,12 +5,16 @@ from __future__ import annotations
 import heapq
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 from memshare.config import MemShareConfig
 from memshare.engine.blocks import BlockBook
 from memshare.engine.journal import Journal
 from memshare.engine.messages import Remap
 from memshare.engine.requests import Candidate, Entry, RequestState
 from memshare.engine.roster import Roster
+from memshare.engine.survey import Survey
 from memshare.policy.base import DemandPolicy, StagedPolicy
 from memshare.reclaim import ReclaimQueue
 from memshare.stats import DropReason
@@ -30,6 +34,7 @@ class Reclaimer:
         policy: StagedPolicy | DemandPolicy,
         roster: Roster,
         book: BlockBook,
+        survey: Survey | None,
         journal: Journal,
     ) -> None:
         self.enabled = config.mode == "share"
@@ -40,6 +45,7 @@ class Reclaimer:
         self._policy = policy
         self._roster = roster
         self._book = book
+        self._survey = survey
         self._journal = journal
         self._queue: ReclaimQueue[Candidate] = ReclaimQueue()
         self._remaps: list[Remap] = []  # of the step that is being scheduled
@@ -162,7 +168,7 @@ class Reclaimer:
     def _reclaim_on_demand(self, policy: DemandPolicy, wanted: int) -> int:
         """Take victims from the least shared requests first, so that damage spreads evenly."""
         views = [
-            Victims(self._roster, self._book, state)
+            Victims(self._roster, self._book, self._survey, state)
             for state in self._roster
             if state.full > 0 and not self._must_wait(state)
         ]
@@ -198,6 +204,8 @@ class Reclaimer:
             self._book.stop_publishing(state.request_id)
         freed = self._book.repoint(state.request_id, index, donor)
         state.repointed.add(index)
+        if self._survey is not None:
+            self._survey.given_up(state, index)
         self.shared_entries += 1
         self._remaps.append(Remap(state.request_id, index, donor.block_id))
         self._journal.tally.add("applied")
@@ -209,13 +217,16 @@ class Reclaimer:
 class Victims:
     """One request as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`)."""
 
-    __slots__ = ("_blocks", "_state", "budget", "end", "first", "full")
+    __slots__ = ("_blocks", "_state", "_survey", "budget", "end", "first", "full")
 
-    def __init__(self, roster: Roster, book: BlockBook, state: RequestState) -> None:
+    def __init__(
+        self, roster: Roster, book: BlockBook, survey: Survey | None, state: RequestState
+    ) -> None:
         table = book.table(state.request_id)
         assert table is not None, "the caller has looked"
         self._blocks = table
         self._state = state
+        self._survey = survey
         self.first = roster.first_target(state)
         self.end = min(roster.end_target(state), len(table))
         self.full = min(state.full, len(table))
@@ -233,7 +244,29 @@ class Victims:
 
     def is_target(self, index: int) -> bool:
         """See :meth:`VictimView.is_target`."""
-        return index not in self._state.repointed and self._blocks[index].ref_cnt == 1
+        if index in self._state.repointed or self._blocks[index].ref_cnt != 1:
+            return False
+        return self._survey is None or not self._survey.map_of(self._state).last_copies[index]
+
+    def is_own(self, index: int) -> bool:
+        """See :meth:`VictimView.is_own`."""
+        return index not in self._state.repointed
+
+    def sharers(self, index: int) -> int:
+        """See :meth:`VictimView.sharers`."""
+        return int(self._blocks[index].ref_cnt) - 1
+
+    @property
+    def coverage(self) -> npt.NDArray[np.float32]:
+        """See :attr:`VictimView.coverage`."""
+        if self._survey is None:
+            return np.zeros(self.full, np.float32)
+        return self._survey.map_of(self._state).coverage[: self.full]
+
+    @property
+    def block_threshold(self) -> float | None:
+        """See :attr:`VictimView.block_threshold`."""
+        return self._state.options.memshare_block_threshold
 
     def candidate(self, target: int, donor: int) -> Candidate:
         """The pair that a policy's choice means."""

@@ -15,6 +15,7 @@ from memshare.bridge import EvaluatorBridge
 from memshare.config import MemShareConfig
 from memshare.engine.admission import Admission
 from memshare.engine.blocks import BlockBook
+from memshare.engine.desk import StageTwoDesk
 from memshare.engine.intake import Intake
 from memshare.engine.jobs import JobDesk
 from memshare.engine.journal import Journal
@@ -22,8 +23,9 @@ from memshare.engine.messages import SchedulerMessage, WorkerMessage
 from memshare.engine.reclaimer import Reclaimer
 from memshare.engine.requests import RequestState
 from memshare.engine.roster import Roster
+from memshare.engine.survey import Survey
 from memshare.policy import load_policy
-from memshare.policy.base import StagedPolicy
+from memshare.policy.base import DemandPolicy, StagedPolicy
 from memshare.stats import Payload
 from memshare.steps import DelimiterAutomaton
 from memshare.wheel import TimingWheel
@@ -72,17 +74,20 @@ class SchedulerSide:
         self.journal = Journal(config.event_log)
         self.book = BlockBook(manager, block_size)
         self.roster = Roster(config, automaton, self.book)
-        self.reclaimer = Reclaimer(config, policy, self.roster, self.book, self.journal)
+        survey: Survey | None = None
+        if isinstance(policy, DemandPolicy) and policy.uses_coverage:
+            survey = Survey(config.distance, self.roster, self.book, self.journal, world_size)
+        self.reclaimer = Reclaimer(config, policy, self.roster, self.book, survey, self.journal)
         self.admission = Admission(config.admission, self.roster, self.reclaimer, self.book)
-        self.intake: Intake | None = None
-        self.jobs: JobDesk | None = None
+        self.jobs: StageTwoDesk | None = survey
         if isinstance(policy, StagedPolicy):
-            self.intake = Intake(
-                config, policy, open_bridge(), self.roster, self.journal, block_size
-            )
             self.jobs = JobDesk(
-                config.distance, policy, self.roster, self.book, self.journal, world_size
-            )
+                config.distance, policy, self.roster, self.book, self.reclaimer, self.journal,
+                world_size,
+            )  # fmt: skip
+        self.intake: Intake | None = None
+        if self.jobs is not None:
+            self.intake = Intake(config, open_bridge(), self.journal)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
         self._check_wanted = False
         self._check_failed = False
@@ -113,8 +118,7 @@ class SchedulerSide:
         self.journal.event("finished", request=request_id, shared=len(state.repointed))
         self.reclaimer.forget(state, "finished")
         self.admission.forget(state)
-        if self.intake is not None:
-            self.intake.forget(state)
+        self._forget_stages(state)
 
     def admitted(self, request_id: str) -> None:
         """vLLM has given blocks to a request that was waiting."""
@@ -129,8 +133,8 @@ class SchedulerSide:
         self.journal.step += 1
         self._note_schedule(output)
         if self.intake is not None and self.jobs is not None:
-            for candidate in self.intake.candidates():
-                self.jobs.add(candidate)
+            for answer in self.intake.answers():
+                self.jobs.propose(answer)
         for state, generation in self._wheel.advance():
             if state.alive and state.generation == generation:
                 self._look_at(state)
@@ -157,6 +161,11 @@ class SchedulerSide:
             self.admission.close()
         return freed
 
+    def _forget_stages(self, state: RequestState) -> None:
+        if self.intake is not None and self.jobs is not None:
+            self.intake.forget(state)
+            self.jobs.forget(state)
+
     def _note_schedule(self, output: SchedulerOutput) -> None:
         for request_id in output.preempted_req_ids or ():
             state = self.roster.get(request_id)
@@ -166,8 +175,7 @@ class SchedulerSide:
             self.journal.event("preempted", request=request_id, shared=len(state.repointed))
             self.reclaimer.forget(state, "preempted")
             self.admission.forget(state)
-            if self.intake is not None:
-                self.intake.forget(state)
+            self._forget_stages(state)
             self.roster.start_generation(state)
         sent_whole = [new.req_id for new in output.scheduled_new_reqs]
         sent_whole += output.scheduled_cached_reqs.resumed_req_ids
@@ -190,16 +198,16 @@ class SchedulerSide:
         if full == state.full:
             return
         state.full = full
-        if self.intake is not None:
+        if self.intake is not None and self.jobs is not None:
             self.intake.feed(state, until=full * block_size)
+            self.jobs.grown(state)
         self.reclaimer.release(state)
         self.admission.grown(state)
 
     def receive(self, message: WorkerMessage) -> None:
         """Take what the workers (all ranks that have answered, folded together) report."""
         if self.jobs is not None:
-            for candidate in self.jobs.verified(message.results):
-                self.reclaimer.add(candidate)
+            self.jobs.receive(message.results)
         if message.remap_misses:
             self.journal.tally.add("remap_misses", message.remap_misses)
             # The block is free, and a worker may still read it.

@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memshare.config import DistanceConfig
-from memshare.distance import LayerBlocks, similarity_sums
+from memshare.distance import (
+    LayerBlocks,
+    PairSums,
+    TokenScale,
+    similarity_sums,
+    token_similarity_sums,
+)
 from memshare.engine.kv_layout import KVLayout, LayoutUnknown
-from memshare.engine.messages import BlockAt, JobBatch, PairResult
+from memshare.engine.messages import BlockAt, JobBatch, JobResult, TwinBatch
 from memshare.rotary import Rotation, RotationUnknown
 
 if TYPE_CHECKING:
@@ -35,10 +41,12 @@ class _Layer:
     rotation: Rotation | None
     keys: bool
     values: bool
+    key_scale: TokenScale = field(default_factory=TokenScale)
+    value_scale: TokenScale = field(default_factory=TokenScale)
 
 
 class StageTwo:
-    """Compares blocks in a few layers; results come back when the device has them."""
+    """Compares blocks, or tokens, in a few layers; results come back when the device has them."""
 
     def __init__(
         self,
@@ -92,26 +100,51 @@ class StageTwo:
         return all(layer.rotation is not None for layer in self._layers)
 
     @torch.inference_mode()
-    def launch(self, batches: Sequence[JobBatch]) -> None:
+    def launch(self, batches: Sequence[JobBatch | TwinBatch]) -> None:
         """Start comparing. On a GPU this only enqueues work behind the forward pass."""
         for batch in batches:
-            device = self._layers[0].cache.device
-            targets, target_at = _split((job.target for job in batch.jobs), device)
-            donors, donor_at = _split((job.donor for job in batch.jobs), device)
-            sample, sample_at = _split(batch.sample, device)
-            sums = similarity_sums(
-                self._gather(targets, donors, sample),
-                target_at, donor_at, sample_at, self._config.norm,
-            )  # fmt: skip
-            ids = tuple(job.job_id for job in batch.jobs)
+            if isinstance(batch, TwinBatch):
+                ids: tuple[int, ...] = (batch.job_id,)
+                sums = token_similarity_sums(self._gather_tokens(batch))
+            else:
+                ids = tuple(job.job_id for job in batch.jobs)
+                sums = self._compare_blocks(batch)
             self._ready.append(_Pending.start(ids, sums.total, sums.count))
 
-    def collect(self) -> dict[int, PairResult]:
+    def collect(self) -> dict[int, JobResult]:
         """Results that have reached the host; never waits for the device."""
-        results: dict[int, PairResult] = {}
+        results: dict[int, JobResult] = {}
         while self._ready and self._ready[0].is_ready():
             results.update(self._ready.popleft().results())
         return results
+
+    def _compare_blocks(self, batch: JobBatch) -> PairSums:
+        device = self._layers[0].cache.device
+        targets, target_at = _split((job.target for job in batch.jobs), device)
+        donors, donor_at = _split((job.donor for job in batch.jobs), device)
+        sample, sample_at = _split(batch.sample, device)
+        return similarity_sums(
+            self._gather(targets, donors, sample),
+            target_at, donor_at, sample_at, self._config.norm,
+        )  # fmt: skip
+
+    def _gather_tokens(self, batch: TwinBatch) -> Iterator[tuple[Tensor, Tensor, TokenScale]]:
+        device = self._layers[0].cache.device
+        tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
+        blocks, positions = torch.cat((tokens[0], tokens[2])), torch.cat((tokens[1], tokens[3]))
+        for layer in self._layers:
+            slots = positions % layer.layout.slots
+            keys, values = layer.layout.gather_tokens(layer.cache, blocks, slots)
+            if layer.keys and layer.rotation is not None:
+                # Moved to position 0, so that the scale sees what is compared.
+                keys = layer.rotation.turn(keys[:, :, None], -positions)[:, :, 0]
+            for wanted, tensor, scale in (
+                (layer.keys, keys, layer.key_scale), (layer.values, values, layer.value_scale),
+            ):  # fmt: skip
+                if wanted:
+                    scale.update(tensor)
+                    a, b = tensor.chunk(2)
+                    yield a, b, scale
 
     def _gather(
         self, targets: Tensor, donors: Tensor, sample: Tensor
@@ -129,7 +162,7 @@ class StageTwo:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """Sums of one batch on their way to the host."""
+    """Sums of one batch on their way to the host, as many for each job."""
 
     job_ids: tuple[int, ...]
     total: Tensor
@@ -149,11 +182,11 @@ class _Pending:
     def is_ready(self) -> bool:
         return self.copied is None or bool(self.copied.query())
 
-    def results(self) -> dict[int, PairResult]:
-        totals = self.total.tolist()
+    def results(self) -> dict[int, JobResult]:
+        by_job = self.total.view(len(self.job_ids), -1).tolist()
         return {
-            job_id: PairResult(total, self.count, ranks=1)
-            for job_id, total in zip(self.job_ids, totals, strict=True)
+            job_id: JobResult(totals, self.count, ranks=1)
+            for job_id, totals in zip(self.job_ids, by_job, strict=True)
         }
 
 

@@ -18,6 +18,7 @@ _POLICIES = {
     "paper": "memshare.policy.paper:PaperPolicy",
     "oldest": "memshare.policy.oldest:OldestPolicy",
     "random": "memshare.policy.random:RandomPolicy",
+    "twins": "memshare.policy.twins:TwinsPolicy",
 }
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from memshare.evaluate import Span
 
 
@@ -61,7 +64,26 @@ class VictimView(Protocol):
         ...
 
     def is_target(self, index: int) -> bool:
-        """Whether re-pointing this entry would free a block: sole owner, not yet re-pointed."""
+        """Whether re-pointing this entry would free a block: sole owner, not yet re-pointed, and
+        nothing that was given up elsewhere survives only in it."""
+        ...
+
+    def is_own(self, index: int) -> bool:
+        """Whether the entry has not been re-pointed, so that it may be a donor."""
+        ...
+
+    def sharers(self, index: int) -> int:
+        """How many other entries point to the block of this entry."""
+        ...
+
+    @property
+    def coverage(self) -> npt.NDArray[np.float32]:
+        """``[full]``, 0..1: how much of each block has twins (memshare/twins.py). 0 if unknown."""
+        ...
+
+    @property
+    def block_threshold(self) -> float | None:
+        """The least coverage that the request itself asks for; None if it does not."""
         ...
 
 
@@ -74,7 +96,14 @@ class Victim:
 
 
 class DemandPolicy(ABC):
-    """A policy that picks a victim when a block is needed. It compares nothing."""
+    """A policy that picks a victim when a block is needed.
+
+    Attributes:
+        uses_coverage: whether it looks at :attr:`VictimView.coverage`, which takes both stages. If
+            not, nothing is compared.
+    """
+
+    uses_coverage = False
 
     @abstractmethod
     def choose(self, view: VictimView) -> Victim | None:

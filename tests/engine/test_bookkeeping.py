@@ -20,6 +20,7 @@ LOOSE = {
 POLICIES: dict[str, dict[str, Any]] = {
     "oldest": CHECKED | {"policy": {"name": "oldest"}},
     "random": CHECKED | {"policy": {"name": "random"}},
+    "twins": CHECKED | {"policy": {"name": "twins"}, "steps": LOOSE["steps"]},
     "paper": CHECKED | LOOSE | {"policy": {"name": "paper"}},
     "paper, newest, eager": CHECKED
     | LOOSE
@@ -48,6 +49,16 @@ def test_shares_under_pressure_and_leaves_nothing_behind(engine: Engine) -> None
     assert "integrity_checks:failed" not in totals
     assert totals["remap_misses"] == 0
     assert engine.is_clean()
+
+
+@pytest.mark.parametrize("engine", ["twins"], indirect=True)
+def test_every_token_pair_is_resolved_once(engine: Engine) -> None:
+    engine.generate(PROMPTS, max_tokens=200)
+    totals, survey = engine.totals, engine.side.jobs
+    assert totals["verified"] > 100
+    dropped = sum(count for name, count in totals.items() if name.startswith("dropped:"))
+    assert totals["compared"] == totals["verified"] + totals["rejected"]
+    assert totals["candidates"] == totals["compared"] + dropped + len(survey) + survey.running
 
 
 @pytest.mark.parametrize("engine", [name for name in POLICIES if "paper" in name], indirect=True)

@@ -36,6 +36,11 @@ STAGED = {
 POLICIES: list[dict[str, Any]] = [
     {"policy": {"name": "oldest"}},
     {"policy": {"name": "random"}},
+    {
+        "policy": {"name": "twins"},
+        "steps": {"min_tokens": 4, "max_tokens": 32},
+        "distance": {"max_jobs_per_step": 2},
+    },
     STAGED | {"policy": {"name": "paper"}},
     STAGED | {"policy": {"name": "paper", "survivor": "newest"}, "scope": "tenant"},
 ]

@@ -55,6 +55,10 @@ def test_stage_two_reads_what_the_model_wrote(start_engine: StartEngine, tiny: s
             by_block = given[:full].view(len(blocks), BLOCK, *given.shape[1:]).transpose(1, 2)
             torch.testing.assert_close(found, by_block.float(), rtol=0, atol=0)
         assert not torch.equal(k, v)
+        at = torch.tensor([0, BLOCK + 3, full - 1, 5])
+        k, v = compared.layout.gather_tokens(compared.cache, blocks[at // BLOCK], at % BLOCK)
+        for tokens, given in ((k, keys), (v, values)):
+            torch.testing.assert_close(tokens, given[at].float(), rtol=0, atol=0)
 
 
 def v2_runner(rows: int, width: int) -> Any:

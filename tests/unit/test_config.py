@@ -34,6 +34,8 @@ BAD: dict[str, list[object]] = {
     "policy.name": ["x", "", 1, ["paper"], None],
     "policy[paper].survivor": NO_WORDS,
     "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
+    "policy[twins].age_weight": NO_FRACTIONS,
+    "policy[twins].min_coverage": NO_FRACTIONS,
     "trigger": ["eager", 1, [], None, True],
     "trigger.kind": NO_WORDS,
     "trigger.low_watermark": NO_FRACTIONS,

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memshare.distance import LayerBlocks, Norm, PairSums, similarity_sums
+from memshare.distance import (
+    LayerBlocks,
+    Norm,
+    PairSums,
+    TokenScale,
+    similarity_sums,
+    token_similarity_sums,
+)
 from memshare.rotary import Rotation
 
 LAYERS, HEADS, SLOTS, CHANNELS = 2, 3, 4, 8
@@ -296,3 +303,69 @@ def test_nothing_to_compare_gives_nothing(norm: Norm) -> None:
     sums = blocks.sums(norm)
     assert sums.count == 0
     assert sums.total.tolist() == [0.0] * PAIRS
+
+
+def moments(tokens: Tensor) -> Tensor:
+    """RMS distance of two random tokens per head, by looking at every pair."""
+    pairs = (tokens[:, None] - tokens[None]).square().sum(-1)
+    count = len(tokens)
+    return (pairs.sum((0, 1)) / (count * (count - 1))).sqrt()
+
+
+def test_the_scale_is_the_distance_of_random_tokens_however_they_come() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randn(60, HEADS, CHANNELS, generator=draw) * torch.tensor(
+        [[[1.0], [2.0], [9.0]]]
+    )
+    tokens[:, 1] += 5.0  # a mean other than 0
+    for sizes in ([60], [30, 30], [2, 1, 57], [1] * 60):
+        scale = TokenScale()
+        for part in tokens.split(sizes):
+            scale.update(part)
+        torch.testing.assert_close(scale.distance(), moments(tokens))
+
+
+def test_the_scale_follows_the_newest_tokens() -> None:
+    scale = TokenScale()
+    draw = torch.Generator().manual_seed(0)
+    for factor, batches in ((100.0, 20), (1.0, 200)):
+        for _ in range(batches):
+            scale.update(factor * torch.randn(4096, 1, 2, generator=draw))
+    assert scale.distance().item() == pytest.approx(2.0, rel=0.2)
+
+
+def test_token_similarities_are_those_of_a_loop() -> None:
+    draw = torch.Generator().manual_seed(1)
+    layers = []
+    for _ in range(LAYERS):
+        a = torch.randn(5, HEADS, CHANNELS, generator=draw)
+        b = torch.randn(5, HEADS, CHANNELS, generator=draw)
+        b[0] = a[0]
+        scale = TokenScale()
+        scale.update(torch.cat((a, b)))
+        layers.append((a, b, scale))
+    sums = token_similarity_sums(layers)
+    assert sums.count == LAYERS * HEADS
+    for n in range(5):
+        loop = sum(
+            1 - math.dist(a[n, h].tolist(), b[n, h].tolist()) / scale.distance()[h].item()
+            for a, b, scale in layers
+            for h in range(HEADS)
+        )
+        assert sums.total[n].item() == pytest.approx(loop, abs=1e-4)
+    assert sums.total[0].item() == pytest.approx(sums.count)
+    # Heads that a rank has alone add up to what one rank with all heads has.
+    halves = [
+        token_similarity_sums([(a[:, part], b[:, part], _part(s, part)) for a, b, s in layers])
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    torch.testing.assert_close(halves[0].total + halves[1].total, sums.total)
+    assert halves[0].count + halves[1].count == sums.count
+
+
+def _part(scale: TokenScale, heads: slice) -> TokenScale:
+    part = TokenScale()
+    assert scale._mean is not None
+    assert scale._spread is not None
+    part._count, part._mean, part._spread = scale._count, scale._mean[heads], scale._spread[heads]
+    return part

@@ -153,7 +153,7 @@ def test_the_least_recently_used_history_goes_first() -> None:
     assert subject.evaluate([new_steps("b", 2, [1, 2])]).matches == (), "b had to make room"
     subject.evaluate([new_steps("c", 2, [1, 2])])
     assert len(subject.evaluate([new_steps("c", 4, [1, 2])]).matches) == 2
-    assert len(subject._histories) == 2
+    assert len(list(subject._histories)) == 2
 
 
 def test_an_answer_echoes_the_oldest_time() -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare import config, policy
-from memshare.config import OldestParams, PaperParams, RandomParams
+from memshare.config import OldestParams, PaperParams, RandomParams, TwinsParams
 from memshare.evaluate import Span
 from memshare.policy import load_policy
 from memshare.policy.base import BlockRef, DemandPolicy, StagedPolicy, Victim
 from memshare.policy.oldest import OldestPolicy
 from memshare.policy.paper import PaperPolicy
 from memshare.policy.random import RandomPolicy
+from memshare.policy.twins import TwinsPolicy
 
 BLOCK = 16
 
@@ -31,6 +34,19 @@ class View:
     budget: int
     taken: set[int] = field(default_factory=set)
     shared: frozenset[int] = frozenset()  # not the request's alone: freeing them frees nothing
+    covered: tuple[float, ...] = ()  # by block; 0 beyond
+    block_threshold: float | None = None
+    donated: dict[int, int] = field(default_factory=dict)  # victims of each donor so far
+
+    @property
+    def coverage(self) -> npt.NDArray[np.float32]:
+        return np.array((*self.covered, *[0.0] * self.full)[: self.full], np.float32)
+
+    def is_own(self, index: int) -> bool:
+        return index not in self.taken
+
+    def sharers(self, index: int) -> int:
+        return (index in self.shared) + self.donated.get(index, 0)
 
     def is_target(self, index: int) -> bool:
         assert self.first <= index < self.end, "asked about a protected block"
@@ -44,12 +60,14 @@ def views(draw: st.DrawFn) -> View:
     end = draw(st.integers(0, full))
     indices = st.sets(st.integers(0, 40))
     budget = draw(st.integers(0, full))
-    return View(first, end, full, budget, draw(indices), frozenset(draw(indices)))
+    covered = tuple(draw(st.lists(st.floats(0, 1, width=32), max_size=40)))
+    return View(first, end, full, budget, draw(indices), frozenset(draw(indices)), covered)
 
 
 DEMAND = st.one_of(
     st.builds(lambda: load_policy(OldestParams(name="oldest"))),
     st.builds(lambda s: load_policy(RandomParams(name="random", seed=s)), st.integers(0, 99)),
+    st.builds(lambda age: load_policy(TwinsParams(name="twins", age_weight=age)), st.floats(0, 1)),
 )
 
 
@@ -63,7 +81,10 @@ def test_every_choice_is_possible(demand: DemandPolicy, view: View) -> None:
         targets.remove(victim.target)
         view.taken.add(victim.target)
     # It gives up only when no block is left, or none that could stand in.
-    assert not targets or view.full - view.first < 2 or targets == {view.full - 1}
+    if isinstance(demand, TwinsPolicy):  # its donors are later, and their own
+        assert not any(view.is_own(j) for t in targets for j in range(t + 1, view.full))
+    else:
+        assert not targets or view.full - view.first < 2 or targets == {view.full - 1}
 
 
 def choices(demand: DemandPolicy, view: View, count: int) -> list[Victim]:
@@ -71,7 +92,46 @@ def choices(demand: DemandPolicy, view: View, count: int) -> list[Victim]:
     while len(victims) < count and (victim := demand.choose(view)) is not None:
         victims.append(victim)
         view.taken.add(victim.target)
+        view.donated[victim.donor] = view.donated.get(victim.donor, 0) + 1
     return victims
+
+
+def twins(**params: float) -> TwinsPolicy:
+    return TwinsPolicy(TwinsParams.model_validate({"name": "twins", **params}))
+
+
+def test_twins_takes_the_best_covered_first() -> None:
+    view = View(1, 6, 8, 3, covered=(1.0, 0.1, 0.5, 0.9, 0.2, 0.3, 1.0, 1.0))
+    targets = [victim.target for victim in choices(twins(age_weight=0.0), view, 10)]
+    assert targets == [3, 2, 5, 4, 1]
+
+
+def test_twins_prefers_old_blocks_by_its_weight() -> None:
+    def first(age_weight: float) -> int:
+        view = View(0, 6, 8, 3, covered=(0.4, 0.5, 0.5, 0.5, 0.5, 0.6))
+        return choices(twins(age_weight=age_weight), view, 1)[0].target
+
+    assert [first(w) for w in (0.0, 0.3, 1.0)] == [5, 1, 0]
+
+
+def test_twins_leaves_blocks_alone_that_are_covered_too_little() -> None:
+    covered = (0.0, 0.4, 0.6, 0.8, 0.0, 0.0)
+    policy = twins(min_coverage=0.5)
+    assert {v.target for v in choices(policy, View(0, 5, 6, 3, covered=covered), 9)} == {2, 3}
+    # What the request asks for goes first, in both directions.
+    for asked, expected in ((0.7, {3}), (0.3, {1, 2, 3})):
+        view = View(0, 5, 6, 3, covered=covered, block_threshold=asked)
+        assert {v.target for v in choices(policy, view, 9)} == expected
+
+
+def test_twins_spreads_victims_over_the_next_blocks_that_stay() -> None:
+    covered = (0.9,) * 10  # all go, in order of age
+    victims = choices(twins(), View(0, 10, 40, 10, covered=covered), 10)
+    assert [v.target for v in victims] == list(range(10))
+    # Likely victims are no donors; one sharer more is better than a donor much further away.
+    assert [v.donor for v in victims] == [10, 11, 12, 13, 14, 15, 16, 17, 10, 18]
+    near = choices(twins(), View(0, 10, 14, 10, covered=covered), 10)
+    assert sorted({v.donor for v in near}) == [10, 11, 12, 13]
 
 
 @given(views())
@@ -172,4 +232,6 @@ def test_every_policy_of_the_configuration_can_be_built() -> None:
     for params in union:
         (name,) = get_args(params.model_fields["name"].annotation)
         cfg = config.MemShareConfig(policy=params(name=name))
-        assert cfg.uses_stages == isinstance(built[name], StagedPolicy)
+        chosen = built[name]
+        stages = isinstance(chosen, StagedPolicy) or chosen.uses_coverage
+        assert cfg.uses_stages == stages

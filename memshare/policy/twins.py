@@ -1,0 +1,45 @@
+"""``twins``: blocks go first that hold little which is not written again later in the request."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memshare.config import TwinsParams
+from memshare.policy.base import DemandPolicy, Victim, VictimView
+
+# A re-pointed block adds log(multiplicity) to its donor's attention logits. So much further away,
+# in blocks, may a donor be to have one sharer less.
+_BLOCKS_A_SHARER = 8
+
+
+class TwinsPolicy(DemandPolicy):
+    """Takes the best covered block, with a bonus for age; the donor is the next that stays.
+
+    The nearest later block that is unlikely to go itself has been the best donor on real traces,
+    better than the block that holds most of the target's twins: keys cached near each other have
+    been turned by nearly the same angle, and the copies spread over many donors.
+    """
+
+    uses_coverage = True
+
+    def __init__(self, params: TwinsParams) -> None:
+        self._params = params
+
+    def choose(self, view: VictimView) -> Victim | None:
+        """See :meth:`DemandPolicy.choose`."""
+        asked = view.block_threshold
+        least = self._params.min_coverage if asked is None else asked
+        coverage = view.coverage
+        targets = [
+            i for i in range(view.first, view.end) if coverage[i] >= least and view.is_target(i)
+        ]
+        score = coverage[targets] - self._params.age_weight * np.array(targets) / max(view.full, 1)
+        ranked = [targets[i] for i in np.argsort(-score, kind="stable")]
+        likely_next = set(ranked[: view.budget])
+        for target in ranked:
+            later = [j for j in range(target + 1, view.full) if view.is_own(j)]
+            donors = [j for j in later if j not in likely_next] or later
+            if donors:
+                donor = min(donors, key=lambda j: _BLOCKS_A_SHARER * view.sharers(j) + j)
+                return Victim(target, donor)
+        return None
