@@ -31,7 +31,8 @@ class RequestOptions(BaseModel):
     memshare_step_threshold: Fraction | None = None
     """Cosine of two steps' token bags at or above which they are compared, 0..1."""
     memshare_block_threshold: Fraction | None = None
-    """Similarity of two blocks at or above which one may stand in for the other, 0..1."""
+    """Similarity of two blocks at or above which one may stand in for the other, 0..1; with policy
+    ``twins``, the coverage below which a block is never a target."""
     memshare_max_shared_fraction: Fraction | None = None
     """Fraction of this request's blocks that may be re-pointed, 0..1. At most the server's."""
 

@@ -15,9 +15,10 @@ _BLOCKS_A_SHARER = 8
 class TwinsPolicy(DemandPolicy):
     """Takes the best covered block, with a bonus for age; the donor is the next that stays.
 
-    The nearest later block that is unlikely to go itself has been the best donor on real traces,
-    better than the block that holds most of the target's twins: keys cached near each other have
-    been turned by nearly the same angle, and the copies spread over many donors.
+    On real traces (tools/study_policies.py) the nearest later block that is unlikely to go itself
+    has been a better donor than the block that holds most of the target's twins, than the newest
+    and than the one before. Two reasons: keys that stand near each other have been turned by nearly
+    the same angle, and victims spread over many donors.
     """
 
     uses_coverage = True
