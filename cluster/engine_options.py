@@ -12,10 +12,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.config import ClusterArgs, EngineConfig, ExtraValue
 from memshare.config import ConfigError, MemShareConfig
-
-CONNECTOR = "MemShareConnector"
-CONNECTOR_MODULE = "memshare.engine.connector"
-WORKER_CLASS = "memshare.engine.worker.MemShareWorker"
+from memshare.plug_in import WORKER_CLASS, connector_options
 
 # Options that `engine.extra` may not set, and where they belong.
 _ELSEWHERE = {
@@ -140,14 +137,7 @@ def _connector(config: MemShareConfig) -> str:
     Holds every field, so that files and variables on the replica's machine can't change what was
     validated when the application was built.
     """
-    return json.dumps(
-        {
-            "kv_connector": CONNECTOR,
-            "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_role": "kv_producer",
-            "kv_connector_extra_config": config.model_dump(mode="json"),
-        }
-    )
+    return json.dumps(connector_options(config.model_dump(mode="json")))
 
 
 def _wrong(name: str, value: ExtraValue, what: str, fix: str) -> ConfigError:

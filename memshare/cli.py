@@ -18,6 +18,7 @@ from memshare.errors import UserError
 
 # name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "replay": ("memshare.commands.replay", "measure what sharing does, on recorded texts"),
     "model": ("memshare.commands.model", "prepare the small test model in the user's cache"),
 }
 

@@ -142,14 +142,14 @@ def _in_own_process(arm: str) -> Run:
 def _run(options: argparse.Namespace) -> Run:
     from vllm import LLM, SamplingParams
 
-    from tools.plug_in import plug_in
+    from memshare.plug_in import plug_in
 
     memshare = ARMS[options.run_arm]
     common = {
         "budget": {"max_shared_fraction": options.budget},
         "protect": {"recent_tokens": options.recent},
     }
-    plugged = {} if memshare is None else plug_in(common | memshare)
+    plugged = plug_in(None if memshare is None else common | memshare)
     llm = LLM(
         _model(options.model), **_model_options(options.model), dtype=options.dtype,
         max_model_len=2048, block_size=options.block_size, num_gpu_blocks_override=options.blocks,

@@ -154,7 +154,7 @@ def _phases(options: argparse.Namespace) -> list[tuple[Phase, Phase]]:
     from vllm import LLM
 
     from memshare.model import resolve_model
-    from tools.plug_in import plug_in
+    from memshare.plug_in import plug_in
 
     llm = LLM(
         resolve_model("smollm2-135m"), dtype="float32", max_model_len=2048, block_size=32,

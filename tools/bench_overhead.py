@@ -80,7 +80,7 @@ def _measure(arm: str) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from memshare.model import resolve_model
-    from tools.plug_in import plug_in
+    from memshare.plug_in import plug_in
 
     llm = LLM(
         resolve_model("smollm2-135m"), dtype="float32", max_model_len=2048, block_size=32,

@@ -18,7 +18,7 @@ import torch
 
 from memshare.engine.messages import JobResult, SchedulerMessage, TwinBatch, WorkerMessage
 from memshare.engine.ranks import RankGather
-from tools.plug_in import plug_in
+from memshare.plug_in import plug_in
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from memshare.distance import TokenScale, token_similarity_sums
 from memshare.policy import load_policy
 from memshare.policy.base import DemandPolicy
+from memshare.replay.damage import Damage, measure
 
 BLOCK = 32
 RECENT = 128  # tokens, as protect.recent_tokens
@@ -69,16 +69,6 @@ class Reading:
     values: torch.Tensor
     log_probs: torch.Tensor
     compared: list[tuple[torch.Tensor, TokenScale]]
-
-
-@dataclass
-class Damage:
-    """What an arm did to one text; nats, and a fraction."""
-
-    kl: float
-    late_kl: float
-    delta_nll: float
-    top1: float
 
 
 @dataclass
@@ -165,7 +155,7 @@ class Study:
                 yield tensor, scale
 
     @torch.inference_mode()
-    def judge(self, reading: Reading, donor_of: dict[int, int]) -> Damage:
+    def judge(self, reading: Reading, donor_of: dict[int, int]) -> npt.NDArray[np.float32]:
         """Read the continuation over a cache in which some blocks are their donors'."""
         from transformers import DynamicCache
 
@@ -180,16 +170,8 @@ class Study:
             cache.update(k[None], v[None], layer)
         rest = reading.tokens[reading.prefix :]
         hidden = self.model.model(rest[None], past_key_values=cache).last_hidden_state
-        exact, shared = reading.log_probs, self.model.lm_head(hidden[0]).log_softmax(-1)
-        kl = (exact.exp() * (exact - shared)).sum(-1)
-        following = rest[1:, None]
-        nll = (exact[:-1].gather(1, following) - shared[:-1].gather(1, following)).mean()
-        return Damage(
-            kl.mean().item(),
-            kl[len(kl) // 2 :].mean().item(),
-            nll.item(),
-            (exact.argmax(-1) == shared.argmax(-1)).float().mean().item(),
-        )
+        shared = self.model.lm_head(hidden[0, :-1]).log_softmax(-1)
+        return measure(reading.log_probs[:-1], shared, rest[1:]).numpy()
 
     def give_up(
         self, reading: Reading, params: dict[str, Any], fraction: float, invert: bool = False
@@ -261,7 +243,7 @@ def main() -> None:
     study = Study(resolve_model(options.model), options.prefix, options.continuation)
     arms = [arm.strip() for arm in options.arms.split(",")]
     fractions = [float(fraction) for fraction in options.freed.split(",")]
-    damages: dict[tuple[float, str], list[Damage]] = {}
+    measured: dict[tuple[float, str], list[npt.NDArray[np.float32]]] = {}
     read = 0
     for path in sorted(options.traces.rglob("*.json")):
         if read == options.limit or (reading := study.read(path)) is None:
@@ -271,24 +253,17 @@ def main() -> None:
             for arm in arms:
                 params = ARMS.get(arm, ARMS["twins"])
                 donors = study.give_up(reading, params, fraction, invert=arm == CONTROL)
-                damages.setdefault((fraction, arm), []).append(study.judge(reading, donors))
+                measured.setdefault((fraction, arm), []).append(study.judge(reading, donors))
         print(f"{path.name}: read", file=sys.stderr, flush=True)
     for fraction in fractions:
         print(f"\n{read} texts, {fraction:.0%} of the blocks given up:\n")
         print("| policy | KL | late KL | change of NLL | same top token |")
         print("| --- | --- | --- | --- | --- |")
         for arm in arms:
-            print(_row(arm, damages[fraction, arm]))
-
-
-def _row(arm: str, damages: list[Damage]) -> str:
-    def mean(name: str) -> float:
-        return statistics.fmean(getattr(damage, name) for damage in damages)
-
-    return (
-        f"| {arm} | {mean('kl'):.4f} | {mean('late_kl'):.4f} | {mean('delta_nll'):+.4f} "
-        f"| {mean('top1'):.3f} |"
-    )
+            damage = Damage.of(measured[fraction, arm])
+            cells = (damage.kl, damage.late_kl, damage.delta_nll, damage.same_top)
+            shown = " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in cells)
+            print(f"| {arm} | {shown} |")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 from memshare.config import MemShareConfig, load_config
 from memshare.engine.messages import WorkerHandshake
 from memshare.engine.versions import check_vllm_version
+from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-CONNECTOR = "MemShareConnector"
-WORKER_CLASS = "memshare.engine.worker.MemShareWorker"
 
 
 class UnsupportedSetup(ValueError):  # noqa: N818 - reads as a finding in the log
@@ -87,8 +85,8 @@ def _setup_faults(vllm_config: VllmConfig) -> Iterator[str]:
             f"kv_connector is {transfer.kv_connector if transfer else None!r}; MemShare must be "
             f"the only KV connector: set kv_connector to {CONNECTOR!r} in --kv-transfer-config"
         )
-    elif transfer.kv_role != "kv_producer":
-        yield f'kv_role is {transfer.kv_role!r}; set "kv_role": "kv_producer"'
+    elif transfer.kv_role != ROLE:
+        yield f'kv_role is {transfer.kv_role!r}; set "kv_role": "{ROLE}"'
     if parallel.worker_cls != WORKER_CLASS:
         yield f"worker_cls is {parallel.worker_cls!r}; add --worker-cls {WORKER_CLASS}"
     if parallel.pipeline_parallel_size > 1:

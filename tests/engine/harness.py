@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from tools.plug_in import plug_in
+from memshare.plug_in import plug_in
 
 BLOCK = 32
 
@@ -22,7 +22,6 @@ class Engine:
     def __init__(self, model: str, memshare: dict[str, Any] | None, **options: Any) -> None:
         from vllm import LLM
 
-        plugged = {} if memshare is None else plug_in(memshare)
         settings = {
             "max_model_len": 2048,
             "block_size": BLOCK,
@@ -32,7 +31,7 @@ class Engine:
             "dtype": "float32",
             "disable_log_stats": False,
         }
-        self.llm = LLM(model, **settings | plugged | options)
+        self.llm = LLM(model, **settings | plug_in(memshare) | options)
 
     @property
     def core(self) -> Any:

@@ -1,0 +1,183 @@
+"""``memshare replay``: what giving up blocks does to a model, on recorded chains of thought.
+
+A real engine writes the recorded tokens. At a given length a policy gives up a fraction of every
+request's blocks; from there on the next-token distributions are compared with those of plain vLLM.
+Each run is an engine in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memshare.errors import UserError
+
+_RESULT = "RESULT "
+_PAPER = {"policy": {"name": "paper"}, "distance": {"norm": "paper", "layers": "all"}}
+ARMS: dict[str, dict[str, Any]] = {
+    "twins": {"policy": {"name": "twins"}},
+    "oldest": {"policy": {"name": "oldest"}},
+    "random": {"policy": {"name": "random"}},
+    "paper": _PAPER,
+}
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    arm: str
+    wanted: float
+    freed: float
+    cells: list[tuple[float, float]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = __doc__
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of recorded texts")
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
+    parser.add_argument("--arms", default=",".join(ARMS), help="policies, separated by ','")
+    parser.add_argument("--freed", default="0.25", help="fractions of the blocks, separated by ','")
+    parser.add_argument("--prefix", type=int, default=2432, help="output tokens before sharing")
+    parser.add_argument("--continuation", type=int, default=512, help="output tokens after it")
+    parser.add_argument("--limit", type=int, default=16, help="texts; all are in memory at once")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens")
+    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    parser.add_argument("--dtype", default="float32", help="of weights and cache")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--run-plan", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all arms and print a table.
+
+    Raises:
+        UserError: traces, arms or fractions cannot be used, or an engine failed.
+    """
+    if args.run_plan is not None:
+        return _run_arm(args.run_plan, json.loads(args.run_arm))
+    arms, fractions = args.arms.split(","), _fractions(args.freed)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
+    if args.traces is None:
+        raise UserError("say where the recorded texts are: --traces DIR")
+    with tempfile.TemporaryDirectory(prefix="memshare-replay-") as folder:
+        texts = _plan(args, folder)
+        print(
+            f"{texts} texts, {args.prefix} tokens before sharing, {args.continuation} after; "
+            f"{args.model} ({args.dtype}), blocks of {args.block_size}.\n",
+            flush=True,
+        )
+        _in_own_process(folder, {"name": "exact", "options": None})
+        rows = [_row(folder, arm, fraction, args.recent) for fraction in fractions for arm in arms]
+    print(_table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps([row._asdict() for row in rows]))
+    return 0
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        fractions = [float(word) for word in text.split(",")]
+    except ValueError:
+        fractions = []
+    if not fractions or not all(0.0 <= fraction <= 1.0 for fraction in fractions):
+        raise UserError(f"--freed {text}: give fractions from 0 to 1, separated by ','")
+    return fractions
+
+
+def _plan(args: argparse.Namespace, folder: str) -> int:
+    """Tokenize the texts that are long enough and write the plan; returns how many they are."""
+    from transformers import AutoTokenizer
+
+    from memshare.engine.replay import ReplayPlan
+    from memshare.model import resolve_model
+    from memshare.replay.traces import load_traces
+
+    model = resolve_model(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    length = args.prefix + args.continuation
+    prompts: list[list[int]] = []
+    outputs: list[list[int]] = []
+    for trace in load_traces(args.traces):
+        text = _ids(tokenizer, trace.reasoning)
+        if len(text) < length:
+            continue
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": trace.problem}], add_generation_prompt=True, tokenize=False
+        )
+        prompts.append(_ids(tokenizer, str(asked)))
+        outputs.append(text[:length])
+        if len(outputs) == args.limit:
+            break
+    if not outputs:
+        raise UserError(
+            f"no text in {args.traces} has {length} tokens; lower --prefix or --continuation"
+        )
+    plan = ReplayPlan(model, args.dtype, args.block_size, prompts, outputs, args.prefix, folder)
+    plan.save(Path(folder) / "plan.json")
+    return len(outputs)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _row(folder: str, arm: str, fraction: float, recent: int) -> Row:
+    options = ARMS[arm] | {
+        "trigger": {"kind": "eager"},
+        "budget": {"max_shared_fraction": fraction},
+        "protect": {"recent_tokens": recent},
+    }
+    result = _in_own_process(folder, {"name": f"{arm}-{fraction}", "options": options})
+    return Row(arm, fraction, result["freed"], [tuple(cell) for cell in result["cells"]])
+
+
+def _in_own_process(folder: str, arm: dict[str, Any]) -> dict[str, Any]:
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    command = [sys.executable, "-m", "memshare.cli", "replay", "--run-plan", f"{folder}/plan.json"]
+    done = subprocess.run(
+        [*command, "--run-arm", json.dumps(arm)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    for line in done.stdout.splitlines():
+        if line.startswith(_RESULT):
+            found: dict[str, Any] = json.loads(line.removeprefix(_RESULT))
+            return found
+    raise UserError(f"the engine of {arm['name']} failed:\n{done.stderr[-4000:]}")
+
+
+def _run_arm(plan_file: Path, arm: dict[str, Any]) -> int:
+    from memshare.engine.replay import ReplayPlan, measurements, replay
+    from memshare.replay.damage import Damage
+
+    plan = ReplayPlan.load(plan_file)
+    freed = replay(plan, arm["options"], arm["name"])
+    cells: list[tuple[float, float]] = []
+    if arm["options"] is not None:
+        damage = Damage.of(measurements(plan, arm["name"]))
+        cells = [damage.kl, damage.late_kl, damage.delta_nll, damage.same_top]
+    print(_RESULT + json.dumps({"freed": sum(freed) / len(freed), "cells": cells}), flush=True)
+    return 0
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [
+        "| policy | blocks given up | KL | late KL | change of NLL | same top token |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in row.cells)
+        lines.append(f"| {row.arm} | {row.freed:.1%} | {cells} |")
+    return "\n".join(lines)

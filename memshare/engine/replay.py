@@ -1,0 +1,109 @@
+"""Replays recorded chains of thought through a vLLM engine in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from memshare.engine.forced import ForcedDecoding, forced
+from memshare.plug_in import plug_in
+from memshare.replay.damage import COLUMNS
+
+# Engine steps within which all remaps are done once they are allowed: a request's first one may
+# have to wait a step or two (Reclaimer._must_wait).
+_SETTLING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayPlan:
+    """What is replayed, and how.
+
+    Attributes:
+        model: folder or hub id.
+        dtype: of weights and cache.
+        block_size: tokens.
+        prompts: token ids, by trace.
+        outputs: token ids that are written, ``prefix + continuation`` of each trace.
+        prefix: output tokens before blocks are given up.
+        folder: where distributions and measurements are kept.
+    """
+
+    model: str
+    dtype: str
+    block_size: int
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+    prefix: int
+    folder: str
+
+    def save(self, path: Path) -> None:
+        """Write it for another process."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> ReplayPlan:
+        """Read what :meth:`save` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) -> list[float]:
+    """Let the engine write all traces at once; blocks are given up at ``plan.prefix``.
+
+    Args:
+        plan: what is replayed.
+        memshare: MemShare's options; None runs plain vLLM and keeps its distributions, with which
+            later runs compare theirs.
+        arm: names the files of measurements.
+
+    Returns:
+        Fraction of each request's full blocks that was given up.
+    """
+    from vllm import LLM
+
+    longest = max(len(p) + len(o) for p, o in zip(plan.prompts, plan.outputs, strict=True)) + 1
+    blocks = (longest // plan.block_size + 2) * len(plan.prompts) + 1
+    llm = LLM(
+        plan.model,
+        dtype=plan.dtype,  # type: ignore[arg-type]
+        max_model_len=longest,
+        max_num_seqs=len(plan.prompts),
+        block_size=plan.block_size,
+        num_gpu_blocks_override=blocks,
+        enforce_eager=True,
+        seed=0,
+        logits_processors=[ForcedDecoding],
+        **plug_in(memshare),
+    )
+    engine = llm.llm_engine
+    for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
+        count = len(output) - plan.prefix - _SETTLING
+        exact, measured = f"{plan.folder}/exact-{i}", f"{plan.folder}/{arm}-{i}"
+        params = forced(
+            output, plan.prefix + _SETTLING, count, exact, None if memshare is None else measured
+        )
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+    side = getattr(scheduler.connector, "scheduler_side", None)
+    freed: dict[str, float] = {}
+    while engine.has_unfinished_requests():
+        written = min(
+            (len(r.output_token_ids) for r in scheduler.requests.values()), default=plan.prefix
+        )
+        if side is not None:
+            side.reclaimer.enabled = plan.prefix <= written < plan.prefix + _SETTLING
+            freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.roster}
+        engine.step()
+    return list(freed.values()) or [0.0] * len(plan.prompts)
+
+
+def measurements(plan: ReplayPlan, arm: str) -> Sequence[npt.NDArray[np.float32]]:
+    """``[tokens, len(COLUMNS)]`` float32 of each trace."""
+    return [
+        np.fromfile(f"{plan.folder}/{arm}-{i}", np.float32).reshape(-1, len(COLUMNS))
+        for i in range(len(plan.prompts))
+    ]

@@ -1,0 +1,48 @@
+"""Replay through real engines, as a user would run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memshare.cli import main
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+STEPS = (
+    "Let me add the numbers one by one. First, 17 plus 25 is 42.",
+    "Wait, let me check that: 17 plus 20 is 37, and 37 plus 5 is 42. Good.",
+    "Now multiply 42 by 3. Three times 40 is 120, three times 2 is 6, so 126.",
+)
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_what_is_given_up_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    for i in range(2):
+        steps = (f"Attempt {k + i}. {STEPS[(k + i) % 3]}" for k in range(30))
+        trace = {"problem": "What is (17 + 25) * 3?", "reasoning": "\n\n".join(steps)}
+        (traces / f"{i}.json").write_text(json.dumps(trace))
+    (traces / "short.json").write_text(json.dumps({"problem": "1 + 1?", "reasoning": "Two."}))
+    table = tmp_path / "table.json"
+    status = main(
+        [
+            "replay", "--traces", str(traces), "--prefix", "260", "--continuation", "44",
+            "--arms", "twins", "--freed", "0,0.3", "--json", str(table),
+        ]
+    )  # fmt: skip
+    assert status == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("2 texts"), "one is too short"
+    assert "| twins | 0.0% |" in shown
+    nothing, some = json.loads(table.read_text())
+    kl, _late, _nll, same_top = (mean for mean, _ in nothing["cells"])
+    assert nothing["freed"] == 0.0
+    # The exact distributions are kept as float16.
+    assert abs(kl) < 1e-4
+    assert same_top > 0.95
+    assert some["freed"] == pytest.approx(0.3, abs=0.12)
+    assert some["cells"][0][0] > 1e-3 > kl
