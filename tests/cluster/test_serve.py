@@ -5,6 +5,7 @@ The tests are in the order of the server's life: the last ones kill its engine a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -98,13 +99,17 @@ def start(folder: Path, document: dict[str, Any]) -> Server:
 
 
 def stop(server: Server) -> None:
-    """Ctrl-C."""
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGINT)
-        try:
-            server.process.wait(timeout=120)
-        finally:
-            server.process.kill()
+    """Ctrl-C, and again if nothing happens: one was seen to be lost while Ray was printing."""
+    try:
+        for _ in range(4):
+            if server.process.poll() is None:
+                server.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(timeout=30)
+                return
+        raise AssertionError(f"does not stop:\n{server.log.read_text()[-4000:]}")
+    finally:
+        server.process.kill()
 
 
 def cluster_file(name: str = "cluster.yaml") -> dict[str, Any]:
