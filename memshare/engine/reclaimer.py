@@ -217,7 +217,7 @@ class Reclaimer:
 class Victims:
     """One request as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`)."""
 
-    __slots__ = ("_blocks", "_state", "_survey", "budget", "end", "first", "full")
+    __slots__ = ("_blocks", "_state", "_twins", "budget", "end", "first", "full")
 
     def __init__(
         self, roster: Roster, book: BlockBook, survey: Survey | None, state: RequestState
@@ -226,7 +226,7 @@ class Victims:
         assert table is not None, "the caller has looked"
         self._blocks = table
         self._state = state
-        self._survey = survey
+        self._twins = survey.map_of(state) if survey is not None else None
         self.first = roster.first_target(state)
         self.end = min(roster.end_target(state), len(table))
         self.full = min(state.full, len(table))
@@ -246,7 +246,7 @@ class Victims:
         """See :meth:`VictimView.is_target`."""
         if index in self._state.repointed or self._blocks[index].ref_cnt != 1:
             return False
-        return self._survey is None or not self._survey.map_of(self._state).last_copies[index]
+        return self._twins is None or not self._twins.last_copies[index]
 
     def is_own(self, index: int) -> bool:
         """See :meth:`VictimView.is_own`."""
@@ -259,9 +259,9 @@ class Victims:
     @property
     def coverage(self) -> npt.NDArray[np.float32]:
         """See :attr:`VictimView.coverage`."""
-        if self._survey is None:
+        if self._twins is None:
             return np.zeros(self.full, np.float32)
-        return self._survey.map_of(self._state).coverage[: self.full]
+        return self._twins.coverage[: self.full]
 
     @property
     def block_threshold(self) -> float | None:

@@ -173,7 +173,7 @@ class Survey:
     def given_up(self, state: RequestState, index: int) -> None:
         """Block ``index`` of the request has been re-pointed."""
         orphans, heirs = self.map_of(state).give_up(index)
-        own = self._is_own(state, orphans) & self._is_own(state, heirs)
+        own = self._are_own(state, orphans, heirs)
         self._journal.tally.add("candidates", int(own.sum()))
         self._add(_Pairs(state, state.generation, orphans[own], heirs[own]))
 
@@ -225,7 +225,7 @@ class Survey:
         tally.add("rejected", len(similarity) - similar)
         if not self._is_current(pairs):
             return
-        own = self._is_own(pairs.state, pairs.earlier) & self._is_own(pairs.state, pairs.later)
+        own = self._are_own(pairs.state, pairs.earlier, pairs.later)
         self.map_of(pairs.state).learn(pairs.earlier[own], pairs.later[own], similarity[own])
         self._journal.event(
             "compared", request=pairs.state.request_id, tokens=len(similarity), similar=similar
@@ -260,14 +260,18 @@ class Survey:
         """The pairs of which neither token has been given up."""
         if not pairs.state.repointed:
             return pairs
-        own = self._is_own(pairs.state, pairs.earlier) & self._is_own(pairs.state, pairs.later)
+        own = self._are_own(pairs.state, pairs.earlier, pairs.later)
         self._drop(int((~own).sum()), "unavailable")
         return _Pairs(pairs.state, pairs.generation, pairs.earlier[own], pairs.later[own])
 
-    def _is_own(self, state: RequestState, positions: Positions) -> npt.NDArray[np.bool_]:
+    def _are_own(self, state: RequestState, *ends: Positions) -> npt.NDArray[np.bool_]:
+        """``[N]``: whether neither end of each pair lies in a re-pointed entry."""
         repointed = np.zeros(state.full + 1, np.bool_)
         repointed[list(state.repointed)] = True
-        return ~repointed[positions // self._book.block_size]
+        gone: npt.NDArray[np.bool_] = np.logical_or.reduce(
+            [repointed[positions // self._book.block_size] for positions in ends]
+        )
+        return ~gone
 
     def _is_current(self, pairs: _Pairs) -> bool:
         state = pairs.state
