@@ -68,15 +68,16 @@ SMOLLM2 = PackagedModel(
 
 BAR_FORMAT = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}]"
 
-# "smollm2-135m", or with heads padded for a tensor-parallel size: "smollm2-135m-tp2".
-SPECIAL_NAME = re.compile(rf"{SMOLLM2.name}(?:-tp(?P<size>[1-9]\d*))?")
+# "smollm2-135m"; with heads padded for a tensor-parallel size, "smollm2-135m-tp2"; or made to
+# reason, "smollm2-135m-reasoner".
+SPECIAL_NAME = re.compile(rf"{SMOLLM2.name}(?:-tp(?P<size>[1-9]\d*)|-(?P<reasoner>reasoner))?")
 
 
 def resolve_model(name: str) -> str:
     """Return what an engine should load for ``name``.
 
-    ``smollm2-135m`` and ``smollm2-135m-tp<N>`` name the prepared folder, made now if it is not
-    there; anything else (a hub id, a path) is returned as it is.
+    ``smollm2-135m``, ``smollm2-135m-tp<N>`` and ``smollm2-135m-reasoner`` name the prepared folder,
+    made now if it is not there; anything else (a hub id, a path) is returned as it is.
 
     Raises:
         UserError: the named model cannot be prepared.
@@ -84,6 +85,10 @@ def resolve_model(name: str) -> str:
     match = SPECIAL_NAME.fullmatch(name)
     if match is None:
         return name
+    if match["reasoner"]:
+        from memshare.reasoner.model import prepare_reasoner
+
+        return str(prepare_reasoner())
     return str(prepare_model(tensor_parallel_size=int(match["size"] or 1)))
 
 

@@ -1,0 +1,9 @@
+"""A small reasoning model, and the problems that measure it.
+
+Accuracy is what a KV-memory policy must not cost, and a public reasoning model does not run on two
+CPU cores. So here is one that does: SmolLM2-135M-Instruct with a LoRA adapter that makes it think
+at length, check itself, and answer (``adapter/README.md`` is its model card).
+
+- ``problems``: problems of two families, without limit, from a seed; and their worked solutions
+- ``adapter``: the adapter, trained by ``tools/train_reasoner.py``
+"""
