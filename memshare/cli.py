@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -18,7 +19,10 @@ from memshare.errors import UserError
 
 # name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": ("memshare.commands.bench", "compare policies and plain vLLM on the same KV memory"),
+    "eval": ("memshare.commands.eval", "accuracy of a model with and without sharing"),
     "replay": ("memshare.commands.replay", "measure what sharing does, on recorded texts"),
+    "simulate": ("memshare.commands.simulate", "predict the gain on machines not at hand"),
     "model": ("memshare.commands.model", "prepare the small test model in the user's cache"),
 }
 
@@ -58,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 ok, 1 error, 2 usage, 130 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(words).parse_args(words)
+    # What takes long says how far it is, on stderr.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("memshare").setLevel(logging.INFO)
+    logging.getLogger("memshare.engine").setLevel(logging.WARNING)  # engines are means here
     try:
         return load(args.command).run(args)
     except UserError as error:

@@ -185,6 +185,9 @@ class TwinsParams(Section):
     first. 0 looks at coverage alone."""
     min_coverage: Fraction = 0.0
     """Coverage, 0..1. Blocks below it are never targets; with 0, memory comes before exactness."""
+    order: Literal["most_covered", "least_covered"] = "most_covered"
+    """Which blocks go first. ``least_covered`` is the negative control of measurements: whatever it
+    costs more than ``most_covered`` is what coverage is worth."""
 
 
 PolicyParams = Annotated[

@@ -38,8 +38,8 @@ def main() -> None:
 
 def measure(options: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Seconds of each hook call: without new blocks, and with 16 finished steps."""
+    from memshare.simulate.rig import Rig
     from tests.engine.harness import write_tiny_model
-    from tools.scheduler_rig import Rig
 
     with tempfile.TemporaryDirectory() as folder:
         rig = Rig(write_tiny_model(Path(folder)), options, blocks=16_000, max_num_seqs=REQUESTS)

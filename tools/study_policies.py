@@ -43,8 +43,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "twins age 0": {"name": "twins", "age_weight": 0.0},
     "twins age 0.15": {"name": "twins", "age_weight": 0.15},
     "twins age 0.5": {"name": "twins", "age_weight": 0.5},
+    "control": {"name": "twins", "order": "least_covered"},
+    "control age 0": {"name": "twins", "order": "least_covered", "age_weight": 0.0},
 }
-CONTROL = "least covered first"
 
 
 @dataclass
@@ -80,14 +81,13 @@ class View:
     full: int
     budget: int
     known: Any  # TwinMap
-    invert: bool
     donor_of: dict[int, int] = field(default_factory=dict)
     block_threshold: float | None = None
 
     @property
     def coverage(self) -> npt.NDArray[np.float32]:
         coverage: npt.NDArray[np.float32] = self.known.coverage[: self.full]
-        return 1.0 - coverage if self.invert else coverage
+        return coverage
 
     def is_own(self, index: int) -> bool:
         return index not in self.donor_of
@@ -173,9 +173,7 @@ class Study:
         shared = self.model.lm_head(hidden[0, :-1]).log_softmax(-1)
         return measure(reading.log_probs[:-1], shared, rest[1:]).numpy()
 
-    def give_up(
-        self, reading: Reading, params: dict[str, Any], fraction: float, invert: bool = False
-    ) -> dict[int, int]:
+    def give_up(self, reading: Reading, params: dict[str, Any], fraction: float) -> dict[int, int]:
         """Donor of every block that the policy gives up, one after another."""
         from pydantic import TypeAdapter
 
@@ -187,7 +185,7 @@ class Study:
         full = reading.prefix // BLOCK
         view = View(
             -(-reading.prompt // BLOCK), (reading.prefix - RECENT) // BLOCK, full,
-            int(fraction * full), known, invert,
+            int(fraction * full), known,
         )  # fmt: skip
         while len(view.donor_of) < view.budget and (victim := policy.choose(view)) is not None:
             view.donor_of[victim.target] = victim.donor
@@ -232,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, required=True, help="folder with JSON files")
     parser.add_argument("--model", default="smollm2-135m", help="name or folder")
-    parser.add_argument("--arms", default=",".join([*ARMS, CONTROL]), help="separated by ','")
+    parser.add_argument("--arms", default=",".join(ARMS), help="separated by ','")
     parser.add_argument("--freed", default="0.25", help="fractions of the prefix's blocks, by ','")
     parser.add_argument("--limit", type=int, default=1000, help="texts")
     parser.add_argument("--prefix", type=int, default=2560, help="tokens")
@@ -251,8 +249,7 @@ def main() -> None:
         read += 1
         for fraction in fractions:
             for arm in arms:
-                params = ARMS.get(arm, ARMS["twins"])
-                donors = study.give_up(reading, params, fraction, invert=arm == CONTROL)
+                donors = study.give_up(reading, ARMS[arm], fraction)
                 measured.setdefault((fraction, arm), []).append(study.judge(reading, donors))
         print(f"{path.name}: read", file=sys.stderr, flush=True)
     for fraction in fractions:

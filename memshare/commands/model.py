@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from memshare.model import SMOLLM2, prepare_model
@@ -34,9 +33,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: it cannot be prepared.
     """
-    # Without a terminal there is no progress bar; its stages go to the log instead.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("memshare").setLevel(logging.INFO)
     folder = prepare_model(
         tensor_parallel_size=args.pad_heads_to,
         output=args.output,

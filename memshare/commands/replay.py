@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import logging
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memshare.bench.arms import DENSE, POLICIES, Arm
+from memshare.bench.child import call
+from memshare.commands.options import fractions
 from memshare.errors import UserError
 
-_RESULT = "RESULT "
-_PAPER = {"policy": {"name": "paper"}, "distance": {"norm": "paper", "layers": "all"}}
-ARMS: dict[str, dict[str, Any]] = {
-    "twins": {"policy": {"name": "twins"}},
-    "oldest": {"policy": {"name": "oldest"}},
-    "random": {"policy": {"name": "random"}},
-    "paper": _PAPER,
-}
+logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -42,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of recorded texts")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
-    parser.add_argument("--arms", default=",".join(ARMS), help="policies, separated by ','")
+    parser.add_argument("--arms", default=",".join(POLICIES), help="policies, separated by ','")
     parser.add_argument("--freed", default="0.25", help="fractions of the blocks, separated by ','")
     parser.add_argument("--prefix", type=int, default=2432, help="output tokens before sharing")
     parser.add_argument("--continuation", type=int, default=512, help="output tokens after it")
@@ -51,8 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
     parser.add_argument("--dtype", default="float32", help="of weights and cache")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
-    parser.add_argument("--run-plan", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,12 +54,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: traces, arms or fractions cannot be used, or an engine failed.
     """
-    if args.run_plan is not None:
-        return _run_arm(args.run_plan, json.loads(args.run_arm))
-    arms, fractions = args.arms.split(","), _fractions(args.freed)
-    unknown = [arm for arm in arms if arm not in ARMS]
+    arms, freed = args.arms.split(","), fractions("--freed", args.freed)
+    unknown = [arm for arm in arms if arm not in POLICIES]
     if unknown:
-        raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
+        raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(POLICIES)}")
     if args.traces is None:
         raise UserError("say where the recorded texts are: --traces DIR")
     with tempfile.TemporaryDirectory(prefix="memshare-replay-") as folder:
@@ -76,22 +67,16 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} ({args.dtype}), blocks of {args.block_size}.\n",
             flush=True,
         )
-        _in_own_process(folder, {"name": "exact", "options": None})
-        rows = [_row(folder, arm, fraction, args.recent) for fraction in fractions for arm in arms]
+        _measure(folder, DENSE)
+        rows = []
+        for fraction in freed:
+            for arm in arms:
+                rows.append(_row(folder, arm, fraction, args.recent))
+                logger.info("%s, %.0f %% given up: measured", arm, 100 * fraction)
     print(_table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps([row._asdict() for row in rows]))
     return 0
-
-
-def _fractions(text: str) -> list[float]:
-    try:
-        fractions = [float(word) for word in text.split(",")]
-    except ValueError:
-        fractions = []
-    if not fractions or not all(0.0 <= fraction <= 1.0 for fraction in fractions):
-        raise UserError(f"--freed {text}: give fractions from 0 to 1, separated by ','")
-    return fractions
 
 
 def _plan(args: argparse.Namespace, folder: str) -> int:
@@ -132,44 +117,19 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _row(folder: str, arm: str, fraction: float, recent: int) -> Row:
-    options = ARMS[arm] | {
+    options = POLICIES[arm] | {
         "trigger": {"kind": "eager"},
         "budget": {"max_shared_fraction": fraction},
         "protect": {"recent_tokens": recent},
     }
-    result = _in_own_process(folder, {"name": f"{arm}-{fraction}", "options": options})
+    result = _measure(folder, Arm(f"{arm}-{fraction}", options))
     return Row(arm, fraction, result["freed"], [tuple(cell) for cell in result["cells"]])
 
 
-def _in_own_process(folder: str, arm: dict[str, Any]) -> dict[str, Any]:
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    command = [sys.executable, "-m", "memshare.cli", "replay", "--run-plan", f"{folder}/plan.json"]
-    done = subprocess.run(
-        [*command, "--run-arm", json.dumps(arm)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    for line in done.stdout.splitlines():
-        if line.startswith(_RESULT):
-            found: dict[str, Any] = json.loads(line.removeprefix(_RESULT))
-            return found
-    raise UserError(f"the engine of {arm['name']} failed:\n{done.stderr[-4000:]}")
-
-
-def _run_arm(plan_file: Path, arm: dict[str, Any]) -> int:
-    from memshare.engine.replay import ReplayPlan, measurements, replay
-    from memshare.replay.damage import Damage
-
-    plan = ReplayPlan.load(plan_file)
-    freed = replay(plan, arm["options"], arm["name"])
-    cells: list[tuple[float, float]] = []
-    if arm["options"] is not None:
-        damage = Damage.of(measurements(plan, arm["name"]))
-        cells = [damage.kl, damage.late_kl, damage.delta_nll, damage.same_top]
-    print(_RESULT + json.dumps({"freed": sum(freed) / len(freed), "cells": cells}), flush=True)
-    return 0
+def _measure(folder: str, arm: Arm) -> Any:
+    plan = f"{folder}/plan.json"
+    argument = {"plan": plan, "arm": asdict(arm)}
+    return call("memshare.engine.replay:run_arm", argument, f"the engine of {arm.name}")
 
 
 def _table(rows: list[Row]) -> str:

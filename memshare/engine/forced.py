@@ -1,12 +1,13 @@
 """Forced decoding: requests write recorded tokens, whatever the model would have said.
 
-What it would have said is kept on the first run, and compared with on later ones. A vLLM logits
-processor (vllm/v1/sample/logits_processor/interface.py); requests that do not ask for it are left
-alone.
+If asked, what it would have said is kept on the first run, and compared with on later ones. A vLLM
+logits processor (vllm/v1/sample/logits_processor/interface.py); requests that do not ask for it are
+left alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,31 +22,34 @@ from memshare.replay.damage import COLUMNS, measure
 EXTRA_ARG = "replay"
 
 
-def forced(
-    tokens: list[int], measure_from: int, count: int, exact: str, measured: str | None
-) -> SamplingParams:
-    """Sampling parameters of a request that writes ``tokens``.
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What is kept of a request's distributions.
 
-    Args:
-        tokens: what it writes.
-        measure_from: output position of the first measured token.
+    Attributes:
+        start: output position of the first measured token.
         count: measured tokens.
         exact: file with ``[count, vocabulary]`` float16 log-probabilities.
         measured: file for ``[count, len(COLUMNS)]`` float32 measurements against ``exact``; None
             writes ``exact`` instead.
     """
+
+    start: int
+    count: int
+    exact: str
+    measured: str | None
+
+
+def forced(tokens: list[int], measurement: Measurement | None = None) -> SamplingParams:
+    """Sampling parameters of a request that writes ``tokens``, and measures if asked to."""
+    asked = {"tokens": tokens, "measurement": measurement and asdict(measurement)}
     return SamplingParams(
         max_tokens=len(tokens),
         temperature=0,
         ignore_eos=True,
         detokenize=False,
-        extra_args={
-            EXTRA_ARG: {
-                "tokens": tokens, "measure_from": measure_from, "count": count, "exact": exact,
-                "measured": measured,
-            }
-        },
-    )  # fmt: skip
+        extra_args={EXTRA_ARG: asked},
+    )
 
 
 class ForcedDecoding(LogitsProcessor):
@@ -70,7 +74,8 @@ class ForcedDecoding(LogitsProcessor):
             position = len(stream.output)
             if position < len(stream.tokens):
                 token = stream.tokens[position]
-                stream.measure(position, logits[row], token)
+                if stream.meter is not None:
+                    stream.meter.measure(position, logits[row], token)
                 logits[row] = -torch.inf
                 logits[row, token] = 0.0
         return logits
@@ -79,39 +84,40 @@ class ForcedDecoding(LogitsProcessor):
         self, params: SamplingParams, prompt: list[int] | None, output: list[int]
     ) -> _Stream | None:
         asked = (params.extra_args or {}).get(EXTRA_ARG)
-        return None if asked is None else _Stream(output, self._vocabulary, **asked)
+        if asked is None:
+            return None
+        wanted = asked["measurement"]
+        meter = None if wanted is None else _Meter(Measurement(**wanted), self._vocabulary)
+        return _Stream(output, asked["tokens"], meter)
 
 
+@dataclass(frozen=True, slots=True)
 class _Stream:
-    """One request's recorded tokens, and its measurements."""
+    """One request's recorded tokens."""
 
-    def __init__(
-        self,
-        output: list[int],
-        vocabulary: int,
-        *,
-        tokens: list[int],
-        measure_from: int,
-        count: int,
-        exact: str,
-        measured: str | None,
-    ) -> None:
-        self.output = output  # vLLM's own list: it grows
-        self.tokens = tokens
-        self._from = measure_from
-        self._count = count
+    output: list[int]  # vLLM's own list: it grows
+    tokens: list[int]
+    meter: _Meter | None
+
+
+class _Meter:
+    """One request's measurements."""
+
+    def __init__(self, wanted: Measurement, vocabulary: int) -> None:
+        self._wanted = wanted
         self._exact: Any = np.memmap(
-            exact, np.float16, "w+" if measured is None else "r", shape=(count, vocabulary)
-        )
+            wanted.exact, np.float16, "w+" if wanted.measured is None else "r",
+            shape=(wanted.count, vocabulary),
+        )  # fmt: skip
         self._measured: Any = None
-        if measured is not None:
-            shape = (count, len(COLUMNS))
-            self._measured = np.memmap(measured, np.float32, "w+", shape=shape)
+        if wanted.measured is not None:
+            shape = (wanted.count, len(COLUMNS))
+            self._measured = np.memmap(wanted.measured, np.float32, "w+", shape=shape)
 
     def measure(self, position: int, logits: torch.Tensor, token: int) -> None:
         """Keep the distribution, or compare it with the exact one."""
-        i = position - self._from
-        if not 0 <= i < self._count:
+        i = position - self._wanted.start
+        if not 0 <= i < self._wanted.count:
             return
         ours = logits.float().log_softmax(-1).cpu()
         if self._measured is None:

@@ -38,9 +38,10 @@ def check_before_load(vllm_config: VllmConfig) -> None:
         UnsupportedVersion: vLLM was not tested.
     """
     check_vllm_version()
-    if config_of(vllm_config).mode == "off":
+    config = config_of(vllm_config)
+    if config.mode == "off":
         return
-    _raise(_setup_faults(vllm_config))
+    _raise(_setup_faults(vllm_config, config))
 
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:
@@ -76,7 +77,7 @@ def _raise(faults: Iterator[str] | list[str]) -> None:
         )
 
 
-def _setup_faults(vllm_config: VllmConfig) -> Iterator[str]:
+def _setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
     transfer = vllm_config.kv_transfer_config
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
@@ -102,8 +103,11 @@ def _setup_faults(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"{model.model} is an encoder-decoder model; choose a decoder-only model"
     if model.runner_type != "generate":
         yield f"{model.model} runs as {model.runner_type!r}; MemShare serves generation only"
-    if model.skip_tokenizer_init:
-        yield "skip_tokenizer_init is set; MemShare compiles step delimiters against the tokenizer"
+    if model.skip_tokenizer_init and config.uses_stages:
+        yield (
+            f"skip_tokenizer_init is set; policy {config.policy.name!r} compiles step delimiters "
+            "against the tokenizer"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         yield (

@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from memshare.engine.forced import ForcedDecoding, forced
+from memshare.bench.arms import Arm
+from memshare.engine.forced import ForcedDecoding, Measurement, forced
 from memshare.plug_in import plug_in
-from memshare.replay.damage import COLUMNS
+from memshare.replay.damage import COLUMNS, Damage
 
 # Engine steps within which all remaps are done once they are allowed: a request's first one may
 # have to wait a step or two (Reclaimer._must_wait).
@@ -83,10 +85,10 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
     for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
         count = len(output) - plan.prefix - _SETTLING
         exact, measured = f"{plan.folder}/exact-{i}", f"{plan.folder}/{arm}-{i}"
-        params = forced(
-            output, plan.prefix + _SETTLING, count, exact, None if memshare is None else measured
+        measurement = Measurement(
+            plan.prefix + _SETTLING, count, exact, None if memshare is None else measured
         )
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output, measurement))
     scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
     side = getattr(scheduler.connector, "scheduler_side", None)
     freed: dict[str, float] = {}
@@ -107,3 +109,14 @@ def measurements(plan: ReplayPlan, arm: str) -> Sequence[npt.NDArray[np.float32]
         np.fromfile(f"{plan.folder}/{arm}-{i}", np.float32).reshape(-1, len(COLUMNS))
         for i in range(len(plan.prompts))
     ]
+
+
+def run_arm(argument: dict[str, Any]) -> dict[str, Any]:
+    """Run one arm of a plan in this process (see :mod:`memshare.bench.child`)."""
+    plan, arm = ReplayPlan.load(Path(argument["plan"])), Arm(**argument["arm"])
+    freed = replay(plan, arm.memshare, arm.name)
+    cells: list[tuple[float, float]] = []
+    if arm.memshare is not None:
+        damage = Damage.of(measurements(plan, arm.name))
+        cells = [damage.kl, damage.late_kl, damage.delta_nll, damage.same_top]
+    return {"freed": sum(freed) / len(freed), "cells": cells}

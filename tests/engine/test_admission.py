@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from memshare.simulate.rig import Rig
 from tools.bench_schedule import ARMS, SHARE, UNHELD, Workload, run
-from tools.scheduler_rig import Rig
 
 pytestmark = pytest.mark.engine
 

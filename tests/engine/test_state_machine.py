@@ -1,7 +1,8 @@
 """Random schedules against vLLM's real scheduler, block pool and cache manager (design: 1-6).
 
-Only the model is a stand-in (tools/scheduler_rig.py). Every step checks reference counts, equality
-of scheduler's and worker's tables, and that no block is overwritten while an entry points at it.
+Only the model is a stand-in (memshare/simulate/rig.py). Every step checks reference counts,
+equality of scheduler's and worker's tables, and that no block is overwritten while an entry points
+at it.
 ``SCHEDULER_TEST_STEPS`` sets how many engine steps a run makes (``make test-long``: 100,000).
 """
 
@@ -22,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tools.scheduler_rig import Rig
+from memshare.simulate.rig import Rig
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 

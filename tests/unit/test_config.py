@@ -36,6 +36,7 @@ BAD: dict[str, list[object]] = {
     "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
     "policy[twins].age_weight": NO_FRACTIONS,
     "policy[twins].min_coverage": NO_FRACTIONS,
+    "policy[twins].order": ["best", "", 1, None],
     "trigger": ["eager", 1, [], None, True],
     "trigger.kind": NO_WORDS,
     "trigger.low_watermark": NO_FRACTIONS,

@@ -1,8 +1,8 @@
 """vLLM's real scheduler with MemShare's real connector, and stand-ins for what needs a model.
 
-For tests of bookkeeping and for timing the step hook. The stand-in worker keeps block tables as
-model runner V1 does, "writes" KV by labelling physical blocks, and answers stage-two jobs with
-random similarities; two ranks answer in different steps, as a GPU may.
+For simulation, for tests of bookkeeping and for timing the step hook. The stand-in worker keeps
+block tables as model runner V1 does, "writes" KV by labelling physical blocks, and answers
+stage-two jobs with random similarities; two ranks answer in different steps, as a GPU may.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from memshare.engine.ranks import RankGather
 from memshare.plug_in import plug_in
 
 if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
@@ -38,10 +39,11 @@ class StandInWorker:
         expected: per request and entry, ``written`` of the block when the entry began to point to
             it; a difference means that somebody overwrote a block that is still in use.
         ranks: how many ranks answer a job.
-        similarity: draws the similarity of a compared pair.
+        block_size: tokens.
     """
 
     ranks: int = 1
+    block_size: int = BLOCK
     seed: int = 0
     tables: dict[str, list[int]] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
@@ -72,12 +74,12 @@ class StandInWorker:
         ]
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
-            blocks = cached.new_block_ids[i]
+            fresh = cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
-                assert blocks is not None
-                pointed.append((request_id, 0, blocks[0], cached.num_computed_tokens[i]))
-            elif blocks is not None:
-                pointed.append((request_id, len(self.tables[request_id]), blocks[0], 0))
+                assert fresh is not None
+                pointed.append((request_id, 0, fresh[0], cached.num_computed_tokens[i]))
+            elif fresh is not None:
+                pointed.append((request_id, len(self.tables[request_id]), fresh[0], 0))
         # All that this step writes is written before any entry is compared: of two requests that
         # come in together, one may already use the prefix that the other one writes.
         for _, start, blocks, computed in pointed:
@@ -115,7 +117,7 @@ class StandInWorker:
     def _write(self, start: int, blocks: list[int], computed: int) -> None:
         """A new owner overwrites the blocks that begin an entry beyond ``computed`` tokens."""
         for i, block in enumerate(blocks, start):
-            if (i + 1) * BLOCK > computed:
+            if (i + 1) * self.block_size > computed:
                 self.written[block] = self.written.get(block, 0) + 1
 
     def _point(self, request_id: str, start: int, blocks: list[int]) -> None:
@@ -142,20 +144,39 @@ class Rig:
         max_num_seqs: int = 64,
         ranks: int = 1,
         seed: int = 0,
+        block_size: int = BLOCK,
+        max_model_len: int = 2048,
+        max_num_batched_tokens: int = 2048,
     ) -> None:
         """Build it.
 
         Args:
-            folder: model folder with ``config.json`` and a tokenizer; no weights are read.
+            folder: model folder with ``config.json``, and a tokenizer if the policy has stages; no
+                weights are read.
             memshare: MemShare's options, as in ``kv_connector_extra_config``.
             blocks: KV blocks, the null block included.
             max_num_seqs: requests that may run at once.
             ranks: ranks that answer stage-two jobs.
             seed: of the worker's similarities and of the tokens.
+            block_size: tokens.
+            max_model_len: tokens.
+            max_num_batched_tokens: tokens that a step may compute.
         """
+        from vllm.engine.arg_utils import EngineArgs
+
         self._random = random.Random(seed)
-        self.worker = StandInWorker(ranks, seed)
-        self.scheduler = _scheduler(folder, memshare, blocks, max_num_seqs)
+        self._block_size = block_size
+        self.worker = StandInWorker(ranks, block_size, seed)
+        self.scheduler = _scheduler(
+            EngineArgs(
+                model=str(folder), block_size=block_size, max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+                enforce_eager=True, load_format="dummy",
+                skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
+                **plug_in(memshare),
+            ),
+            blocks,
+        )  # fmt: skip
         if ranks > 1 and self.side.jobs is not None:
             self.side.jobs._gather = RankGather(ranks)
         self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"] - 2
@@ -178,7 +199,7 @@ class Rig:
         params.update_from_generation_config({}, eos_token_id=None)
         request = Request(
             request_id, prompt, params, None,
-            block_hasher=get_request_block_hasher(BLOCK, caching_hash), **options,
+            block_hasher=get_request_block_hasher(self._block_size, caching_hash), **options,
         )  # fmt: skip
         self.scheduler.add_request(request)
         return request
@@ -215,28 +236,22 @@ class Rig:
         self.scheduler.shutdown()
 
 
-def _scheduler(
-    folder: Path, memshare: Mapping[str, object], blocks: int, max_num_seqs: int
-) -> Scheduler:
-    from vllm.engine.arg_utils import EngineArgs
+def _scheduler(args: EngineArgs, blocks: int) -> Scheduler:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    config = EngineArgs(
-        model=str(folder), block_size=BLOCK, max_model_len=2048, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=2048, enforce_eager=True, load_format="dummy",
-        **plug_in(memshare),
-    ).create_engine_config()  # fmt: skip
+    config = args.create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    size = config.cache_config.block_size
+    spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=1, dtype=torch.float32)
     return Scheduler(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
             num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)]
         ),
         structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        hash_block_size=BLOCK,
+        block_size=size,
+        hash_block_size=size,
         log_stats=True,
     )

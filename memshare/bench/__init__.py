@@ -1,0 +1,8 @@
+"""Comparing arms: the same work on the same KV memory, with and without sharing.
+
+- ``arms``: what is compared
+- ``workloads``: what the engines are asked to do
+- ``run``: one engine, one workload, and what is measured of it
+- ``child``: every engine in a process of its own
+- ``report``: tables of ratios within a repeat
+"""

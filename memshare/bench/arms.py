@@ -1,0 +1,75 @@
+"""The arms of every comparison: plain vLLM, our policies, and honest baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memshare.errors import UserError
+
+# As published: 0.9 for steps, 0.8 for blocks (arXiv 2507.21433).
+_PAPER = {
+    "policy": {"name": "paper"},
+    "steps": {"similarity_threshold": 0.9},
+    "distance": {"norm": "paper", "layers": "all", "similarity_threshold": 0.8},
+}
+POLICIES: dict[str, dict[str, Any]] = {
+    "twins": {"policy": {"name": "twins"}},
+    "oldest": {"policy": {"name": "oldest"}},
+    "random": {"policy": {"name": "random"}},
+    "paper": _PAPER,
+    # Negative control: what `twins` would keep goes first.
+    "control": {"policy": {"name": "twins", "order": "least_covered"}},
+}
+"""MemShare's options of every arm that gives up blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        name: as shown in tables.
+        memshare: MemShare's options; None is plain vLLM.
+        kv_dtype: vLLM's ``kv_cache_dtype``.
+    """
+
+    name: str
+    memshare: dict[str, Any] | None
+    kv_dtype: str = "auto"
+
+
+DENSE = Arm("dense", None)
+_OTHERS = {
+    "dense": DENSE,
+    "off": Arm("off", {"mode": "off"}),
+    "observe": Arm("observe", {"mode": "observe"} | POLICIES["twins"]),
+    "fp8": Arm("fp8", None, kv_dtype="fp8"),
+}
+NAMES = (*_OTHERS, *POLICIES)
+
+
+def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator[Arm]:
+    """Yield the arms that a user names, those that give up blocks once a budget.
+
+    Args:
+        names: separated by ``,``.
+        budgets: values of ``budget.max_shared_fraction``.
+        common: further options of all arms with MemShare.
+
+    Raises:
+        UserError: there is no such arm.
+    """
+    for name in names.split(","):
+        if name in _OTHERS:
+            arm = _OTHERS[name]
+            yield arm if arm.memshare is None else Arm(name, common | arm.memshare)
+        elif name in POLICIES:
+            for budget in budgets:
+                shown = name if len(budgets) == 1 else f"{name} {budget:g}"
+                yield Arm(
+                    shown, common | POLICIES[name] | {"budget": {"max_shared_fraction": budget}}
+                )
+        else:
+            raise UserError(f"there is no arm {name!r}; choose of {', '.join(NAMES)}")

@@ -1,0 +1,361 @@
+"""One engine, one workload: run it, and measure it step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memshare.bench.arms import Arm
+from memshare.bench.models import load_format
+from memshare.bench.workloads import Task
+from memshare.errors import UserError
+from memshare.reasoner.problems import read_answer
+from memshare.simulate.costs import StepWork, work_of
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every arm runs.
+
+    Attributes:
+        model: as ``memshare.bench.models.resolve`` takes it.
+        dtype: of weights and, but for an arm that says otherwise, of the cache.
+        block_size: tokens.
+        blocks: KV blocks, vLLM's null block included.
+        max_model_len: tokens.
+        max_num_seqs: requests that may run at once.
+        max_num_batched_tokens: tokens that a step may compute.
+        tasks: the work, all of it asked for at once.
+    """
+
+    model: str
+    dtype: str
+    block_size: int
+    blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    tasks: list[Task]
+
+    def save(self, path: Path) -> None:
+        """Write it for another process."""
+        path.write_text(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read what :meth:`save` wrote."""
+        found = json.loads(path.read_text())
+        return cls(**found | {"tasks": [Task(*task) for task in found["tasks"]]})
+
+
+class Moment(NamedTuple):
+    """One engine step.
+
+    Attributes:
+        seconds: since the start, when the step was done.
+        requests: that it computed tokens for.
+        tokens: that it computed.
+        context: tokens whose KV it read.
+        used: KV blocks in use.
+        waiting: requests that wait.
+        preemptions: so far.
+        remaps: so far.
+    """
+
+    seconds: float
+    requests: int
+    tokens: int
+    context: int
+    used: int
+    waiting: int
+    preemptions: int
+    remaps: int
+
+
+class Outcome(NamedTuple):
+    """What became of one task.
+
+    Attributes:
+        group: the task's.
+        tokens: that it generated.
+        right: whether the final answer was right; None if it has none.
+        repointed: fraction of its blocks that were re-pointed when it ended.
+    """
+
+    group: str
+    tokens: int
+    right: bool | None
+    repointed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run measured. Seconds are of wall-clock time unless they say otherwise."""
+
+    arm: str
+    seconds: float
+    cpu_seconds: float
+    steps: int
+    tokens: int
+    """Generated."""
+    preemptions: int
+    recomputed: int
+    """Tokens computed more than once."""
+    running: float
+    """Mean requests in a step; ``peak`` is the most."""
+    peak: int
+    remaps: int
+    reclaimed: int
+    """Blocks that remaps freed."""
+    first_token: tuple[float, float]
+    """Seconds from the start to a request's first token, median and 99th percentile."""
+    between_tokens: tuple[float, float]
+    """Seconds between two tokens of a request, median and 99th percentile."""
+    outcomes: list[Outcome]
+    timeline: list[Moment]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Generated tokens an engine step."""
+        return self.tokens / self.steps
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Run:
+        """Read one back from JSON."""
+        return cls(
+            **found
+            | {
+                "outcomes": [Outcome(*outcome) for outcome in found["outcomes"]],
+                "timeline": [Moment(*moment) for moment in found["timeline"]],
+                "first_token": tuple(found["first_token"]),
+                "between_tokens": tuple(found["between_tokens"]),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A comparison on disk.
+
+    Attributes:
+        blocks: usable KV blocks; ``block_size``, ``max_num_seqs`` and ``max_num_batched_tokens`` as
+            in :class:`Plan`.
+        prompts: tokens of each task's prompt.
+        arms: MemShare's options by arm; None is plain vLLM.
+        repeats: the runs of each repeat.
+    """
+
+    blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prompts: list[int]
+    arms: dict[str, dict[str, Any] | None]
+    repeats: list[list[Run]]
+
+    @classmethod
+    def of(cls, plan: Plan, arms: Sequence[Arm], repeats: list[list[Run]]) -> Record:
+        """Put together what is kept."""
+        return cls(
+            plan.blocks - 1,
+            plan.block_size,
+            plan.max_num_seqs,
+            plan.max_num_batched_tokens,
+            [len(task.prompt) for task in plan.tasks],
+            {arm.name: arm.memshare for arm in arms},
+            repeats,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: the file is something else.
+        """
+        try:
+            found = json.loads(path.read_text())
+            repeats = [[Run.of(run) for run in runs] for runs in found["repeats"]]
+            return cls(**found | {"repeats": repeats})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is no record of `memshare bench --json`: {error!r}") from None
+
+
+def run_arm(argument: dict[str, Any]) -> dict[str, Any]:
+    """Run one arm of a plan in this process (see :mod:`memshare.bench.child`)."""
+    plan = Plan.load(Path(argument["plan"]))
+    return dataclasses.asdict(measure(plan, Arm(**argument["arm"])))
+
+
+def measure(plan: Plan, arm: Arm) -> Run:
+    """Start an engine, let it do all tasks at once, and measure it."""
+    llm = _start(plan, arm)
+    watch = _Watch(llm)
+    cpu, start = time.process_time(), time.perf_counter()
+    for i, task in enumerate(plan.tasks):
+        prompt: Any = {"prompt_token_ids": task.prompt}
+        llm.llm_engine.add_request(str(i), prompt, _sampling(task))
+    while llm.llm_engine.has_unfinished_requests():
+        watch.step(start)
+    seconds, cpu = watch.moments[-1].seconds, time.process_time() - cpu
+    return watch.run(plan, arm.name, seconds, cpu)
+
+
+def _start(plan: Plan, arm: Arm) -> LLM:
+    from vllm import LLM, SamplingParams
+
+    from memshare.engine.forced import ForcedDecoding
+    from memshare.plug_in import plug_in
+
+    forced = any(task.forced for task in plan.tasks)
+    llm = LLM(
+        plan.model,
+        dtype=plan.dtype,  # type: ignore[arg-type]
+        kv_cache_dtype=arm.kv_dtype,
+        load_format=load_format(plan.model),
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        block_size=plan.block_size,
+        num_gpu_blocks_override=plan.blocks,
+        enforce_eager=True,
+        seed=0,
+        logits_processors=[ForcedDecoding] if forced else None,
+        **plug_in(arm.memshare),
+    )
+    first: Any = {"prompt_token_ids": plan.tasks[0].prompt}
+    llm.generate([first], SamplingParams(max_tokens=4), use_tqdm=False)  # warm up
+    llm.reset_prefix_cache()
+    return llm
+
+
+def _sampling(task: Task) -> SamplingParams:
+    from vllm import SamplingParams
+
+    from memshare.engine.forced import forced
+
+    if task.forced is not None:
+        return forced(task.forced)
+    return SamplingParams(max_tokens=task.max_tokens, temperature=0, ignore_eos=not task.ends)
+
+
+class _Watch:
+    """Steps an engine and writes down what happened in every step."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._engine = llm.llm_engine
+        core: Any = self._engine.engine_core
+        self._scheduler: Any = core.engine_core.scheduler
+        self._side = getattr(self._scheduler.connector, "scheduler_side", None)
+        self._schedule: Callable[..., Any] = self._scheduler.schedule
+        self._scheduler.schedule = self._watched
+        self._work = StepWork(0, 0, 0)
+        self._preemptions = 0
+        self._repointed: dict[str, float] = {}
+        self._arrivals: dict[str, list[float]] = {}
+        self._texts: dict[str, tuple[str, int]] = {}
+        self.moments: list[Moment] = []
+
+    def _watched(self, *args: Any) -> Any:
+        output = self._schedule(*args)
+        self._work = work_of(self._scheduler, output)
+        self._preemptions += len(output.preempted_req_ids or ())
+        if self._side is not None:
+            self._repointed |= {
+                state.request_id: len(state.repointed) / max(state.full, 1)
+                for state in self._side.roster
+            }
+        return output
+
+    def step(self, start: float) -> None:
+        """One engine step."""
+        outputs: list[Any] = self._engine.step()
+        now = time.perf_counter() - start
+        for output in outputs:
+            generated = output.outputs[0]
+            arrivals = self._arrivals.setdefault(output.request_id, [])
+            arrivals += [now] * (len(generated.token_ids) - len(arrivals))
+            if output.finished:
+                self._texts[output.request_id] = (generated.text, len(generated.token_ids))
+        pool = self._scheduler.kv_cache_manager.block_pool
+        self.moments.append(
+            Moment(
+                round(now, 4),
+                *self._work,
+                pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+                len(self._scheduler.waiting),
+                self._preemptions,
+                self._total("applied"),
+            )
+        )
+
+    def run(self, plan: Plan, arm: str, seconds: float, cpu_seconds: float) -> Run:
+        """All that was seen."""
+        tasks = {str(i): task for i, task in enumerate(plan.tasks)}
+        outcomes = [
+            Outcome(
+                task.group,
+                self._texts[name][1],
+                None if task.answer is None else read_answer(self._texts[name][0]) == task.answer,
+                round(self._repointed_of(name), 4),
+            )
+            for name, task in tasks.items()
+        ]
+        generated = sum(outcome.tokens for outcome in outcomes)
+        # Every prompt token and every generated token but each last one is computed once.
+        once = generated - len(tasks) + sum(len(task.prompt) for task in tasks.values())
+        gaps = [
+            later - earlier
+            for arrivals in self._arrivals.values()
+            for earlier, later in pairwise(arrivals)
+        ]
+        return Run(
+            arm=arm,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            steps=len(self.moments),
+            tokens=generated,
+            preemptions=self._preemptions,
+            recomputed=max(0, sum(moment.tokens for moment in self.moments) - once),
+            running=statistics.fmean(moment.requests for moment in self.moments),
+            peak=max(moment.requests for moment in self.moments),
+            remaps=self._total("applied"),
+            reclaimed=self._total("blocks_reclaimed"),
+            first_token=_percentiles([arrivals[0] for arrivals in self._arrivals.values()]),
+            between_tokens=_percentiles(gaps),
+            outcomes=outcomes,
+            timeline=self.moments,
+        )
+
+    def _repointed_of(self, name: str) -> float:
+        # vLLM may add a suffix of its own to a request's name.
+        return next((v for k, v in self._repointed.items() if k.split("-")[0] == name), 0.0)
+
+    def _total(self, name: str) -> int:
+        return 0 if self._side is None else int(self._side.journal.tally.totals.get(name, 0))
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return (values[0], values[0]) if values else (0.0, 0.0)
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return round(cuts[49], 4), round(cuts[98], 4)

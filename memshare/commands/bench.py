@@ -1,0 +1,143 @@
+"""``memshare bench``: plain vLLM, MemShare's policies and baselines, on the same KV memory.
+
+Every run is an engine in a process of its own. The arms alternate within a repeat, so that a
+machine that speeds up or slows down meets all of them; ratios are taken within a repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memshare.bench import arms as known_arms
+from memshare.bench.child import call
+from memshare.bench.models import DUMMY
+from memshare.bench.workloads import WORKLOADS
+from memshare.commands.options import fractions
+from memshare.errors import UserError
+
+if TYPE_CHECKING:
+    from memshare.bench.arms import Arm
+    from memshare.bench.run import Plan, Run
+    from memshare.bench.workloads import Task
+
+_BATCHED = 2048  # max_num_batched_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = __doc__
+    parser.add_argument("--model", default="smollm2-135m", help=f"name, folder, hub id, or {DUMMY}")
+    parser.add_argument(
+        "--workload", default="reasoning", choices=WORKLOADS, help="what the requests are"
+    )
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="recorded texts, to be forced")
+    parser.add_argument(
+        "--arms", default="dense,twins,oldest,random,paper",
+        help=f"separated by ','; of {', '.join(known_arms.NAMES)}",
+    )  # fmt: skip
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=400, help="generated tokens a request")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first problem")
+    parser.add_argument(
+        "--memory", type=float, default=0.33,
+        help="KV memory, as a fraction of what all requests need at full length",
+    )  # fmt: skip
+    parser.add_argument("--blocks", type=int, help="KV blocks, instead of --memory")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights and cache")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", default="0.5", help="max_shared_fraction, several by ','")
+    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    parser.add_argument("--trigger", default="pressure", choices=("pressure", "eager"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all arms and print tables.
+
+    Raises:
+        UserError: an option cannot be used, or an engine failed.
+    """
+    from memshare.bench.report import accuracy_table, machine, speed_table
+    from memshare.bench.run import Record, Run
+
+    common = {
+        "trigger": {"kind": args.trigger},
+        "protect": {"recent_tokens": args.recent},
+    }
+    arms = list(known_arms.expand(args.arms, fractions("--budget", args.budget), common))
+    if args.requests < 1 or args.tokens < 1 or args.repeats < 1:
+        raise UserError("--requests, --tokens and --repeats must be 1 or more")
+    plan = _plan(args)
+    print(
+        f"{len(plan.tasks)} requests ({args.workload}), {sum(t.max_tokens for t in plan.tasks)} "
+        f"tokens at most; {args.model} ({args.dtype}); {plan.blocks - 1} usable KV blocks of "
+        f"{plan.block_size}, trigger {args.trigger}, recent window {args.recent}; "
+        f"{args.repeats} repeats; {machine()}.\n",
+        flush=True,
+    )
+    repeats: list[list[Run]] = []
+    with tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder:
+        path = Path(folder) / "plan.json"
+        plan.save(path)
+        for repeat in range(args.repeats):
+            repeats.append([])
+            for arm in arms if repeat % 2 == 0 else arms[::-1]:
+                repeats[-1].append(Run.of(_measure(path, arm)))
+                _say(repeat, repeats[-1][-1])
+                if args.json is not None:  # after every run: a long comparison may be stopped
+                    Record.of(plan, arms, repeats).save(args.json)
+    names = [arm.name for arm in arms]
+    print(speed_table(names, repeats))
+    if (accuracy := accuracy_table(names, repeats)) is not None:
+        print(f"\n{accuracy}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from transformers import AutoTokenizer
+
+    from memshare.bench.models import resolve
+    from memshare.bench.run import Plan
+    from memshare.bench.workloads import Source, build
+
+    model = resolve(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    source = Source(tokenizer, args.requests, args.tokens, args.seed, args.traces)
+    tasks = build(args.workload, source)
+    blocks = args.blocks or 1 + round(args.memory * sum(_blocks(t, args.block_size) for t in tasks))
+    longest = max(task.length for task in tasks)
+    if (blocks - 1) * args.block_size < longest:
+        raise UserError(
+            f"{blocks - 1} usable KV blocks of {args.block_size} tokens cannot hold the longest "
+            f"request ({longest} tokens); raise --memory or --blocks, or ask for more requests"
+        )
+    return Plan(
+        model, args.dtype, args.block_size, blocks, longest + 1, args.max_num_seqs, _BATCHED, tasks
+    )
+
+
+def _blocks(task: Task, block_size: int) -> int:
+    return -(-task.length // block_size)
+
+
+def _measure(plan: Path, arm: Arm) -> Any:
+    argument = {"plan": str(plan), "arm": asdict(arm)}
+    return call("memshare.bench.run:run_arm", argument, f"the engine of {arm.name}")
+
+
+def _say(repeat: int, run: Run) -> None:
+    right = [outcome.right for outcome in run.outcomes if outcome.right is not None]
+    logger.info(
+        "repeat %d, %s: %.1f tok/s, %d steps, %d preemptions, %d blocks reclaimed%s",
+        repeat + 1, run.arm, run.tokens_per_second, run.steps, run.preemptions, run.reclaimed,
+        f", {sum(right)} of {len(right)} right" if right else "",
+    )  # fmt: skip

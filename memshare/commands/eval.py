@@ -1,0 +1,144 @@
+"""``memshare eval``: accuracy of a model with and without sharing, question by question.
+
+The model is an engine of our own (``--model``), one for each arm, or one that is served
+(``--url``): then the arms are its requests with MemShare and with ``memshare: off``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from memshare.bench.arms import NAMES as ARMS
+from memshare.bench.arms import expand
+from memshare.bench.report import accuracy_cells
+from memshare.commands.options import fractions
+from memshare.errors import UserError
+from memshare.evals.answers import Answer, EngineSettings, Sampling, from_engine, from_server
+from memshare.evals.grading import is_right
+from memshare.evals.questions import NAMES, Question, load
+
+logger = logging.getLogger(__name__)
+
+SERVED_ARMS = ("exact", "shared")
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What one arm has answered, a sample after the other: ``[questions * samples]``."""
+
+    arm: str
+    answers: list[Answer]
+    right: list[bool]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = __doc__
+    parser.add_argument("--suite", default="recall", choices=NAMES, help="what is asked")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL in the suite's format")
+    parser.add_argument("--limit", type=int, help="questions (default: all; 200 if generated)")
+    parser.add_argument("--seed", type=int, default=0, help="of generated questions, and sampling")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each question")
+    parser.add_argument("--max-tokens", type=int, default=1536, help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    served = parser.add_argument_group("a served model")
+    served.add_argument("--url", help="OpenAI API, as http://127.0.0.1:8000/v1")
+    served.add_argument("--key", default="none", help="API key")
+    served.add_argument("--at-once", type=int, default=32, help="requests under way")
+    engine = parser.add_argument_group("an engine of our own")
+    parser.add_argument("--model", default="smollm2-135m-reasoner", help="name, folder or hub id")
+    engine.add_argument("--arms", default="dense,twins", help=f"of {', '.join(ARMS)}")
+    engine.add_argument("--budget", default="0.5", help="max_shared_fraction, several by ','")
+    engine.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    engine.add_argument("--trigger", default="pressure", choices=("pressure", "eager"))
+    engine.add_argument("--dtype", default="bfloat16", help="of weights and cache")
+    engine.add_argument("--max-model-len", type=int, default=2048, help="tokens")
+    engine.add_argument("--block-size", type=int, default=32, help="tokens")
+    engine.add_argument("--blocks", type=int, help="KV blocks (default: what the machine has)")
+    engine.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every answer there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, grade, and print a table.
+
+    Raises:
+        UserError: an option cannot be used, or the model cannot be asked.
+    """
+    sampling = Sampling(args.samples, args.max_tokens, args.temperature, args.top_p, args.seed)
+    if sampling.samples > 1 and sampling.temperature == 0:
+        raise UserError("--samples above 1 wants a --temperature above 0: all would be the same")
+    questions = load(args.suite, args.limit, args.data, args.seed)
+    found = _ask_server(args, questions, sampling) if args.url else _ask(args, questions, sampling)
+    heads = ("arm", args.suite, "right", "95 %", "change", "tokens an answer")
+    print("\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]))
+    base = found[0].right
+    for graded in found:
+        tokens = sum(answer.tokens for answer in graded.answers) / len(graded.answers)
+        print(f"| {graded.arm} | {' | '.join(accuracy_cells(graded.right, base))} | {tokens:.0f} |")
+    if args.json is not None:
+        args.json.write_text(json.dumps(_record(questions, sampling, found)))
+    return 0
+
+
+def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling) -> list[Graded]:
+    from memshare.bench.models import resolve
+
+    common = {"trigger": {"kind": args.trigger}, "protect": {"recent_tokens": args.recent}}
+    arms = list(expand(args.arms, fractions("--budget", args.budget), common))
+    engine = EngineSettings(
+        resolve(args.model), args.dtype, args.max_model_len, args.block_size, args.blocks,
+        args.tensor_parallel_size,
+    )  # fmt: skip
+    prompts = [question.prompt for question in questions]
+    graded = []
+    with tempfile.TemporaryDirectory(prefix="memshare-eval-") as folder:
+        for arm in arms:
+            answers = from_engine(prompts, sampling, engine, arm, Path(folder))
+            graded.append(_grade(arm.name, questions, answers))
+    return graded
+
+
+def _ask_server(
+    args: argparse.Namespace, questions: list[Question], sampling: Sampling
+) -> list[Graded]:
+    prompts = [question.prompt for question in questions]
+    graded = []
+    for arm in SERVED_ARMS:
+        answers = from_server(
+            prompts, sampling, args.url, args.model, args.key, args.at_once, arm == "shared"
+        )
+        graded.append(_grade(arm, questions, answers))
+    return graded
+
+
+def _grade(arm: str, questions: list[Question], answers: list[list[Answer]]) -> Graded:
+    right = [
+        is_right(question, answer.text)
+        for question, samples in zip(questions, answers, strict=True)
+        for answer in samples
+    ]
+    logger.info("%s: %d of %d right", arm, sum(right), len(right))
+    return Graded(arm, [answer for samples in answers for answer in samples], right)
+
+
+def _record(
+    questions: list[Question], sampling: Sampling, found: list[Graded]
+) -> list[dict[str, object]]:
+    return [
+        {
+            "arm": graded.arm,
+            "question": questions[i // sampling.samples].name,
+            "right": right,
+            "tokens": answer.tokens,
+            "text": answer.text,
+        }
+        for graded in found
+        for i, (answer, right) in enumerate(zip(graded.answers, graded.right, strict=True))
+    ]

@@ -1,0 +1,175 @@
+"""A model's answers: from an engine in a process of its own, or from a server over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memshare.bench.arms import Arm
+from memshare.bench.child import call
+from memshare.errors import UserError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+class Answer(NamedTuple):
+    """One sample.
+
+    Attributes:
+        text: all that the model wrote.
+        tokens: how many tokens that was.
+    """
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        samples: answers to each question.
+        max_tokens: generated tokens at most.
+        temperature: 0 takes the most likely token.
+        top_p: of nucleus sampling.
+        seed: of the first sample; each next one has the next.
+    """
+
+    samples: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """An engine of our own.
+
+    Attributes:
+        model: folder or hub id.
+        dtype: of weights and cache.
+        max_model_len: tokens.
+        blocks: KV blocks of ``block_size`` tokens; None takes what the machine has.
+        tensor_parallel_size: ranks.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    blocks: int | None
+    tensor_parallel_size: int
+
+
+def from_engine(
+    prompts: Sequence[str], sampling: Sampling, engine: EngineSettings, arm: Arm, folder: Path
+) -> list[list[Answer]]:
+    """Return ``samples`` answers to each prompt.
+
+    Raises:
+        UserError: the engine failed.
+    """
+    work = folder / "questions.json"
+    work.write_text(json.dumps(list(prompts)))
+    argument = {
+        "prompts": str(work), "sampling": asdict(sampling), "engine": asdict(engine),
+        "arm": asdict(arm),
+    }  # fmt: skip
+    found = call(f"{__name__}:run_engine", argument, f"the engine of {arm.name}")
+    return [[Answer(*answer) for answer in answers] for answers in found]
+
+
+def run_engine(argument: dict[str, Any]) -> list[list[tuple[str, int]]]:
+    """Answer all prompts in this process (see :mod:`memshare.bench.child`)."""
+    from vllm import LLM, SamplingParams
+
+    from memshare.plug_in import plug_in
+
+    engine, arm = EngineSettings(**argument["engine"]), Arm(**argument["arm"])
+    sampling = Sampling(**argument["sampling"])
+    options: dict[str, Any] = {
+        "dtype": engine.dtype, "max_model_len": engine.max_model_len,
+        "block_size": engine.block_size, "num_gpu_blocks_override": engine.blocks,
+        "tensor_parallel_size": engine.tensor_parallel_size, "kv_cache_dtype": arm.kv_dtype,
+    }  # fmt: skip
+    llm = LLM(engine.model, seed=0, **options, **plug_in(arm.memshare))
+    params = SamplingParams(
+        n=sampling.samples,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+    )
+    prompts = json.loads(Path(argument["prompts"]).read_text())
+    chats: Any = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    outputs = llm.chat(chats, params, use_tqdm=False)
+    return [[(o.text, len(o.token_ids)) for o in output.outputs] for output in outputs]
+
+
+def from_server(
+    prompts: Sequence[str], sampling: Sampling, url: str, model: str, key: str, at_once: int,
+    share: bool,
+) -> list[list[Answer]]:  # fmt: skip
+    """Return ``samples`` answers to each prompt from an OpenAI-compatible server.
+
+    Args:
+        prompts: user turns.
+        sampling: how answers are drawn.
+        url: of the API, as ``http://127.0.0.1:8000/v1``.
+        model: its name there.
+        key: API key.
+        at_once: requests under way at most.
+        share: False asks MemShare to leave these requests exact (``vllm_xargs``).
+
+    Raises:
+        UserError: the server cannot be reached or refused a request.
+    """
+    return asyncio.run(_ask(prompts, sampling, url, model, key, at_once, share))
+
+
+async def _ask(
+    prompts: Sequence[str], sampling: Sampling, url: str, model: str, key: str, at_once: int,
+    share: bool,
+) -> list[list[Answer]]:  # fmt: skip
+    from openai import AsyncOpenAI, OpenAIError
+
+    gate = asyncio.Semaphore(at_once)
+    async with AsyncOpenAI(base_url=url, api_key=key, timeout=None) as client:
+        asked = [
+            _ask_once(client, gate, prompt, sampling, model, sampling.seed + k, share)
+            for prompt in prompts
+            for k in range(sampling.samples)
+        ]
+        try:
+            answers = await asyncio.gather(*asked)
+        except OpenAIError as error:
+            raise UserError(f"{url}: {error}") from None
+    n = sampling.samples
+    return [list(answers[i : i + n]) for i in range(0, len(answers), n)]
+
+
+async def _ask_once(
+    client: AsyncOpenAI, gate: asyncio.Semaphore, prompt: str, sampling: Sampling, model: str,
+    seed: int, share: bool,
+) -> Answer:  # fmt: skip
+    exact = {} if share else {"vllm_xargs": {"memshare": "off"}}
+    async with gate:
+        completion = await client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": prompt}],
+            max_completion_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            extra_body=exact,
+        )
+    usage = completion.usage
+    text = completion.choices[0].message.content or ""
+    return Answer(text, usage.completion_tokens if usage is not None else 0)

@@ -1,0 +1,40 @@
+"""Whether an answer is right."""
+
+from __future__ import annotations
+
+import re
+
+from memshare.errors import UserError
+from memshare.evals.questions import Question
+from memshare.reasoner.problems import read_answer
+
+_BOXED_LETTER = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-D])\b")
+
+
+def is_right(question: Question, text: str) -> bool:
+    """Return whether ``text``, all that the model wrote, ends in the right answer.
+
+    Mathematics is compared by ``math-verify`` (equal expressions in another form are right), a
+    choice by the last letter in a box, a problem of the reasoner by its last final answer.
+
+    Raises:
+        UserError: ``math-verify`` is not installed.
+    """
+    match question.kind:
+        case "reasoner":
+            return read_answer(text) == int(question.reference)
+        case "choice":
+            letters = _BOXED_LETTER.findall(text)
+            return bool(letters) and letters[-1] == question.reference
+        case "math":
+            return _is_equal(question.reference, text)
+
+
+def _is_equal(reference: str, text: str) -> bool:
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise UserError("grading mathematics: pip install 'memshare[eval]'") from None
+    # No time limits: they are made by signals, which only a main thread may use.
+    gold = parse(f"${reference}$", parsing_timeout=None)
+    return bool(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))

@@ -1,0 +1,140 @@
+"""One workload on a simulated engine."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memshare.simulate.costs import StepCosts, work_of
+from memshare.simulate.rig import Rig
+
+# The smallest model that vLLM's configuration accepts: nothing of it is ever computed.
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 32000, "bos_token_id": 1,
+    "eos_token_id": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "float32",
+}  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One request.
+
+    Attributes:
+        arrival: seconds from the start.
+        prompt: tokens.
+        output: tokens that it generates.
+    """
+
+    arrival: float
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A simulated engine.
+
+    Attributes:
+        blocks: usable KV blocks.
+        block_size: tokens.
+        max_num_seqs: requests that may run at once.
+        max_num_batched_tokens: tokens that a step may compute.
+        costs: how long a step takes.
+    """
+
+    blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    costs: StepCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a simulated run did. Seconds are simulated ones."""
+
+    seconds: float
+    steps: int
+    tokens: int
+    """Generated."""
+    preemptions: int
+    recomputed: int
+    """Tokens computed more than once."""
+    running: float
+    """Mean requests in a step."""
+    remaps: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second."""
+        return self.tokens / self.seconds
+
+
+def share(fraction: float, recent: int) -> dict[str, Any]:
+    """MemShare's options for a workload of which up to ``fraction`` can be given up.
+
+    Which blocks are alike is not known without a model. How many may go is the measured
+    opportunity: the policy here takes them by age, and the budget stands for the opportunity.
+    """
+    return {
+        "policy": {"name": "oldest"},
+        "budget": {"max_shared_fraction": fraction},
+        "protect": {"recent_tokens": recent},
+    }
+
+
+def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | None) -> Prediction:
+    """Run all jobs to their ends.
+
+    Args:
+        engine: where.
+        jobs: in the order of their arrivals.
+        memshare: MemShare's options; None is plain vLLM.
+    """
+    with tempfile.TemporaryDirectory(prefix="memshare-simulate-") as name:
+        folder = Path(name)
+        longest = max(job.prompt + job.output for job in jobs) + 1
+        config = _MODEL | {"max_position_embeddings": longest}
+        (folder / "config.json").write_text(json.dumps(config))
+        rig = Rig(
+            folder, {"mode": "off"} if memshare is None else memshare, engine.blocks + 1,
+            max_num_seqs=engine.max_num_seqs, block_size=engine.block_size,
+            max_model_len=longest, max_num_batched_tokens=engine.max_num_batched_tokens,
+        )  # fmt: skip
+        try:
+            return _run(rig, engine, jobs)
+        finally:
+            rig.close()
+
+
+def _run(rig: Rig, engine: Engine, jobs: Sequence[Job]) -> Prediction:
+    draw = random.Random(0)
+    seconds = 0.0
+    steps = added = computed = preemptions = requests = 0
+    while added < len(jobs) or rig.scheduler.requests:
+        if not rig.scheduler.requests:
+            seconds = max(seconds, jobs[added].arrival)
+        while added < len(jobs) and jobs[added].arrival <= seconds:
+            job = jobs[added]
+            rig.add(str(added), [draw.randrange(3, 30000) for _ in range(job.prompt)], job.output)
+            added += 1
+        output = rig.scheduler.schedule()
+        work = work_of(rig.scheduler, output)
+        rig.finish_step(output)
+        seconds += engine.costs.seconds(work)
+        steps += 1
+        requests += work.requests
+        computed += work.tokens
+        preemptions += len(output.preempted_req_ids or ())
+    once = sum(job.prompt + job.output - 1 for job in jobs)
+    remaps = rig.side.journal.tally.totals["applied"] if rig.side is not None else 0
+    return Prediction(
+        seconds, steps, sum(job.output for job in jobs), preemptions, max(0, computed - once),
+        requests / steps, int(remaps),
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Arms, workloads and reports of comparisons, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memshare.bench.arms import NAMES, POLICIES, expand
+from memshare.bench.child import call
+from memshare.bench.report import accuracy_cells, accuracy_table, speed_table, spread, wilson
+from memshare.bench.run import Moment, Outcome, Record, Run
+from memshare.bench.workloads import Source, Task, build
+from memshare.cli import main
+from memshare.config import load_config
+from memshare.errors import UserError
+from memshare.reasoner.problems import read_answer
+
+
+class Words:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(char) for char in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return f"<{messages[0]['content']}>"
+
+
+def source(**options: Any) -> Source:
+    settings: dict[str, Any] = {"tokenizer": Words(), "count": 6, "tokens": 50} | options
+    return Source(**settings)
+
+
+def a_run(arm: str, **fields: Any) -> Run:
+    settings: dict[str, Any] = {
+        "arm": arm, "seconds": 10.0, "cpu_seconds": 9.0, "steps": 100, "tokens": 1000,
+        "preemptions": 4, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 0,
+        "reclaimed": 0, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
+        "outcomes": [Outcome("recall", 300, True, 0.0), Outcome("recall", 320, False, 0.0)],
+        "timeline": [Moment(0.1, 2, 2, 64, 3, 1, 0, 0)],
+    }  # fmt: skip
+    return Run(**settings | fields)
+
+
+def test_every_arm_has_options_that_load() -> None:
+    arms = list(expand(",".join(NAMES), [0.25, 0.5], {"trigger": {"kind": "eager"}}))
+    names = [arm.name for arm in arms]
+    assert len(names) == len(set(names)) == len(NAMES) + len(POLICIES)
+    for arm in arms:
+        if arm.memshare is not None:
+            config = load_config(arm.memshare, environ={})
+            assert config.trigger.kind == "eager"
+            if arm.name.endswith(" 0.25"):
+                assert config.budget.max_shared_fraction == 0.25
+
+
+def test_an_unknown_arm_is_named() -> None:
+    with pytest.raises(UserError, match="no arm 'best'"):
+        list(expand("dense,best", [0.5], {}))
+
+
+def test_problems_come_in_both_families_with_their_answers() -> None:
+    tasks = build("problems", source())
+    assert {task.group for task in tasks} == {"chain", "recall"}
+    assert all(task.answer is not None and task.ends and task.forced is None for task in tasks)
+    assert build("problems", source(seed=1000)) != tasks
+
+
+def test_solutions_are_forced_to_their_ends() -> None:
+    for task in build("solutions", source(tokens=10**6)):
+        assert task.forced is not None
+        assert len(task.forced) == task.max_tokens
+        assert read_answer("".join(map(chr, task.forced))) is not None
+    assert {task.max_tokens for task in build("solutions", source())} == {50}
+
+
+def test_traces_go_on_where_the_last_round_ended(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"problem": "p", "reasoning": "abcdefghij"}')
+    tasks = build("traces", source(tokens=4, count=3, traces=tmp_path))
+    assert ["".join(map(chr, task.forced or ())) for task in tasks] == ["abcd", "efgh"]
+    with pytest.raises(UserError, match="lower --tokens"):
+        build("traces", source(tokens=11, traces=tmp_path))
+    with pytest.raises(UserError, match="--traces DIR"):
+        build("traces", source())
+
+
+def test_chats_differ_from_each_other() -> None:
+    tasks = build("chat", source(count=96))
+    assert len({tuple(task.prompt) for task in tasks}) == 96
+    with pytest.raises(UserError, match="96 different"):
+        build("chat", source(count=97))
+
+
+@given(right=st.integers(0, 200), wrong=st.integers(0, 200))
+def test_the_interval_holds_the_share_and_stays_within_0_and_1(right: int, wrong: int) -> None:
+    if right + wrong:
+        low, high = wilson(right, right + wrong)
+        assert 0.0 <= low <= right / (right + wrong) <= high <= 1.0
+
+
+def test_the_interval_is_wilsons() -> None:
+    low, high = wilson(190, 200)
+    assert (round(low, 4), round(high, 4)) == (0.9104, 0.9726)
+
+
+def test_a_change_is_paired() -> None:
+    base = [True] * 90 + [False] * 10
+    worse = [True] * 88 + [False] * 12
+    assert accuracy_cells(base, base)[-1] == "-"
+    count, share, _, change = accuracy_cells(worse, base)
+    assert (count, share) == ("100", "88.0%")
+    assert change == "-2.0 ± 2.8"
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    repeats = [
+        [a_run("dense", seconds=10.0), a_run("twins", seconds=5.0)],
+        [a_run("twins", seconds=20.0), a_run("dense", seconds=30.0)],
+    ]
+    lines = speed_table(["dense", "twins"], repeats).splitlines()
+    assert "| 1.00 |" in lines[2]
+    assert "| 1.75 (1.50-2.00) |" in lines[3], "not of the medians of each"
+    accuracy = accuracy_table(["dense", "twins"], repeats)
+    assert accuracy is not None
+    assert "| twins | 4 recall | 50.0% |" in accuracy
+    nothing = [[a_run("dense", outcomes=[Outcome("traces", 5, None, 0.0)])]]
+    assert accuracy_table(["dense"], nothing) is None
+
+
+def test_one_value_has_no_spread() -> None:
+    assert spread([2.0, 2.0], 1) == "2.0"
+    assert spread([1.0, 3.0, 2.0], 0) == "2 (1-3)"
+
+
+def test_a_record_survives_the_disk(tmp_path: Path) -> None:
+    record = Record(80, 32, 64, 2048, [10, 12], {"dense": None}, [[a_run("dense")]])
+    record.save(tmp_path / "r.json")
+    assert Record.load(tmp_path / "r.json") == record
+    (tmp_path / "other.json").write_text('{"repeats": []}')
+    with pytest.raises(UserError, match=r"other\.json"):
+        Record.load(tmp_path / "other.json")
+
+
+def test_a_task_of_a_plan_keeps_its_type() -> None:
+    task = Task("recall", [1, 2], 5, answer=3)
+    assert Task(*dataclasses.astuple(a_run("x"))[:0], *task) == task
+    assert task.length == 7
+
+
+def in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    if argument["fail"]:
+        raise RuntimeError("as asked")
+    print("other output")
+    return {"pid": os.getpid(), "in_process": os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]}
+
+
+def test_a_child_is_another_process_and_its_failure_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    found = call(f"{Path(__file__).stem}:in_child", {"fail": False}, "the test")
+    assert found["pid"] != os.getpid()
+    assert found["in_process"] == "0"
+    with pytest.raises(UserError, match="as asked"):
+        call(f"{Path(__file__).stem}:in_child", {"fail": True}, "the test")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "--arms", "dense,best"], "no arm 'best'"),
+        (["bench", "--budget", "2"], "--budget 2"),
+        (["bench", "--repeats", "0"], "--repeats"),
+        (["eval", "--samples", "4"], "--temperature"),
+        (["simulate"], "either --deployment or --measured"),
+        (["simulate", "--deployment", "x", "--measured", "y"], "either"),
+        (["simulate", "--deployment", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["simulate", "--measured", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_a_wrong_option_ends_before_anything_is_loaded(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 1
+    assert said in capsys.readouterr().err
