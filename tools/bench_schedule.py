@@ -1,8 +1,8 @@
 """What vLLM's scheduler does under KV pressure, with and without MemShare: counts, free of noise.
 
 vLLM's real scheduler, block pool and cache manager run; the model is a stand-in
-(tools/scheduler_rig.py), so a run takes seconds and gives the same numbers everywhere. Which blocks
-are alike is not known without a model, so only the policies that need not know take part.
+(memshare/simulate/rig.py), so a run takes seconds and gives the same numbers everywhere. Which
+blocks are alike is not known without a model, so only the policies that need not know take part.
 
     python tools/bench_schedule.py
 """
@@ -83,7 +83,7 @@ def main() -> None:
 
 def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
     """Run a workload to its end."""
-    from tools.scheduler_rig import Rig
+    from memshare.simulate.rig import Rig
 
     rig = Rig(model, options, work.blocks, max_num_seqs=256)
     rng = random.Random(0)

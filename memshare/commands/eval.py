@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--block-size", type=int, default=32, help="tokens")
     engine.add_argument("--blocks", type=int, help="KV blocks (default: what the machine has)")
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
+    engine.add_argument("--eager", action="store_true", help="compile nothing: starts at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every answer there")
 
 
@@ -94,7 +95,7 @@ def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling
     arms = list(expand(args.arms, fractions("--budget", args.budget), common))
     engine = EngineSettings(
         resolve(args.model), args.dtype, args.max_model_len, args.block_size, args.blocks,
-        args.tensor_parallel_size,
+        args.tensor_parallel_size, args.eager,
     )  # fmt: skip
     prompts = [question.prompt for question in questions]
     graded = []

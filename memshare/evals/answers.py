@@ -58,6 +58,7 @@ class EngineSettings:
         max_model_len: tokens.
         blocks: KV blocks of ``block_size`` tokens; None takes what the machine has.
         tensor_parallel_size: ranks.
+        eager: vLLM's ``enforce_eager``: starts at once, and nothing is compiled.
     """
 
     model: str
@@ -66,6 +67,7 @@ class EngineSettings:
     block_size: int
     blocks: int | None
     tensor_parallel_size: int
+    eager: bool
 
 
 def from_engine(
@@ -98,6 +100,7 @@ def run_engine(argument: dict[str, Any]) -> list[list[tuple[str, int]]]:
         "dtype": engine.dtype, "max_model_len": engine.max_model_len,
         "block_size": engine.block_size, "num_gpu_blocks_override": engine.blocks,
         "tensor_parallel_size": engine.tensor_parallel_size, "kv_cache_dtype": arm.kv_dtype,
+        "enforce_eager": engine.eager,
     }  # fmt: skip
     llm = LLM(engine.model, seed=0, **options, **plug_in(arm.memshare))
     params = SamplingParams(

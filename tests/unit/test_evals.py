@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memshare.cli import main
 from memshare.errors import UserError
 from memshare.evals.grading import is_right
 from memshare.evals.questions import Question, load
@@ -89,3 +93,71 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "\\boxed{", "$$$", "\\frac{1}{0}", "x" * 10000])
 def test_odd_text_is_wrong_and_no_error(text: str) -> None:
     assert not is_right(Question("1", "math", "p", "17"), text)
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """A server that answers as OpenAI's API does: 7 to requests that share, 8 to exact ones."""
+
+    asked: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        number = 8 if "vllm_xargs" in body else 7
+        answer = json.dumps(
+            {
+                "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                "choices": [
+                    {
+                        "index": 0, "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": f"\\boxed{{{number}}}"},
+                    }
+                ],
+                "usage": {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14},
+            }
+        ).encode()  # fmt: skip
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    StandIn.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/v1", StandIn.asked
+        http.shutdown()
+
+
+def test_a_served_model_is_asked_with_sharing_and_exact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], server: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, asked = server
+    data = write(
+        tmp_path / "m.jsonl", {"problem": "p", "answer": "8"}, {"problem": "q", "answer": "7"}
+    )
+    words = ["eval", "--url", url, "--model", "m", "--suite", "math500", "--data", str(data)]
+    record = tmp_path / "answers.json"
+    words += ["--samples", "3", "--temperature", "0.6", "--json", str(record)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2].startswith("| exact | 6 | 50.0% |")
+    assert shown[3].startswith("| shared | 6 | 50.0% |")
+    assert shown[3].endswith("| +0.0 ± 87.7 | 9 |"), "as many right, and all of them others"
+    exact = [body for body in asked if body.get("vllm_xargs") == {"memshare": "off"}]
+    assert len(exact) == 6
+    assert len(asked) == 12
+    assert sorted(body["seed"] for body in exact) == [0, 0, 1, 1, 2, 2]
+    assert [answer["right"] for answer in json.loads(record.read_text())][:3] == [True] * 3
+
+
+def test_a_server_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "--url", "http://127.0.0.1:9/v1", "--suite", "chain", "--limit", "1"]
+    assert main(words) == 1
+    assert "http://127.0.0.1:9/v1" in capsys.readouterr().err

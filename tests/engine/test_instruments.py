@@ -1,0 +1,103 @@
+"""bench, eval and simulate through real engines and vLLM's real scheduler, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memshare.bench.run import Record
+from memshare.cli import main
+from memshare.simulate.costs import StepCosts
+from memshare.simulate.run import Engine, Job, share, simulate
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+PROBLEMS = ["--model", "smollm2-135m-reasoner", "--dtype", "float32"]
+
+
+def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "record.json"
+    status = main(
+        [
+            "bench", *PROBLEMS, "--workload", "problems", "--requests", "8", "--tokens", "1100",
+            "--memory", "1.2", "--arms", "dense,twins", "--repeats", "1", "--json", str(file),
+        ]
+    )  # fmt: skip
+    assert status == 0
+    dense, twins = Record.load(file).repeats[0]
+    assert sum(bool(outcome.right) for outcome in dense.outcomes) >= 7
+    assert [o[:3] for o in twins.outcomes] == [o[:3] for o in dense.outcomes]
+    assert twins.remaps == twins.preemptions == dense.preemptions == 0
+    assert dense.tokens / 8 >= 400
+    shown = capsys.readouterr().out
+    assert "| twins | 4 recall |" in shown
+    assert "| ratio |" in shown
+
+
+def test_recorded_tokens_are_written_under_pressure(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    status = main(
+        [
+            "bench", "--workload", "solutions", "--requests", "6", "--tokens", "300",
+            "--dtype", "float32", "--memory", "0.5", "--recent", "32", "--arms", "dense,twins",
+            "--repeats", "1", "--json", str(file),
+        ]
+    )  # fmt: skip
+    assert status == 0
+    record = Record.load(file)
+    dense, twins = record.repeats[0]
+    assert dense.tokens == twins.tokens == 6 * 300
+    assert dense.preemptions > 0
+    assert twins.reclaimed > 0
+    assert twins.tokens_per_step > dense.tokens_per_step
+    assert record.arms["dense"] is None
+    # The simulator runs the same scheduler on the same lengths: it needs the same steps.
+    engine = Engine(
+        record.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens,
+        StepCosts(0.01, 0.001, 0.001, 0.0),
+    )  # fmt: skip
+    jobs = [Job(0.0, prompt, 300) for prompt in record.prompts]
+    predicted = simulate(engine, jobs, None)
+    assert predicted.steps == pytest.approx(dense.steps, rel=0.03)
+    assert predicted.preemptions == pytest.approx(dense.preemptions, abs=2)
+
+
+def test_an_engine_is_asked_and_graded(tmp_path: Path) -> None:
+    file = tmp_path / "answers.json"
+    words = ["eval", *PROBLEMS, "--suite", "chain", "--limit", "2", "--seed", "50", "--eager"]
+    assert main([*words, "--arms", "dense", "--json", str(file)]) == 0
+    answers = json.loads(file.read_text())
+    assert [answer["question"] for answer in answers] == ["50", "51"]
+    assert all("The final answer is" in answer["text"] for answer in answers)
+    assert any(answer["right"] for answer in answers)
+
+
+def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
+    costs = StepCosts(0.02, 0.0, 0.0001, 1e-7)
+    jobs = [Job(0.0, 45, 400)] * 24
+    for blocks, gains in ((109, True), (400, False)):
+        engine = Engine(blocks, 32, 64, 2048, costs)
+        dense, shared = simulate(engine, jobs, None), simulate(engine, jobs, share(0.5, 128))
+        assert dense.tokens == shared.tokens == 24 * 400
+        assert simulate(engine, jobs, None) == dense, "the same every time"
+        if gains:
+            assert shared.tokens_per_second > 1.1 * dense.tokens_per_second
+            assert shared.preemptions < dense.preemptions
+        else:
+            assert shared == dense
+            assert shared.remaps == 0
+
+
+def test_a_deployment_by_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("configs/simulate/qwq-32b-4xh100.yaml").read_text(encoding="utf-8")
+    small = tmp_path / "small.yaml"
+    small.write_text(text.replace("memory_gb: 80", "memory_gb: 22.8"))
+    words = ["simulate", "--deployment", str(small), "--requests", "24", "--output", "1000-2000"]
+    assert main([*words, "--freed", "0.5"]) == 0
+    dense, shared = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert dense.startswith("| dense |")
+    assert float(shared.split("|")[3]) > 1.0, "faster under pressure"
