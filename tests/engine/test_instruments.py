@@ -14,6 +14,8 @@ from memshare.simulate.run import Engine, Job, share, simulate
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOYMENT = ROOT / "configs" / "simulate" / "qwq-32b-4xh100.yaml"
 PROBLEMS = ["--model", "smollm2-135m-reasoner", "--dtype", "float32"]
 
 
@@ -93,7 +95,7 @@ def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
 
 
 def test_a_deployment_by_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = Path("configs/simulate/qwq-32b-4xh100.yaml").read_text(encoding="utf-8")
+    text = DEPLOYMENT.read_text(encoding="utf-8")
     small = tmp_path / "small.yaml"
     small.write_text(text.replace("memory_gb: 80", "memory_gb: 22.8"))
     words = ["simulate", "--deployment", str(small), "--requests", "24", "--output", "1000-2000"]
