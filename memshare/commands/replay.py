@@ -83,23 +83,21 @@ def _plan(args: argparse.Namespace, folder: str) -> int:
     """Tokenize the texts that are long enough and write the plan; returns how many they are."""
     from transformers import AutoTokenizer
 
+    from memshare.bench.workloads import Source
     from memshare.engine.replay import ReplayPlan
     from memshare.model import resolve_model
     from memshare.replay.traces import load_traces
 
     model = resolve_model(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     length = args.prefix + args.continuation
+    source = Source(AutoTokenizer.from_pretrained(model), args.limit, length)
     prompts: list[list[int]] = []
     outputs: list[list[int]] = []
     for trace in load_traces(args.traces):
-        text = _ids(tokenizer, trace.reasoning)
+        text = source.ids(trace.reasoning)
         if len(text) < length:
             continue
-        asked = tokenizer.apply_chat_template(
-            [{"role": "user", "content": trace.problem}], add_generation_prompt=True, tokenize=False
-        )
-        prompts.append(_ids(tokenizer, str(asked)))
+        prompts.append(source.chat(trace.problem))
         outputs.append(text[:length])
         if len(outputs) == args.limit:
             break
@@ -110,10 +108,6 @@ def _plan(args: argparse.Namespace, folder: str) -> int:
     plan = ReplayPlan(model, args.dtype, args.block_size, prompts, outputs, args.prefix, folder)
     plan.save(Path(folder) / "plan.json")
     return len(outputs)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _row(folder: str, arm: str, fraction: float, recent: int) -> Row:
