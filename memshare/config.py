@@ -180,6 +180,9 @@ class TwinsParams(Section):
     """Blocks first whose tokens the request has written again since, at whatever offset."""
 
     name: Literal["twins"]
+    shortest_run: Literal[1, 2, 4, 8] = 4
+    """Tokens. A later token is a twin only if at least so many tokens up to it are the same. Short
+    runs are chance: they find more twins, and take the number in one sum for that in another."""
     age_weight: Fraction = 0.3
     """Coverage, 0..1, that the oldest block of a request may lack against its newest and still go
     first. 0 looks at coverage alone."""

@@ -6,9 +6,9 @@ over pairs. A rank sees its own KV heads only: results are sums and counts that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,22 @@ from torch import Tensor
 from memshare.rotary import Rotation
 
 Norm = Literal["paper", "relative"]
+Layer = TypeVar("Layer")
+
+
+def spread_layers(layers: Sequence[Layer], wanted: int | str) -> list[Layer]:
+    """Return ``wanted`` of the layers, evenly spread over the depth, ends included.
+
+    Args:
+        layers: all of them, in order.
+        wanted: how many, or ``all``; one alone is the middle one.
+    """
+    if wanted == "all" or int(wanted) >= len(layers):
+        return list(layers)
+    count = int(wanted)
+    if count == 1:
+        return [layers[len(layers) // 2]]
+    return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)

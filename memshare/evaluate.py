@@ -18,7 +18,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
-from memshare.config import MemShareConfig, StepConfig
+from memshare.config import MemShareConfig, StepConfig, TwinsParams
 from memshare.lexical import StepIndex
 from memshare.twins import Positions, TwinIndex
 
@@ -182,8 +182,8 @@ class StageOne(Protocol):
 
 def open_stage_one(config: MemShareConfig) -> StageOne:
     """Build what the configuration's policy needs."""
-    if config.policy.name == "twins":
-        return TwinEvaluator(config.evaluator.max_requests)
+    if isinstance(config.policy, TwinsParams):
+        return TwinEvaluator(config.policy.shortest_run, config.evaluator.max_requests)
     return LexicalEvaluator(config.steps, config.evaluator.max_requests)
 
 
@@ -254,8 +254,10 @@ class LexicalEvaluator:
 class TwinEvaluator:
     """Twins: one :class:`~memshare.twins.TwinIndex` per request."""
 
-    def __init__(self, max_requests: int) -> None:
-        self._histories: _Histories[TwinIndex] = _Histories(TwinIndex, max_requests)
+    def __init__(self, shortest_run: int, max_requests: int) -> None:
+        self._histories: _Histories[TwinIndex] = _Histories(
+            lambda: TwinIndex(shortest_run), max_requests
+        )
 
     def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
         """See :meth:`StageOne.evaluate`."""

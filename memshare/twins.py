@@ -1,9 +1,10 @@
 """Stage one of the policy ``twins``: where a request's tokens occur again, at any offset.
 
 A *twin* of a token is a later token of the same request with the same id. Causal attention makes
-a token's KV a function of what stands before it, so a twin is the likelier to have similar KV the
-longer the text before the two is the same. The index therefore remembers, for runs of 8, 4, 2 and 1
-tokens, where each occurred last, and links that occurrence to the new one by the longest run.
+a token's KV a function of what stands before it, so a twin is the likelier to have similar KV, and
+to mean the same, the longer the text before the two is the same. The index therefore remembers,
+for runs of 8, 4, 2 and 1 tokens, where each occurred last, and links that occurrence to the new one
+by the longest run. Runs that are too short are chance: the 5 in another sum is no copy of this one.
 
 Everything is NumPy on one step's tokens at a time: O(1) a token, no Python object per token.
 """
@@ -29,7 +30,13 @@ class TwinIndex:
     About 120 bytes a token: 4 MB for a request of 32,768.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shortest_run: int = 1) -> None:
+        """Start with no tokens.
+
+        Args:
+            shortest_run: tokens of the shortest run that makes a twin: 1, 2, 4 or 8.
+        """
+        self._searched = range(_ORDERS.index(shortest_run), len(_ORDERS))
         self._clear()
 
     def _clear(self) -> None:
@@ -93,18 +100,19 @@ class TwinIndex:
         """For each new token the earlier one with the longest common run, and its length."""
         earlier = np.zeros(end - start, np.int64)
         quality = np.zeros(end - start, np.uint8)
-        for level, order in enumerate(_ORDERS):
+        for table, level in zip(self._tables, self._searched, strict=True):
             hashes = self._hashes[level]
-            last = self._tables[level][hashes[start:end] >> self._shift]
+            last = table[hashes[start:end] >> self._shift]
             same = (last >= 0) & (hashes[last] == hashes[start:end])
             earlier[same] = last[same]
-            quality[same] = order
+            quality[same] = _ORDERS[level]
         return earlier, quality
 
     def _remember(self, start: int, end: int) -> None:
         places = np.arange(start, end, dtype=np.int32)
-        for table, hashes in zip(self._tables, self._hashes, strict=True):
-            table[hashes[start:end] >> self._shift] = places  # repeated places: the last stays
+        for table, level in zip(self._tables, self._searched, strict=True):
+            # Repeated places: the last stays.
+            table[self._hashes[level, start:end] >> self._shift] = places
 
     def _make_room(self, needed: int) -> None:
         if needed <= len(self._positions):
@@ -122,7 +130,7 @@ class TwinIndex:
         # Direct-mapped, twice as many places as tokens: what shares a place forgets the older one.
         bits = (2 * len(self._positions) - 1).bit_length()
         self._shift = np.uint64(64 - bits)
-        self._tables = np.full((len(_ORDERS), 1 << bits), -1, np.int32)
+        self._tables = np.full((len(self._searched), 1 << bits), -1, np.int32)
 
 
 _Array = TypeVar("_Array", Positions, npt.NDArray[np.uint8], npt.NDArray[np.uint64])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from memshare.bench.run import Run
+from memshare.tables import table
 
 _Z = 1.96  # of a 95 % interval
 
@@ -36,21 +37,21 @@ def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
         ("CPU s", lambda run: run.cpu_seconds, 0),
     )
     heads = ("arm", "tok/s", "ratio", *(head for head, _, _ in columns))
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    rows = []
     for arm in arms:
         mine = [_of(arm, runs) for runs in repeats]
         base = [_of(arms[0], runs) for runs in repeats]
         ratios = [
             a.tokens_per_second / b.tokens_per_second for a, b in zip(mine, base, strict=True)
         ]
-        cells = [
+        row = [
             arm,
             spread([run.tokens_per_second for run in mine], 1),
             spread(ratios, 2),
             *(spread([value(run) for run in mine], digits) for _, value, digits in columns),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(row)
+    return table(heads, rows)
 
 
 def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str | None:
@@ -64,22 +65,22 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
     if not groups:
         return None
     heads = ("arm", "problems", "right", "95 %", "change", "tokens an answer", "blocks given up")
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    rows = []
     for group in groups:
         base = _right(arms[0], repeats, group)
         for arm in arms:
             right = _right(arm, repeats, group)
             outcomes = [o for runs in repeats for o in _of(arm, runs).outcomes if o.group == group]
             count, *accuracy = accuracy_cells(right, base)
-            cells = [
+            row = [
                 arm,
                 f"{count} {group}",
                 *accuracy,
                 f"{statistics.fmean(o.tokens for o in outcomes):.0f}",
                 f"{statistics.fmean(o.repointed for o in outcomes):.1%}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(row)
+    return table(heads, rows)
 
 
 def accuracy_cells(right: Sequence[bool], base: Sequence[bool]) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.bench.arms import Arm
+from memshare.bench.fates import Fate, fates
 from memshare.bench.models import load_format
 from memshare.bench.workloads import Task
 from memshare.errors import UserError
@@ -21,6 +23,8 @@ from memshare.simulate.costs import StepWork, work_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+
+    from memshare.engine.scheduler_side import SchedulerSide
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,9 @@ class Run:
     between_tokens: tuple[float, float]
     """Seconds between two tokens of a request, median and 99th percentile."""
     outcomes: list[Outcome]
+    fates: dict[str, int]
+    """Blocks of all requests when they ended, by :data:`memshare.bench.fates.Fate`; empty for plain
+    vLLM."""
     timeline: list[Moment]
 
     @property
@@ -265,12 +272,17 @@ class _Watch:
         self._engine = llm.llm_engine
         core: Any = self._engine.engine_core
         self._scheduler: Any = core.engine_core.scheduler
-        self._side = getattr(self._scheduler.connector, "scheduler_side", None)
+        self._side: SchedulerSide | None = getattr(
+            self._scheduler.connector, "scheduler_side", None
+        )
         self._schedule: Callable[..., Any] = self._scheduler.schedule
         self._scheduler.schedule = self._watched
         self._work = StepWork(0, 0, 0)
         self._preemptions = 0
         self._repointed: dict[str, float] = {}
+        self._fates: Counter[Fate] = Counter()
+        if self._side is not None:
+            self._watch_ends(self._side)
         self._arrivals: dict[str, list[float]] = {}
         self._texts: dict[str, tuple[str, int]] = {}
         self.moments: list[Moment] = []
@@ -279,12 +291,22 @@ class _Watch:
         output = self._schedule(*args)
         self._work = work_of(self._scheduler, output)
         self._preemptions += len(output.preempted_req_ids or ())
-        if self._side is not None:
-            self._repointed |= {
-                state.request_id: len(state.repointed) / max(state.full, 1)
-                for state in self._side.roster
-            }
         return output
+
+    def _watch_ends(self, side: SchedulerSide) -> None:
+        finish = side.finish
+
+        def watched(request_id: str) -> None:
+            self._note_end(side, request_id)
+            finish(request_id)
+
+        side.finish = watched  # type: ignore[method-assign]
+
+    def _note_end(self, side: SchedulerSide, request_id: str) -> None:
+        state = side.roster.get(request_id)
+        if state is not None and side.book.table(request_id) is not None:
+            self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
+            self._fates += fates(side.reclaimer.view(state), side.config)
 
     def step(self, start: float) -> None:
         """One engine step."""
@@ -343,6 +365,7 @@ class _Watch:
             first_token=_percentiles([arrivals[0] for arrivals in self._arrivals.values()]),
             between_tokens=_percentiles(gaps),
             outcomes=outcomes,
+            fates={str(fate): count for fate, count in self._fates.items()},
             timeline=self.moments,
         )
 

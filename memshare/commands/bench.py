@@ -17,7 +17,7 @@ from memshare.bench import arms as known_arms
 from memshare.bench.child import call
 from memshare.bench.models import DUMMY
 from memshare.bench.workloads import WORKLOADS
-from memshare.commands.options import fractions
+from memshare.commands.options import add_sharing, fractions, sharing
 from memshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and cache")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--budget", default="0.5", help="max_shared_fraction, several by ','")
-    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
-    parser.add_argument("--trigger", default="pressure", choices=("pressure", "eager"))
+    add_sharing(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
 
 
@@ -69,11 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from memshare.bench.report import accuracy_table, machine, speed_table
     from memshare.bench.run import Record, Run
 
-    common = {
-        "trigger": {"kind": args.trigger},
-        "protect": {"recent_tokens": args.recent},
-    }
-    arms = list(known_arms.expand(args.arms, fractions("--budget", args.budget), common))
+    budgets = fractions("--budget", args.budget)
+    arms = list(known_arms.expand(args.arms, budgets, sharing(args)))
     if args.requests < 1 or args.tokens < 1 or args.repeats < 1:
         raise UserError("--requests, --tokens and --repeats must be 1 or more")
     plan = _plan(args)

@@ -16,11 +16,12 @@ from pathlib import Path
 from memshare.bench.arms import NAMES as ARMS
 from memshare.bench.arms import expand
 from memshare.bench.report import accuracy_cells
-from memshare.commands.options import fractions
+from memshare.commands.options import add_sharing, fractions, sharing
 from memshare.errors import UserError
 from memshare.evals.answers import Answer, EngineSettings, Sampling, from_engine, from_server
 from memshare.evals.grading import is_right
 from memshare.evals.questions import NAMES, Question, load
+from memshare.tables import table
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("an engine of our own")
     parser.add_argument("--model", default="smollm2-135m-reasoner", help="name, folder or hub id")
     engine.add_argument("--arms", default="dense,twins", help=f"of {', '.join(ARMS)}")
-    engine.add_argument("--budget", default="0.5", help="max_shared_fraction, several by ','")
-    engine.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
-    engine.add_argument("--trigger", default="pressure", choices=("pressure", "eager"))
+    add_sharing(engine)
     engine.add_argument("--dtype", default="bfloat16", help="of weights and cache")
     engine.add_argument("--max-model-len", type=int, default=2048, help="tokens")
     engine.add_argument("--block-size", type=int, default=32, help="tokens")
@@ -78,11 +77,12 @@ def run(args: argparse.Namespace) -> int:
     questions = load(args.suite, args.limit, args.data, args.seed)
     found = _ask_server(args, questions, sampling) if args.url else _ask(args, questions, sampling)
     heads = ("arm", args.suite, "right", "95 %", "change", "tokens an answer")
-    print("\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]))
+    rows = []
     base = found[0].right
     for graded in found:
         tokens = sum(answer.tokens for answer in graded.answers) / len(graded.answers)
-        print(f"| {graded.arm} | {' | '.join(accuracy_cells(graded.right, base))} | {tokens:.0f} |")
+        rows.append([graded.arm, *accuracy_cells(graded.right, base), f"{tokens:.0f}"])
+    print(table(heads, rows))
     if args.json is not None:
         args.json.write_text(json.dumps(_record(questions, sampling, found)))
     return 0
@@ -91,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling) -> list[Graded]:
     from memshare.bench.models import resolve
 
-    common = {"trigger": {"kind": args.trigger}, "protect": {"recent_tokens": args.recent}}
-    arms = list(expand(args.arms, fractions("--budget", args.budget), common))
+    arms = list(expand(args.arms, fractions("--budget", args.budget), sharing(args)))
     engine = EngineSettings(
         resolve(args.model), args.dtype, args.max_model_len, args.block_size, args.blocks,
         args.tensor_parallel_size, args.eager,

@@ -1,8 +1,23 @@
-"""Values of command-line options that several subcommands take."""
+"""Command-line options that several subcommands take, and their values."""
 
 from __future__ import annotations
 
+import argparse
+from typing import Any
+
 from memshare.errors import UserError
+
+
+def add_sharing(parser: argparse._ActionsContainer) -> None:
+    """Declare when, and how much of what, arms with MemShare give up."""
+    parser.add_argument("--budget", default="0.5", help="max_shared_fraction, several by ','")
+    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    parser.add_argument("--trigger", default="pressure", choices=("pressure", "eager"))
+
+
+def sharing(args: argparse.Namespace) -> dict[str, Any]:
+    """MemShare's options of all arms, as :func:`add_sharing` asked for them."""
+    return {"trigger": {"kind": args.trigger}, "protect": {"recent_tokens": args.recent}}
 
 
 def fractions(option: str, text: str) -> list[float]:

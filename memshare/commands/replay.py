@@ -1,5 +1,6 @@
 """``memshare replay``: what giving up blocks does to a model, on recorded chains of thought.
 
+With ``--observe`` nothing is given up: a report says how much could be.
 A real engine writes the recorded tokens. At a given length a policy gives up a fraction of every
 request's blocks; from there on the next-token distributions are compared with those of plain vLLM.
 Each run is an engine in a process of its own.
@@ -13,12 +14,18 @@ import logging
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.bench.arms import DENSE, POLICIES, Arm
 from memshare.bench.child import call
 from memshare.commands.options import fractions
 from memshare.errors import UserError
+from memshare.tables import table
+
+if TYPE_CHECKING:
+    from memshare.engine.replay import ReplayPlan
+
+_SIZES = (8, 16, 32, 64)  # tokens of a block
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
     parser.add_argument("--arms", default=",".join(POLICIES), help="policies, separated by ','")
     parser.add_argument("--freed", default="0.25", help="fractions of the blocks, separated by ','")
+    parser.add_argument(
+        "--observe", action="store_true", help="report whether the texts are suitable, and end"
+    )
+    parser.add_argument(
+        "--text-only", action="store_true", help="with --observe: by token ids, without an engine"
+    )
     parser.add_argument("--prefix", type=int, default=2432, help="output tokens before sharing")
     parser.add_argument("--continuation", type=int, default=512, help="output tokens after it")
     parser.add_argument("--limit", type=int, default=16, help="texts; all are in memory at once")
@@ -61,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     if args.traces is None:
         raise UserError("say where the recorded texts are: --traces DIR")
     with tempfile.TemporaryDirectory(prefix="memshare-replay-") as folder:
-        texts = _plan(args, folder)
+        if args.observe:
+            return _observe(args, folder)
+        texts = len(_plan(args, folder).outputs)
         print(
             f"{texts} texts, {args.prefix} tokens before sharing, {args.continuation} after; "
             f"{args.model} ({args.dtype}), blocks of {args.block_size}.\n",
@@ -79,8 +94,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, folder: str) -> int:
-    """Tokenize the texts that are long enough and write the plan; returns how many they are."""
+def _observe(args: argparse.Namespace, folder: str) -> int:
+    """Print what could be given up, and what that means."""
+    from memshare.replay.opportunity import Sighting, mean_opportunity, report
+
+    args.continuation = 0
+    plan = _plan(args, folder)
+    prefixes = [output[: args.prefix] for output in plan.outputs]
+    print(f"{len(prefixes)} texts, the first {args.prefix} tokens of each.\n")
+    rows = []
+    for size in _SIZES:
+        found = mean_opportunity(prefixes, size)
+        rows.append([str(size), *(f"{fraction:.1%}" for fraction in found)])
+    heads = ("block size", "equal to another", "75 % equal, slot by slot", "75 % written again")
+    print(table(heads, rows), flush=True)
+    if args.text_only:
+        return 0
+    call_for = {"plan": f"{folder}/plan.json"}
+    seen = call("memshare.engine.replay:observe_plan", call_for, "the observing engine")
+    print(f"\n{report([Sighting(*one) for one in seen], args.block_size)}")
+    return 0
+
+
+def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
+    """Tokenize the texts that are long enough, and write the plan."""
     from transformers import AutoTokenizer
 
     from memshare.bench.workloads import Source
@@ -107,7 +144,7 @@ def _plan(args: argparse.Namespace, folder: str) -> int:
         )
     plan = ReplayPlan(model, args.dtype, args.block_size, prompts, outputs, args.prefix, folder)
     plan.save(Path(folder) / "plan.json")
-    return len(outputs)
+    return plan
 
 
 def _row(folder: str, arm: str, fraction: float, recent: int) -> Row:
@@ -127,11 +164,15 @@ def _measure(folder: str, arm: Arm) -> Any:
 
 
 def _table(rows: list[Row]) -> str:
-    lines = [
-        "| policy | blocks given up | KL | late KL | change of NLL | same top token |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in row.cells)
-        lines.append(f"| {row.arm} | {row.freed:.1%} | {cells} |")
-    return "\n".join(lines)
+    heads = ("policy", "blocks given up", "KL", "late KL", "change of NLL", "same top token")
+    return table(
+        heads,
+        (
+            [
+                row.arm,
+                f"{row.freed:.1%}",
+                *(f"{mean:.4f} ± {error:.4f}" for mean, error in row.cells),
+            ]
+            for row in rows
+        ),
+    )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from memshare.commands.options import fractions
 from memshare.errors import UserError
+from memshare.tables import table_head, table_row
 
 if TYPE_CHECKING:
     from memshare.bench.run import Record, Run
@@ -80,8 +81,8 @@ def _deployment(args: argparse.Namespace) -> int:
         f"{deployment.name}: {blocks} KV blocks of {deployment.block_size} tokens, "
         f"{blocks / needed:.2f} of what {len(jobs)} requests need at full length. Simulated.\n"
     )
-    print("| arm | tok/s | ratio | mean running | preemptions | recomputed tokens | remaps |")
-    print("| --- " * 7 + "|")
+    heads = ("arm", "tok/s", "ratio", "mean running", "preemptions", "recomputed tokens", "remaps")
+    print(table_head(heads))
     dense = simulate(engine, jobs, None)
     print(_row("dense", dense, dense), flush=True)
     for fraction in freed:
@@ -135,7 +136,7 @@ def _row(arm: str, found: Prediction, dense: Prediction) -> str:
         str(found.recomputed),
         str(found.remaps),
     )
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def _measured(paths: list[Path]) -> int:
@@ -150,7 +151,7 @@ def _measured(paths: list[Path]) -> int:
         f"{1e6 * costs.context:.3f} us a token of context.\n"
     )
     heads = ("record", "arm", "ratio to dense", "predicted", "error", "steps", "predicted")
-    print("\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]))
+    print(table_head(heads))
     for path, record in zip(paths, records, strict=True):
         for line in _compare(path.stem, record, costs):
             print(line, flush=True)
@@ -192,10 +193,9 @@ def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
             if run.arm == arm
         )
         predicted = found.tokens_per_second / dense.tokens_per_second
-        lines.append(
-            f"| {name} | {arm} | {measured:.2f} | {predicted:.2f} | "
-            f"{predicted / measured - 1:+.1%} | {runs[0].steps} | {found.steps} |"
-        )
+        error = f"{predicted / measured - 1:+.1%}"
+        steps = (str(runs[0].steps), str(found.steps))
+        lines.append(table_row([name, arm, f"{measured:.2f}", f"{predicted:.2f}", error, *steps]))
     return lines
 
 

@@ -76,6 +76,10 @@ class Reclaimer:
             return blocks
         return blocks - self._roster.shareable(state, tokens // self._book.block_size)
 
+    def view(self, state: RequestState) -> Victims:
+        """The request's blocks as an on-demand policy sees them; it must hold some."""
+        return Victims(self._roster, self._book, self._survey, state)
+
     def add(self, candidate: Candidate) -> None:
         """Queue a verified pair, or hold it back until its target leaves the recent window."""
         state = candidate.target.state
@@ -168,7 +172,7 @@ class Reclaimer:
     def _reclaim_on_demand(self, policy: DemandPolicy, wanted: int) -> int:
         """Take victims from the least shared requests first, so that damage spreads evenly."""
         views = [
-            Victims(self._roster, self._book, self._survey, state)
+            self.view(state)
             for state in self._roster
             if state.full > 0 and not self._must_wait(state)
         ]

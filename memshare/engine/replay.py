@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,13 @@ from memshare.bench.arms import Arm
 from memshare.engine.forced import ForcedDecoding, Measurement, forced
 from memshare.plug_in import plug_in
 from memshare.replay.damage import COLUMNS, Damage
+from memshare.replay.opportunity import Sighting
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from memshare.engine.scheduler_side import SchedulerSide
 
 # Engine steps within which all remaps are done once they are allowed: a request's first one may
 # have to wait a step or two (Reclaimer._must_wait).
@@ -65,6 +72,45 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
     Returns:
         Fraction of each request's full blocks that was given up.
     """
+    engine = _start(plan, memshare)
+    for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
+        count = len(output) - plan.prefix - _SETTLING
+        exact, measured = f"{plan.folder}/exact-{i}", f"{plan.folder}/{arm}-{i}"
+        measurement = Measurement(
+            plan.prefix + _SETTLING, count, exact, None if memshare is None else measured
+        )
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output, measurement))
+    scheduler, side = _scheduler_of(engine)
+    freed: dict[str, float] = {}
+    while engine.has_unfinished_requests():
+        written = _written(scheduler, plan.prefix)
+        if side is not None:
+            side.reclaimer.enabled = plan.prefix <= written < plan.prefix + _SETTLING
+            freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.roster}
+        engine.step()
+    return list(freed.values()) or [0.0] * len(plan.prompts)
+
+
+def observe(plan: ReplayPlan) -> list[Sighting]:
+    """Let the engine write the prefixes of all texts, and look at what could be given up."""
+    engine = _start(plan, {"mode": "observe", "policy": {"name": "twins"}})
+    for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output[: plan.prefix]))
+    scheduler, side = _scheduler_of(engine)
+    assert side is not None, "an engine with MemShare has one"
+    found: dict[str, Sighting] = {}
+    while engine.has_unfinished_requests():
+        # The last steps: what has been written before has been compared by then.
+        if _written(scheduler, 0) >= plan.prefix - 2:
+            for state in side.roster:
+                view = side.reclaimer.view(state)
+                coverage = view.coverage[view.first : view.end].tolist()
+                found[state.request_id] = Sighting(view.full, coverage)
+        engine.step()
+    return list(found.values())
+
+
+def _start(plan: ReplayPlan, memshare: Mapping[str, object] | None) -> LLMEngine:
     from vllm import LLM
 
     longest = max(len(p) + len(o) for p, o in zip(plan.prompts, plan.outputs, strict=True)) + 1
@@ -81,26 +127,18 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
         logits_processors=[ForcedDecoding],
         **plug_in(memshare),
     )
-    engine = llm.llm_engine
-    for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
-        count = len(output) - plan.prefix - _SETTLING
-        exact, measured = f"{plan.folder}/exact-{i}", f"{plan.folder}/{arm}-{i}"
-        measurement = Measurement(
-            plan.prefix + _SETTLING, count, exact, None if memshare is None else measured
-        )
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output, measurement))
-    scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-    side = getattr(scheduler.connector, "scheduler_side", None)
-    freed: dict[str, float] = {}
-    while engine.has_unfinished_requests():
-        written = min(
-            (len(r.output_token_ids) for r in scheduler.requests.values()), default=plan.prefix
-        )
-        if side is not None:
-            side.reclaimer.enabled = plan.prefix <= written < plan.prefix + _SETTLING
-            freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.roster}
-        engine.step()
-    return list(freed.values()) or [0.0] * len(plan.prompts)
+    return llm.llm_engine
+
+
+def _scheduler_of(engine: Any) -> tuple[Scheduler, SchedulerSide | None]:
+    scheduler = engine.engine_core.engine_core.scheduler
+    return scheduler, getattr(scheduler.connector, "scheduler_side", None)
+
+
+def _written(scheduler: Scheduler, otherwise: int) -> int:
+    """Output tokens that every request has at least; ``otherwise`` if there is none."""
+    lengths = (len(request.output_token_ids) for request in scheduler.requests.values())
+    return min(lengths, default=otherwise)
 
 
 def measurements(plan: ReplayPlan, arm: str) -> Sequence[npt.NDArray[np.float32]]:
@@ -120,3 +158,8 @@ def run_arm(argument: dict[str, Any]) -> dict[str, Any]:
         damage = Damage.of(measurements(plan, arm.name))
         cells = [damage.kl, damage.late_kl, damage.delta_nll, damage.same_top]
     return {"freed": sum(freed) / len(freed), "cells": cells}
+
+
+def observe_plan(argument: dict[str, Any]) -> list[Sighting]:
+    """Observe a plan in this process (see :mod:`memshare.bench.child`)."""
+    return observe(ReplayPlan.load(Path(argument["plan"])))

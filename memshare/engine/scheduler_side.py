@@ -70,7 +70,7 @@ class SchedulerSide:
             open_bridge: makes the bridge to the evaluators; called only if the policy needs them.
         """
         policy = load_policy(config.policy)
-        self._config = config
+        self.config = config
         self.journal = Journal(config.event_log)
         self.book = BlockBook(manager, block_size)
         self.roster = Roster(config, automaton, self.book)
@@ -238,7 +238,7 @@ class SchedulerSide:
 
     def _begin_check(self) -> dict[str, list[int]] | None:
         """Check this side; returns the tables that the workers compare with theirs, if due."""
-        every = self._config.integrity.check_every
+        every = self.config.integrity.check_every
         if not self._check_wanted and not (every and self.journal.step % every == 0):
             return None
         self._check_wanted = False
@@ -254,7 +254,7 @@ class SchedulerSide:
         self.journal.event("integrity", result=result, faults=listed)
         if not faults:
             return
-        if self._config.integrity.on_failure == "raise":
+        if self.config.integrity.on_failure == "raise":
             raise IntegrityError(f"MemShare integrity check failed: {listed}")
         self.reclaimer.enabled = False
         self._check_failed = True

@@ -17,6 +17,7 @@ from memshare.distance import (
     PairSums,
     TokenScale,
     similarity_sums,
+    spread_layers,
     token_similarity_sums,
 )
 from memshare.engine.kv_layout import KVLayout, LayoutUnknown
@@ -67,7 +68,7 @@ class StageTwo:
             StageTwoUnsupported: a layer's cache cannot be read.
         """
         self._config = config
-        names = _spread(list(kv_caches), config.layers)
+        names = spread_layers(list(kv_caches), config.layers)
         rotations: dict[int, Rotation | None] = {}
         layers = []
         for name in names:
@@ -196,16 +197,6 @@ def _split(
     """Block ids and positions as two ``[N]`` int64 tensors."""
     pairs = torch.tensor([(b.block_id, b.position) for b in blocks], dtype=torch.int64)
     return tuple(pairs.view(-1, 2).to(device, non_blocking=True).unbind(1))
-
-
-def _spread(names: list[str], layers: int | str) -> list[str]:
-    """``layers`` of the names, evenly spread over the depth, ends included."""
-    if layers == "all" or int(layers) >= len(names):
-        return names
-    wanted = int(layers)
-    if wanted == 1:
-        return [names[len(names) // 2]]
-    return [names[round(i * (len(names) - 1) / (wanted - 1))] for i in range(wanted)]
 
 
 def _rotation_beside(

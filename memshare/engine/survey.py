@@ -80,6 +80,11 @@ class TwinMap:
         return orphans[heirs >= 0], heirs[heirs >= 0]
 
     @property
+    def best(self) -> tuple[Positions, npt.NDArray[np.float32]]:
+        """Each token's twin, -1 if it has none, and how similar it is."""
+        return self._twins, self._similarity
+
+    @property
     def coverage(self) -> npt.NDArray[np.float32]:
         """``[blocks]``: mean similarity of the least covered quarter of each block's tokens."""
         return self._by_block().coverage

@@ -18,8 +18,9 @@ STEPS = (
 )
 
 
-@pytest.mark.usefixtures("smollm2")
-def test_what_is_given_up_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    """Two texts that repeat themselves, and one that is too short."""
     traces = tmp_path / "traces"
     traces.mkdir()
     for i in range(2):
@@ -27,6 +28,13 @@ def test_what_is_given_up_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
         trace = {"problem": "What is (17 + 25) * 3?", "reasoning": "\n\n".join(steps)}
         (traces / f"{i}.json").write_text(json.dumps(trace))
     (traces / "short.json").write_text(json.dumps({"problem": "1 + 1?", "reasoning": "Two."}))
+    return traces
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_what_is_given_up_is_measured(
+    traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = tmp_path / "table.json"
     status = main(
         [
@@ -46,3 +54,24 @@ def test_what_is_given_up_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
     assert same_top > 0.95
     assert some["freed"] == pytest.approx(0.3, abs=0.12)
     assert some["cells"][0][0] > 1e-3 > kl
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_the_report_says_what_could_be_given_up(
+    traces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["replay", "--observe", "--traces", str(traces), "--prefix", "400"]
+    assert main([*words, "--text-only"]) == 0
+    by_text = capsys.readouterr().out
+    assert by_text.startswith("2 texts, the first 400 tokens")
+    assert main(words) == 0
+    whole = capsys.readouterr().out
+    assert whole.startswith(by_text)
+    covered = {
+        cells[1]: float(cells[2].rstrip("%"))
+        for line in whole.removeprefix(by_text).splitlines()
+        if len(cells := [cell.strip() for cell in line.split("|")]) == 4 and "%" in cells[2]
+    }
+    assert covered["0.3"] >= covered["0.5"] >= covered["0.8"]
+    assert covered["0.3"] > 10.0, "every sentence of these texts comes again"
+    assert "uitable" in whole

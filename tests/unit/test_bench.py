@@ -43,6 +43,7 @@ def a_run(arm: str, **fields: Any) -> Run:
         "preemptions": 4, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 0,
         "reclaimed": 0, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
         "outcomes": [Outcome("recall", 300, True, 0.0), Outcome("recall", 320, False, 0.0)],
+        "fates": {},
         "timeline": [Moment(0.1, 2, 2, 64, 3, 1, 0, 0)],
     }  # fmt: skip
     return Run(**settings | fields)

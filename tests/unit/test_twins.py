@@ -32,13 +32,17 @@ def links_of(index: TwinIndex, steps: list[tuple[int, list[int]]]) -> dict[int, 
     return links
 
 
-def slow_links(tokens: list[int], steps: list[tuple[int, list[int]]]) -> dict[int, int]:
+def slow_links(
+    tokens: list[int], steps: list[tuple[int, list[int]]], shortest_run: int
+) -> dict[int, int]:
     links: dict[int, int] = {}
     quality: dict[int, int] = {}
     for position, step in steps:
         found = []
         for q in range(position, position + len(step)):
             for order in (8, 4, 2, 1):
+                if order < shortest_run:
+                    break
                 run = tokens[q + 1 - order : q + 1] if q + 1 >= order else None
                 ends = [
                     p
@@ -58,10 +62,14 @@ def slow_links(tokens: list[int], steps: list[tuple[int, list[int]]]) -> dict[in
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=150),
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.sampled_from((1, 2, 4, 8)),
 )
-def test_the_search_finds_what_the_definition_says(tokens: list[int], sizes: list[int]) -> None:
+def test_the_search_finds_what_the_definition_says(
+    tokens: list[int], sizes: list[int], shortest_run: int
+) -> None:
     steps = cut(tokens, sizes)
-    found, expected = links_of(TwinIndex(), steps), slow_links(tokens, steps)
+    found = links_of(TwinIndex(shortest_run), steps)
+    expected = slow_links(tokens, steps, shortest_run)
     # Runs that share a place in a table hide older ones: rare, and only a longer run is missed.
     same = sum(found.get(p) == q for p, q in expected.items())
     assert same >= 0.9 * len(expected) - 1
@@ -85,6 +93,13 @@ def test_the_longest_common_run_wins_and_stays() -> None:
     links = links_of(index, [(21, [52, 9])])
     assert 8 not in links
     assert links == {20: 22}
+
+
+def test_a_repetition_that_is_too_short_makes_no_twin() -> None:
+    index = TwinIndex(shortest_run=4)
+    index.add([1, 2, 3, 4, 5, 60], 0)
+    assert links_of(index, [(6, [9, 2, 3, 4, 8, 60])]) == {}
+    assert links_of(index, [(12, [2, 3, 4, 5, 61])]) == {4: 15}, "only where the fourth is the same"
 
 
 def test_it_grows_and_keeps_what_it_knows() -> None:
@@ -118,7 +133,7 @@ def news(request: str, position: int, *steps: list[int]) -> NewSteps:
 
 
 def test_requests_do_not_see_each_other_and_can_be_forgotten() -> None:
-    evaluator = TwinEvaluator(max_requests=2)
+    evaluator = TwinEvaluator(shortest_run=1, max_requests=2)
     answer = evaluator.evaluate([news("a", 5, [1, 2], [3, 1, 2]), news("b", 0, [1, 2])])
     assert Answer.is_sound(answer)
     found = {(x.request_id, p, q) for x in answer.links for p, q in zip(*x[2:], strict=True)}

@@ -1,0 +1,42 @@
+"""What became of every block that a request had filled, when the request ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Literal, get_args
+
+from memshare.config import MemShareConfig, PaperParams, TwinsParams
+
+if TYPE_CHECKING:
+    from memshare.engine.reclaimer import Victims
+
+Fate = Literal[
+    "prompt", "recent window", "given up", "stands for others", "last copy", "no similar block",
+    "badly covered", "over budget", "not asked for",
+]  # fmt: skip
+FATES: tuple[Fate, ...] = get_args(Fate)
+"""``given up``, or why not: the first reason that holds, in this order."""
+
+
+def fates(view: Victims, config: MemShareConfig) -> Counter[Fate]:
+    """Count the full blocks of a request by their fate."""
+    return Counter(_fate(view, index, config) for index in range(view.full))
+
+
+def _fate(view: Victims, index: int, config: MemShareConfig) -> Fate:
+    policy = config.policy
+    if index < view.first:
+        return "prompt"
+    if not view.is_own(index):
+        return "given up"
+    if index >= view.end:
+        return "recent window"
+    if view.sharers(index) > 0:
+        return "stands for others"
+    if not view.is_target(index):
+        return "last copy"
+    if isinstance(policy, PaperParams):
+        return "no similar block"
+    if isinstance(policy, TwinsParams) and view.coverage[index] < policy.min_coverage:
+        return "badly covered"
+    return "not asked for" if view.has_budget else "over budget"

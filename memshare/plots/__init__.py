@@ -1,0 +1,9 @@
+"""Pictures of what was measured.
+
+- ``style``: colours of the arms, one figure to a file
+- ``usage``: KV memory over time, with preemptions
+- ``pareto``: what is paid for what is gained
+- ``steps``: which reasoning steps are alike, in words and in the KV cache
+- ``waterfall``: from all blocks to those that were freed, and why the rest were not
+- ``trace``: a text with what it writes again, as a page
+"""

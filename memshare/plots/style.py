@@ -1,0 +1,68 @@
+"""What all pictures have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memshare.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_COLOURS = {
+    "dense": "#000000",
+    "twins": "#0072b2",
+    "oldest": "#e69f00",
+    "random": "#cc79a7",
+    "paper": "#009e73",
+    "control": "#d55e00",
+    "fp8": "#56b4e9",
+}
+_OTHER = "#999999"
+
+
+def colour(arm: str) -> str:
+    """Colour of an arm; ``twins 0.25`` and ``twins-0.25`` have that of ``twins``."""
+    return _COLOURS.get(arm.replace("-", " ").split()[0], _OTHER)
+
+
+@contextmanager
+def figure(
+    path: Path, rows: int = 1, columns: int = 1, width: float = 8.0, height: float = 3.2
+) -> Iterator[list[Axes]]:
+    """Draw into axes ``[rows * columns]``, row by row; the file is written at the end.
+
+    Args:
+        path: the picture; its ending decides the format.
+        rows: of axes.
+        columns: of axes.
+        width: of the whole, inches.
+        height: of a row, inches.
+
+    Raises:
+        UserError: matplotlib is missing, or the file's ending names no format that it can write.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install 'memshare[plots]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    made, axes = pyplot.subplots(
+        rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained"
+    )
+    try:
+        formats = made.canvas.get_supported_filetypes()
+        if path.suffix.removeprefix(".") not in formats:
+            raise UserError(f"--output {path}: its ending must be one of {', '.join(formats)}")
+        yield list(axes.flat)
+        # Without a date, and with ids that do not change: the same data give the same file.
+        matplotlib.rcParams["svg.hashsalt"] = "memshare"
+        made.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    finally:
+        pyplot.close(made)

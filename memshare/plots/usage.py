@@ -1,0 +1,55 @@
+"""KV memory over time, one panel an arm, with a tick for every preemption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from memshare.bench.run import Moment, Record, Run
+from memshare.plots.style import colour, figure
+
+
+def plot_usage(record: Record, arms: Sequence[str], path: Path) -> None:
+    """Draw the first repeat of a record of ``memshare bench``.
+
+    Args:
+        record: what was measured.
+        arms: which of its arms, from top to bottom.
+        path: the picture; its ending decides the format.
+
+    Raises:
+        UserError: the picture cannot be drawn (see :func:`memshare.plots.style.figure`).
+    """
+    runs = {run.arm: run for run in record.repeats[0]}
+    longest = max(runs[arm].timeline[-1].seconds for arm in arms)
+    with figure(path, rows=len(arms)) as panels:
+        for panel, arm in zip(panels, arms, strict=True):
+            run = runs[arm]
+            seconds = [moment.seconds for moment in run.timeline]
+            used = [100 * moment.used / record.blocks for moment in run.timeline]
+            panel.fill_between(seconds, used, color=colour(arm), alpha=0.25, linewidth=0)
+            panel.plot(seconds, used, color=colour(arm), linewidth=0.8)
+            for name, mark, height in (("preemptions", "|", 106.0), ("remaps", ".", 114.0)):
+                at = _rises(run.timeline, name)
+                panel.plot(at, [height] * len(at), mark, color=colour(arm), clip_on=False)
+            panel.axhline(100, color="black", linewidth=0.5, linestyle=":")
+            panel.set(xlim=(0, longest), ylim=(0, 120), ylabel="KV blocks in use, %")
+            panel.set_title(_title(run), loc="left", fontsize="medium")
+        panels[-1].set_xlabel("seconds;  | a preemption   · blocks re-pointed")
+
+
+def _rises(timeline: Sequence[Moment], name: str) -> list[float]:
+    """When the count ``name`` went up."""
+    return [
+        later.seconds
+        for earlier, later in pairwise(timeline)
+        if getattr(later, name) > getattr(earlier, name)
+    ]
+
+
+def _title(run: Run) -> str:
+    return (
+        f"{run.arm}: {run.tokens_per_second:.0f} tok/s, {run.preemptions} preemptions, "
+        f"{run.recomputed} tokens computed again, {run.running:.1f} requests at once"
+    )

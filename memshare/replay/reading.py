@@ -1,0 +1,225 @@
+"""A text as a model has read it, and what giving up blocks does to the rest: without an engine.
+
+A transformers model reads a recorded chain of thought once. Then a policy, the very object that the
+engine uses, gives up a fraction of the blocks of the prefix: their keys and values are replaced by
+the donors', as a remap does. The model reads the rest again over that cache. What the engine adds
+(asynchronous stages, pressure over time) is not seen here; ``memshare replay`` sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from memshare.config import DistanceConfig, PolicyParams, StepConfig, TwinsParams
+from memshare.distance import TokenScale, spread_layers, token_similarity_sums
+from memshare.engine.survey import TwinMap
+from memshare.policy import load_policy
+from memshare.policy.base import DemandPolicy
+from memshare.replay.damage import measure
+from memshare.rotary import Rotation
+from memshare.steps import StepSegmenter, compile_delimiters
+from memshare.twins import Positions, TwinIndex
+from memshare.vocabulary import token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One text as the model has read it.
+
+    Attributes:
+        tokens: ``[P + C]`` token ids: prefix and continuation.
+        prompt: tokens of the prompt.
+        prefix: P.
+        keys: ``[layers, heads, P, channels]`` as cached (rotated).
+        values: the same of V.
+        log_probs: ``[C, vocabulary]`` over the exact cache.
+        compared: per compared layer and tensor, ``[P, heads, channels]`` with the position of keys
+            undone, and the distance of its random tokens.
+    """
+
+    tokens: Tensor
+    prompt: int
+    prefix: int
+    keys: Tensor
+    values: Tensor
+    log_probs: Tensor
+    compared: list[tuple[Tensor, TokenScale]]
+
+    def similarity(self, earlier: Positions, later: Positions) -> npt.NDArray[np.float32]:
+        """``[N]``: stage two of pairs of tokens of the prefix."""
+        a, b = torch.from_numpy(earlier).long(), torch.from_numpy(later).long()
+        sums = token_similarity_sums((t[a], t[b], scale) for t, scale in self.compared)
+        return np.asarray((sums.total / max(sums.count, 1)).numpy(), np.float32)
+
+
+@dataclass(slots=True)
+class Prefix:
+    """The prefix as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`).
+
+    Attributes:
+        twins: what both stages know of its tokens.
+        donor_of: the block that each re-pointed one points to.
+    """
+
+    first: int
+    end: int
+    full: int
+    budget: int
+    twins: TwinMap
+    donor_of: dict[int, int] = field(default_factory=dict)
+    block_threshold: float | None = None
+
+    @property
+    def coverage(self) -> npt.NDArray[np.float32]:
+        """See :attr:`VictimView.coverage`."""
+        return self.twins.coverage[: self.full]
+
+    def is_own(self, index: int) -> bool:
+        """See :meth:`VictimView.is_own`."""
+        return index not in self.donor_of
+
+    def sharers(self, index: int) -> int:
+        """See :meth:`VictimView.sharers`."""
+        return sum(donor == index for donor in self.donor_of.values())
+
+    def is_target(self, index: int) -> bool:
+        """See :meth:`VictimView.is_target`."""
+        if not self.is_own(index) or self.sharers(index):
+            return False
+        return not self.twins.last_copies[index]
+
+
+class Reader:
+    """A model that reads texts, and reads them again with blocks given up."""
+
+    def __init__(self, model: str, block_size: int, recent: int) -> None:
+        """Load a model in float32.
+
+        Args:
+            model: folder or hub id of a model with rotary embeddings like Llama's.
+            block_size: tokens.
+            recent: as ``protect.recent_tokens``.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._block_size = block_size
+        self._recent = recent
+        steps = StepConfig()
+        self._automaton = compile_delimiters(steps.delimiters, token_bytes(self.tokenizer))
+        self._steps = (steps.min_tokens, steps.max_tokens)
+
+    @torch.inference_mode()
+    def read(self, prompt: Sequence[int], text: Sequence[int], prefix: int) -> Reading:
+        """Read ``text`` behind ``prompt``; the first ``prefix`` tokens of both are the prefix."""
+        from transformers import DynamicCache
+
+        tokens = torch.tensor([*prompt, *text])
+        cache = DynamicCache()
+        hidden = self._model.model(tokens[None], past_key_values=cache).last_hidden_state
+        log_probs = self._model.lm_head(hidden[0, prefix:]).log_softmax(-1)
+        layers: list[Any] = cache.layers
+        keys = torch.stack([layer.keys[0, :, :prefix] for layer in layers])
+        values = torch.stack([layer.values[0, :, :prefix] for layer in layers])
+        compared = list(self._compared(keys, values))
+        return Reading(tokens, len(prompt), prefix, keys, values, log_probs, compared)
+
+    def _compared(self, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, TokenScale]]:
+        positions = torch.arange(keys.shape[2])
+        cos, sin = self._model.model.rotary_emb(torch.zeros(1), positions[None])
+        half = cos.shape[-1] // 2
+        table = torch.cat((cos[0, :, :half], sin[0, :, :half]), 1)
+        rotation = Rotation.from_cache(table, neox=True)
+        for layer in spread_layers(range(len(keys)), DistanceConfig().layers):
+            by_token = keys[layer].transpose(0, 1)[:, :, None]
+            upright = rotation.turn(by_token, -positions)[:, :, 0]
+            for tensor in (upright, values[layer].transpose(0, 1)):
+                scale = TokenScale()
+                scale.update(tensor)
+                yield tensor, scale
+
+    @torch.inference_mode()
+    def judge(self, reading: Reading, donor_of: dict[int, int]) -> npt.NDArray[np.float32]:
+        """Read the continuation over a cache in which some blocks are their donors'.
+
+        Returns:
+            ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.replay.damage`).
+        """
+        from transformers import DynamicCache
+
+        size = self._block_size
+        keys, values = reading.keys.clone(), reading.values.clone()
+        for target, donor in donor_of.items():
+            for tensor, exact in ((keys, reading.keys), (values, reading.values)):
+                tensor[:, :, target * size : (target + 1) * size] = exact[
+                    :, :, donor * size : (donor + 1) * size
+                ]
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            cache.update(k[None], v[None], layer)
+        rest = reading.tokens[reading.prefix :]
+        hidden = self._model.model(rest[None], past_key_values=cache).last_hidden_state
+        shared = self._model.lm_head(hidden[0, :-1]).log_softmax(-1)
+        measured: npt.NDArray[np.float32] = measure(
+            reading.log_probs[:-1], shared, rest[1:]
+        ).numpy()
+        return measured
+
+    def give_up(self, reading: Reading, params: PolicyParams, fraction: float) -> Prefix:
+        """Let a policy give up ``fraction`` of the prefix's blocks, one after another.
+
+        Raises:
+            ValueError: the policy is not one that chooses victims on demand.
+        """
+        policy = load_policy(params)
+        if not isinstance(policy, DemandPolicy):
+            raise ValueError(f"policy {params.name!r} chooses no victims on demand")
+        shortest_run = params.shortest_run if isinstance(params, TwinsParams) else 1
+        full = reading.prefix // self._block_size
+        prefix = Prefix(
+            first=-(-reading.prompt // self._block_size),
+            end=(reading.prefix - self._recent) // self._block_size,
+            full=full,
+            budget=int(fraction * full),
+            twins=self._twins(reading, shortest_run),
+        )
+        while len(prefix.donor_of) < prefix.budget and (victim := policy.choose(prefix)):
+            prefix.donor_of[victim.target] = victim.donor
+            orphans, heirs = prefix.twins.give_up(victim.target)
+            own = [
+                prefix.is_own(p // self._block_size) and prefix.is_own(q // self._block_size)
+                for p, q in zip(orphans.tolist(), heirs.tolist(), strict=True)
+            ]
+            orphans, heirs = orphans[own], heirs[own]
+            prefix.twins.learn(orphans, heirs, reading.similarity(orphans, heirs))
+        return prefix
+
+    def steps(self, reading: Reading) -> list[int]:
+        """Bounds of the prefix's finished steps, as positions."""
+        output = reading.tokens[reading.prompt : reading.prefix].tolist()
+        _, bounds = StepSegmenter(self._automaton, *self._steps).feed(output)
+        return [reading.prompt + bound for bound in bounds]
+
+    def _twins(self, reading: Reading, shortest_run: int) -> TwinMap:
+        """Both stages over the whole prefix."""
+        known = TwinMap(self._block_size)
+        known.grow(reading.prefix // self._block_size)
+        index = TwinIndex(shortest_run)
+        for first, last in pairwise(self.steps(reading)):
+            earlier, later = index.add(reading.tokens[first:last].tolist(), first)
+            apart = earlier // self._block_size != later // self._block_size
+            earlier, later = earlier[apart], later[apart]
+            known.learn(earlier, later, reading.similarity(earlier, later))
+        return known

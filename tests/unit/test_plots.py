@@ -1,0 +1,144 @@
+"""Pictures: what they are drawn from, and that they are drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from memshare.bench.run import Moment, Outcome, Record, Run
+from memshare.cli import main
+from memshare.errors import UserError
+from memshare.plots.pareto import accuracy_points
+from memshare.plots.steps import lexical, shared_steps
+from memshare.plots.style import figure
+from memshare.plots.trace import Mark, runs, write_trace
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def a_run(arm: str, seconds: float, right: list[bool], **fields: Any) -> Run:
+    moments = [Moment(seconds * i / 4, 3, 3, 90, 10 * i, 1, i // 2, i // 3) for i in range(5)]
+    settings: dict[str, Any] = {
+        "arm": arm, "seconds": seconds, "cpu_seconds": 9.0, "steps": 5, "tokens": 1000,
+        "preemptions": 2, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 1,
+        "reclaimed": 1, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
+        "outcomes": [Outcome("recall", 300, ok, 0.0) for ok in right], "fates": {},
+        "timeline": moments,
+    }  # fmt: skip
+    return Run(**settings | fields)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """Two repeats of two arms, as `memshare bench --json` writes them."""
+    fates = {"prompt": 30, "recent window": 20, "last copy": 10, "given up": 40}
+    repeats = [
+        [a_run("dense", 10.0, [True] * 10), a_run("twins", 8.0, [True] * 9 + [False], fates=fates)],
+        [a_run("twins", 4.0, [True] * 9 + [False], fates=fates), a_run("dense", 10.0, [True] * 10)],
+    ]
+    arms: dict[str, dict[str, Any] | None] = {"dense": None, "twins": {"mode": "share"}}
+    path = tmp_path / "record.json"
+    Record(40, 32, 256, 2048, [10] * 10, arms, repeats).save(path)
+    return path
+
+
+def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
+    dense, twins = accuracy_points(Record.load(record))
+    assert (dense.gain, dense.cost) == (1.0, 100.0)
+    assert twins.gain == pytest.approx((10 / 8 + 10 / 4) / 2)
+    assert twins.cost == 90.0
+    assert twins.low < 90.0 < twins.high
+
+
+@pytest.mark.parametrize("kind", ["usage", "waterfall", "pareto"])
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_records_are_drawn(record: Path, tmp_path: Path, kind: str, ending: str) -> None:
+    output = tmp_path / f"picture.{ending}"
+    assert main(["plot", kind, str(record), "--output", str(output)]) == 0
+    if ending == "png":
+        assert output.read_bytes().startswith(b"\x89PNG")
+        return
+    assert ElementTree.parse(output).getroot().tag == f"{SVG}svg"
+    first = output.read_bytes()
+    assert main(["plot", kind, str(record), "--output", str(output)]) == 0
+    assert output.read_bytes() == first, "the same data, the same file"
+
+
+def test_damage_of_replay_is_drawn(tmp_path: Path) -> None:
+    cells = [[0.01, 0.002], [0.005, 0.001], [0.0, 0.1], [0.96, 0.01]]
+    rows = [{"arm": arm, "wanted": 0.25, "freed": 0.24, "cells": cells} for arm in ("twins", "x")]
+    table, output = tmp_path / "table.json", tmp_path / "pareto.svg"
+    table.write_text(json.dumps(rows))
+    assert main(["plot", "pareto", str(table), "--output", str(output)]) == 0
+    assert output.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["usage", "RECORD", "--arms", "dense,fp8"], "has no arm 'fp8'; it has dense, twins"),
+        (["waterfall", "RECORD", "--arm", "dense"], "is plain vLLM"),
+        (["pareto", "MISSING"], "No such file"),
+        (["usage", "MISSING"], "is no record"),
+        (["trace", "--traces", "."], "end it in .html"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(
+    record: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"RECORD": str(record), "MISSING": str(tmp_path / "missing.json")}
+    output = ["--output", str(tmp_path / "out.svg")]
+    assert main(["plot", *(names.get(word, word) for word in words), *output]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_format_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"picture\.xyz: its ending must be one of .*svg"),
+        figure(tmp_path / "picture.xyz"),
+    ):
+        pass
+
+
+def test_steps_are_alike_by_their_words() -> None:
+    matrix = lexical([1, 2, 3, 1, 2, 3, 7, 8], [0, 3, 6, 8])
+    assert matrix == pytest.approx(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]], np.float32))
+
+
+def test_blocks_belong_to_the_step_in_their_middle() -> None:
+    # Blocks of 4: block 0 lies in step 0, block 2 in step 2; block 9 is behind all steps.
+    assert shared_steps({0: 2, 1: 9}, 4, [0, 5, 8, 14]) == {(0, 2)}
+
+
+def test_neighbours_with_neighbouring_twins_are_one_run() -> None:
+    marks = [
+        Mark("prompt", -1, 0.0), Mark("prompt", -1, 0.0), Mark("gone", 10, 0.5),
+        Mark("gone", 11, 0.7), Mark("gone", 20, 0.7), Mark("plain", -1, 0.0),
+        Mark("plain", -1, 0.0),
+    ]  # fmt: skip
+    assert [(run.start, run.end, run.kind, run.twin) for run in runs(marks)] == [
+        (0, 2, "prompt", -1), (2, 4, "gone", 10), (4, 5, "gone", 20), (5, 7, "plain", -1),
+    ]  # fmt: skip
+
+
+def test_the_page_holds_the_text_and_where_arcs_end(tmp_path: Path) -> None:
+    tokens = [b"</script>", b" caf\xc3", b"\xa9", b" x", b" caf\xc3", b"\xa9"]
+    marks = [
+        Mark("plain", -1, 0.0), Mark("gone", 4, 0.5), Mark("gone", 5, 0.5), Mark("plain", -1, 0.0),
+        Mark("plain", -1, 0.0), Mark("plain", -1, 0.0),
+    ]  # fmt: skip
+    path = tmp_path / "trace.html"
+    write_trace(tokens, marks, "a title", {"model": "m"}, path)
+    page = path.read_text(encoding="utf-8")
+    payload = page.partition('type="application/json">')[2].partition("</script>")[0]
+    spans = json.loads(payload)["spans"]
+    assert "".join(span["text"] for span in spans) == "</script> café x café"
+    gone = next(span for span in spans if span["kind"] == "gone")
+    assert gone["text"] == " café"
+    assert spans[gone["twin"]]["text"] == " café"
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", ""), "it works offline"
