@@ -189,8 +189,8 @@ class TwinsParams(Section):
     min_coverage: Fraction = 0.0
     """Coverage, 0..1. Blocks below it are never targets; with 0, memory comes before exactness."""
     order: Literal["most_covered", "least_covered"] = "most_covered"
-    """Which blocks go first. ``least_covered`` is the negative control of measurements: whatever it
-    costs more than ``most_covered`` is what coverage is worth."""
+    """Which blocks go first. ``least_covered`` is the negative control of measurements. It does not
+    look at age; what it costs more than ``most_covered`` is what the order is worth."""
 
 
 PolicyParams = Annotated[

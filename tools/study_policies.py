@@ -50,7 +50,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "twins run 2": {"name": "twins", "shortest_run": 2},
     "twins run 8": {"name": "twins", "shortest_run": 8},
     "control": {"name": "twins", "order": "least_covered"},
-    "control age 0": {"name": "twins", "order": "least_covered", "age_weight": 0.0},
 }
 
 

@@ -50,6 +50,8 @@ def marks(reading: Reading, before: Prefix, after: Prefix, block_size: int) -> l
         block_size: tokens.
     """
     found = []
+    if before.twins is None:
+        raise ValueError("the policy has not looked for twins")
     twins, similarity = before.twins.best
     for position in range(reading.prefix):
         twin, score = int(twins[position]), float(max(similarity[position], 0.0))

@@ -34,9 +34,10 @@ class TwinsPolicy(DemandPolicy):
         targets = [
             i for i in range(view.first, view.end) if coverage[i] >= least and view.is_target(i)
         ]
-        if self._params.order == "least_covered":
-            coverage = 1.0 - coverage
-        score = coverage[targets] - self._params.age_weight * np.array(targets) / max(view.full, 1)
+        age = self._params.age_weight * np.array(targets) / max(view.full, 1)
+        # The control looks at coverage alone: with age it would do well for another reason.
+        reverse = self._params.order == "least_covered"
+        score = -coverage[targets] if reverse else coverage[targets] - age
         ranked = [targets[i] for i in np.argsort(-score, kind="stable")]
         likely_next = set(ranked[: view.budget])
         for target in ranked:

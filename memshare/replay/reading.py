@@ -68,7 +68,7 @@ class Prefix:
     """The prefix as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`).
 
     Attributes:
-        twins: what both stages know of its tokens.
+        twins: what both stages know of its tokens; None if the policy does not ask.
         donor_of: the block that each re-pointed one points to.
     """
 
@@ -76,13 +76,15 @@ class Prefix:
     end: int
     full: int
     budget: int
-    twins: TwinMap
+    twins: TwinMap | None
     donor_of: dict[int, int] = field(default_factory=dict)
     block_threshold: float | None = None
 
     @property
     def coverage(self) -> npt.NDArray[np.float32]:
         """See :attr:`VictimView.coverage`."""
+        if self.twins is None:
+            return np.zeros(self.full, np.float32)
         return self.twins.coverage[: self.full]
 
     def is_own(self, index: int) -> bool:
@@ -97,7 +99,7 @@ class Prefix:
         """See :meth:`VictimView.is_target`."""
         if not self.is_own(index) or self.sharers(index):
             return False
-        return not self.twins.last_copies[index]
+        return self.twins is None or not self.twins.last_copies[index]
 
 
 class Reader:
@@ -186,25 +188,30 @@ class Reader:
         policy = load_policy(params)
         if not isinstance(policy, DemandPolicy):
             raise ValueError(f"policy {params.name!r} chooses no victims on demand")
-        shortest_run = params.shortest_run if isinstance(params, TwinsParams) else 1
+        twins = self._twins(reading, params) if isinstance(params, TwinsParams) else None
         full = reading.prefix // self._block_size
         prefix = Prefix(
             first=-(-reading.prompt // self._block_size),
             end=(reading.prefix - self._recent) // self._block_size,
             full=full,
             budget=int(fraction * full),
-            twins=self._twins(reading, shortest_run),
+            twins=twins,
         )
         while len(prefix.donor_of) < prefix.budget and (victim := policy.choose(prefix)):
             prefix.donor_of[victim.target] = victim.donor
-            orphans, heirs = prefix.twins.give_up(victim.target)
-            own = [
-                prefix.is_own(p // self._block_size) and prefix.is_own(q // self._block_size)
-                for p, q in zip(orphans.tolist(), heirs.tolist(), strict=True)
-            ]
-            orphans, heirs = orphans[own], heirs[own]
-            prefix.twins.learn(orphans, heirs, reading.similarity(orphans, heirs))
+            if twins is not None:
+                self._hand_on(reading, prefix, twins, victim.target)
         return prefix
+
+    def _hand_on(self, reading: Reading, prefix: Prefix, twins: TwinMap, index: int) -> None:
+        """Block ``index`` is gone: tokens whose twins were there get the twins of those."""
+        orphans, heirs = twins.give_up(index)
+        own = [
+            prefix.is_own(p // self._block_size) and prefix.is_own(q // self._block_size)
+            for p, q in zip(orphans.tolist(), heirs.tolist(), strict=True)
+        ]
+        orphans, heirs = orphans[own], heirs[own]
+        twins.learn(orphans, heirs, reading.similarity(orphans, heirs))
 
     def steps(self, reading: Reading) -> list[int]:
         """Bounds of the prefix's finished steps, as positions."""
@@ -212,11 +219,11 @@ class Reader:
         _, bounds = StepSegmenter(self._automaton, *self._steps).feed(output)
         return [reading.prompt + bound for bound in bounds]
 
-    def _twins(self, reading: Reading, shortest_run: int) -> TwinMap:
+    def _twins(self, reading: Reading, params: TwinsParams) -> TwinMap:
         """Both stages over the whole prefix."""
         known = TwinMap(self._block_size)
         known.grow(reading.prefix // self._block_size)
-        index = TwinIndex(shortest_run)
+        index = TwinIndex(params.shortest_run)
         for first, last in pairwise(self.steps(reading)):
             earlier, later = index.add(reading.tokens[first:last].tolist(), first)
             apart = earlier // self._block_size != later // self._block_size

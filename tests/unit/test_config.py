@@ -35,6 +35,7 @@ BAD: dict[str, list[object]] = {
     "policy[paper].survivor": NO_WORDS,
     "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
     "policy[twins].age_weight": NO_FRACTIONS,
+    "policy[twins].shortest_run": [0, 3, 16, 1.5, *NO_NUMBERS],
     "policy[twins].min_coverage": NO_FRACTIONS,
     "policy[twins].order": ["best", "", 1, None],
     "trigger": ["eager", 1, [], None, True],
