@@ -180,9 +180,10 @@ class TwinsParams(Section):
     """Blocks first whose tokens the request has written again since, at whatever offset."""
 
     name: Literal["twins"]
-    shortest_run: Literal[1, 2, 4, 8] = 4
-    """Tokens. A later token is a twin only if at least so many tokens up to it are the same. Short
-    runs are chance: they find more twins, and take the number in one sum for that in another."""
+    shortest_run: Whole = Field(default=4, ge=1, le=8)
+    """Tokens, rounded up to 1, 2, 4 or 8. A later token is a twin only if so many tokens up to it
+    are the same. Short runs are chance: they find more twins, and take the number in one sum for
+    that in another."""
     age_weight: Fraction = 0.3
     """Coverage, 0..1, that the oldest block of a request may lack against its newest and still go
     first. 0 looks at coverage alone."""
@@ -246,7 +247,7 @@ class MemShareConfig(Section):
 
     mode: Literal["off", "observe", "share"] = "share"
     """``off``: nothing of MemShare runs. ``observe``: everything but remaps. ``share``: all."""
-    policy: PolicyParams = PaperParams(name="paper")
+    policy: PolicyParams = TwinsParams(name="twins")
     """What picks pairs, with its parameters: ``paper``, ``twins``, ``oldest`` or ``random``."""
     trigger: TriggerConfig = TriggerConfig()
     """When pairs are applied."""
@@ -286,12 +287,13 @@ class MemShareConfig(Section):
         if isinstance(self.policy, TwinsParams):
             if self.scope != "request":
                 raise ValueError(
-                    "policy.name 'twins' works within one request; set scope to 'request'"
+                    "policy.name 'twins' works within one request; set scope to 'request', or "
+                    "policy.name to 'paper'"
                 )
             if self.distance.norm != "relative":
                 raise ValueError(
                     "policy.name 'twins' compares tokens by the norm 'relative'; set "
-                    "distance.norm to 'relative'"
+                    "distance.norm to 'relative', or policy.name to 'paper'"
                 )
         return self
 

@@ -34,9 +34,9 @@ class TwinIndex:
         """Start with no tokens.
 
         Args:
-            shortest_run: tokens of the shortest run that makes a twin: 1, 2, 4 or 8.
+            shortest_run: tokens of the shortest run that makes a twin, 8 at most.
         """
-        self._searched = range(_ORDERS.index(shortest_run), len(_ORDERS))
+        self._searched = [i for i, order in enumerate(_ORDERS) if order >= shortest_run]
         self._clear()
 
     def _clear(self) -> None:

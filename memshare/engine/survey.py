@@ -24,10 +24,6 @@ from memshare.stats import DropReason
 from memshare.twins import Positions
 
 
-# The least covered tokens of a block that its coverage is the mean of, as a fraction of them.
-_WORST = 0.5
-
-
 class TwinMap:
     """What is known of one request's tokens, by token position."""
 
@@ -102,9 +98,9 @@ class TwinMap:
         if self._blocks is None:
             size = self._block_size
             whole = len(self._twins) // size * size
-            counted = max(round(_WORST * size), 1)
+            quarter = max(size // 4, 1)
             slots = self._similarity[:whole].reshape(-1, size)
-            worst = np.partition(slots, counted - 1, axis=1)[:, :counted]
+            worst = np.partition(slots, quarter - 1, axis=1)[:, :quarter]
             alone = self._needed[:whole] & (self._twins[:whole] < 0)
             last_copies = np.logical_or.reduce(alone.reshape(-1, size), axis=1)
             self._blocks = _BlockView(worst.mean(axis=1), last_copies)

@@ -37,7 +37,7 @@ def make_config(**evaluator: object) -> MemShareConfig:
         "retry_after_s": 0.2,
         **evaluator,
     }
-    return load_config({"evaluator": settings}, {})
+    return load_config({"policy": {"name": "paper"}, "evaluator": settings}, {})
 
 
 def steps(history: str, tokens: range = range(20), position: int = 0) -> NewSteps:

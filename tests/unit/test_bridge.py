@@ -13,7 +13,7 @@ import pytest
 
 from memshare import bridge as bridge_module
 from memshare.bridge import EvaluatorBridge
-from memshare.config import MemShareConfig
+from memshare.config import load_config
 from memshare.evaluate import (
     Answer,
     EvaluatorError,
@@ -110,7 +110,7 @@ def reasons(items: list[Answer | EvaluatorError]) -> list[str]:
 
 
 def test_steps_go_in_and_matches_come_out() -> None:
-    with running(InProcessSource(MemShareConfig())) as bridge:
+    with running(InProcessSource(load_config({"policy": {"name": "paper"}}, {}))) as bridge:
         for position in range(0, 40, 8):
             assert bridge.submit([steps(position=position)])
         matches: list[StepMatch] = []

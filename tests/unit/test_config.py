@@ -35,7 +35,7 @@ BAD: dict[str, list[object]] = {
     "policy[paper].survivor": NO_WORDS,
     "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
     "policy[twins].age_weight": NO_FRACTIONS,
-    "policy[twins].shortest_run": [0, 3, 16, 1.5, *NO_NUMBERS],
+    "policy[twins].shortest_run": [0, 9, 1.5, *NO_NUMBERS],
     "policy[twins].min_coverage": NO_FRACTIONS,
     "policy[twins].order": ["best", "", 1, None],
     "trigger": ["eager", 1, [], None, True],
@@ -392,9 +392,9 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
     for key in [key for key in os.environ if key.startswith("MEMSHARE_")]:
         monkeypatch.delenv(key)
     assert load_config() == MemShareConfig()
-    monkeypatch.setenv("MEMSHARE_SCOPE", "tenant")
-    assert load_config().scope == "tenant"
-    assert load_config({}, {}).scope == "request"
+    monkeypatch.setenv("MEMSHARE_MODE", "observe")
+    assert load_config().mode == "observe"
+    assert load_config({}, {}).mode == "share"
 
 
 def test_the_error_says_where_the_values_came_from(file: Path) -> None:

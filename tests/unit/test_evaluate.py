@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare import evaluate
-from memshare.config import EvaluatorConfig, MemShareConfig, StepConfig
+from memshare.config import EvaluatorConfig, StepConfig, load_config
 from memshare.evaluate import (
     Answer,
     EvaluatorError,
@@ -216,7 +216,7 @@ def test_unsound_answers_are_seen(thing: object) -> None:
 
 
 def test_the_source_in_process_answers_each_batch_once() -> None:
-    source = open_source(MemShareConfig())
+    source = open_source(load_config({"policy": {"name": "paper"}}, {}))
     assert isinstance(source, InProcessSource)
     assert source.pending == 0
     assert source.collect() == []
