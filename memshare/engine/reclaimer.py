@@ -15,7 +15,7 @@ from memshare.engine.messages import Remap
 from memshare.engine.requests import Candidate, Entry, RequestState
 from memshare.engine.roster import Roster
 from memshare.engine.survey import Survey
-from memshare.policy.base import DemandPolicy, StagedPolicy
+from memshare.policy.base import DemandPolicy, StagedPolicy, Victim
 from memshare.reclaim import ReclaimQueue
 from memshare.stats import DropReason
 
@@ -170,24 +170,39 @@ class Reclaimer:
         return freed
 
     def _reclaim_on_demand(self, policy: DemandPolicy, wanted: int) -> int:
-        """Take victims from the least shared requests first, so that damage spreads evenly."""
+        """Take the best victims of all requests; the least shared go first among equals.
+
+        The less of a request is re-pointed and the better its best victim, the earlier its turn.
+        How good that is, a policy can tell cheaply only as a promise: a victim that turns out worse
+        than another request's promise goes back into the heap.
+        """
         views = [
             self.view(state)
             for state in self._roster
             if state.full > 0 and not self._must_wait(state)
         ]
-        heap = [(view.shared_fraction, i) for i, view in enumerate(views) if view.has_budget]
+        heap = [
+            (view.shared_fraction - policy.promise(view), i)
+            for i, view in enumerate(views)
+            if view.has_budget
+        ]
         heapq.heapify(heap)
+        chosen: dict[int, Victim] = {}
         freed = 0
         while heap and freed < wanted:
             _, i = heapq.heappop(heap)
             view = views[i]
-            victim = policy.choose(view)
+            victim = chosen.pop(i, None) or policy.choose(view)
             if victim is None:
+                continue
+            turn = view.shared_fraction - victim.quality
+            if heap and turn > heap[0][0]:
+                chosen[i] = victim
+                heapq.heappush(heap, (turn, i))
                 continue
             freed += self._apply(view.candidate(victim.target, victim.donor))
             if view.has_budget:
-                heapq.heappush(heap, (view.shared_fraction, i))
+                heapq.heappush(heap, (view.shared_fraction - policy.promise(view), i))
         return freed
 
     def _must_wait(self, state: RequestState) -> bool:

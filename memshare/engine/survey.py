@@ -76,8 +76,23 @@ class TwinMap:
         heirs = self._twins[self._twins[orphans]]
         self._twins[orphans] = -1
         self._similarity[orphans] = 0.0
+        self._similarity[start:end] = 0.0  # there is nothing left to give up
         self._blocks = None
         return orphans[heirs >= 0], heirs[heirs >= 0]
+
+    def keep(self, earlier: Positions, later: Positions) -> None:
+        """Twins of tokens that have been given up already, found too late.
+
+        Where nothing stands for such a token yet, its twin does from now on.
+
+        Args:
+            earlier: ``[N]`` tokens of re-pointed blocks, each at most once.
+            later: ``[N]`` their twins, in blocks that are there.
+        """
+        alone = self._twins[earlier] < 0
+        self._twins[earlier[alone]] = later[alone]
+        self._needed[later[alone]] = True
+        self._blocks = None
 
     @property
     def best(self) -> tuple[Positions, npt.NDArray[np.float32]]:
@@ -232,6 +247,8 @@ class Survey:
             return
         own = self._are_own(pairs.state, pairs.earlier, pairs.later)
         self.map_of(pairs.state).learn(pairs.earlier[own], pairs.later[own], similarity[own])
+        if not own.all():
+            self._keep(pairs, own)
         self._journal.event(
             "compared", request=pairs.state.request_id, tokens=len(similarity), similar=similar
         )
@@ -267,7 +284,14 @@ class Survey:
             return pairs
         own = self._are_own(pairs.state, pairs.earlier, pairs.later)
         self._drop(int((~own).sum()), "unavailable")
+        self._keep(pairs, own)
         return _Pairs(pairs.state, pairs.generation, pairs.earlier[own], pairs.later[own])
+
+    def _keep(self, pairs: _Pairs, own: npt.NDArray[np.bool_]) -> None:
+        """Of the pairs that came too late, those whose later token is there must keep it."""
+        late = ~own & self._are_own(pairs.state, pairs.later)
+        if late.any():
+            self.map_of(pairs.state).keep(pairs.earlier[late], pairs.later[late])
 
     def _are_own(self, state: RequestState, *ends: Positions) -> npt.NDArray[np.bool_]:
         """``[N]``: whether neither end of each pair lies in a re-pointed entry."""

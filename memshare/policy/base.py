@@ -89,10 +89,17 @@ class VictimView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """An on-demand choice within one request."""
+    """An on-demand choice within one request.
+
+    Attributes:
+        target: the block that is given up.
+        donor: the block that stands for it.
+        quality: how little is lost, 0..1; 0 if the policy does not know.
+    """
 
     target: int
     donor: int
+    quality: float = 0.0
 
 
 class DemandPolicy(ABC):
@@ -104,6 +111,11 @@ class DemandPolicy(ABC):
     """
 
     uses_coverage = False
+
+    def promise(self, view: VictimView) -> float:
+        """The most quality that :meth:`choose` could find in the request, cheaply; 0..1."""
+        del view
+        return 0.0
 
     @abstractmethod
     def choose(self, view: VictimView) -> Victim | None:

@@ -26,6 +26,10 @@ class TwinsPolicy(DemandPolicy):
     def __init__(self, params: TwinsParams) -> None:
         self._params = params
 
+    def promise(self, view: VictimView) -> float:
+        """See :meth:`DemandPolicy.promise`: the best coverage of any block."""
+        return float(view.coverage[view.first : view.end].max(initial=0.0))
+
     def choose(self, view: VictimView) -> Victim | None:
         """See :meth:`DemandPolicy.choose`."""
         asked = view.block_threshold
@@ -45,5 +49,5 @@ class TwinsPolicy(DemandPolicy):
             donors = [j for j in later if j not in likely_next] or later
             if donors:
                 donor = min(donors, key=lambda j: _BLOCKS_A_SHARER * view.sharers(j) + j)
-                return Victim(target, donor)
+                return Victim(target, donor, float(coverage[target]))
         return None

@@ -51,6 +51,20 @@ def test_giving_up_a_block_passes_its_tokens_on() -> None:
     assert np.flatnonzero(known.last_copies).tolist() == [2], "5 was given up and lives on in 9"
 
 
+def test_a_twin_that_is_found_too_late_stays() -> None:
+    known = twin_map()
+    known.give_up(0)  # nothing was known of it
+    known.keep(np.array([1, 2], np.int32), np.array([9, 10], np.int32))
+    assert np.flatnonzero(known.last_copies).tolist() == [2]
+    # Something stands for them now: later twins need not stay as well.
+    known.keep(np.array([1], np.int32), np.array([13], np.int32))
+    assert np.flatnonzero(known.last_copies).tolist() == [2]
+    learnt(known, (9, 17, 0.9), (10, 18, 0.9))
+    assert not known.last_copies.any()
+    known.give_up(2)
+    assert np.flatnonzero(known.last_copies).tolist() == [4]
+
+
 @given(st.data())
 def test_a_given_up_token_always_lives_on_if_it_had_a_twin(data: st.DataObject) -> None:
     known = twin_map()

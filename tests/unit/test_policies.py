@@ -72,6 +72,12 @@ DEMAND = st.one_of(
 
 
 @given(DEMAND, views())
+def test_no_victim_is_better_than_the_promise(demand: DemandPolicy, view: View) -> None:
+    victim = demand.choose(view)
+    assert victim is None or victim.quality <= demand.promise(view)
+
+
+@given(DEMAND, views())
 def test_every_choice_is_possible(demand: DemandPolicy, view: View) -> None:
     targets = {i for i in range(view.first, view.end) if view.is_target(i)}
     while (victim := demand.choose(view)) is not None:
