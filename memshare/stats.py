@@ -1,7 +1,8 @@
 """Counting what happens, in one place, in a form that crosses processes as plain numbers.
 
 The scheduler side adds to a :class:`Tally`; once an engine step it hands over what has changed
-(:meth:`Tally.take`), and the metrics front end folds the payloads together.
+(:meth:`Tally.take`), and the metrics front end folds the payloads together. What is counted is
+listed in :mod:`memshare.metrics`.
 """
 
 from __future__ import annotations
@@ -14,38 +15,6 @@ DropReason = Literal[
     "stage_two_full", "stale", "unknown_request", "unavailable", "protected",
     "no_gain", "replaced", "preempted", "finished",
 ]  # fmt: skip
-
-COUNTERS = {
-    "steps": "Reasoning steps finished.",
-    "candidates": "Candidate pairs proposed by stage one.",
-    "compared": "Pairs compared by stage two.",
-    "verified": "Pairs whose similarity reached the threshold.",
-    "rejected": "Pairs whose similarity did not reach the threshold.",
-    "applied": "Remaps applied.",
-    "blocks_reclaimed": "KV blocks returned to the free pool by remaps.",
-    "preemptions": "Preemptions that happened all the same.",
-    "preemptions_avoided": "Times an allocation found no free block and a remap gave it one, "
-    "or the next step's demand exceeded the free blocks and remaps covered it.",
-    "remap_misses": "Remaps for a request that a worker did not know.",
-    "events_dropped": "Lines missing from the event log because the disk lagged behind.",
-}
-LABELLED = {
-    "dropped": ("reason", "Candidate or verified pairs that came to nothing."),
-    "steps_dropped": ("reason", "Steps that stage one never saw."),
-    "evaluator_faults": ("reason", "Faults of evaluators."),
-    "opted_out": ("reason", "Requests that MemShare leaves exact."),
-    "integrity_checks": ("result", "Integrity checks."),
-}
-GAUGES = {
-    "queue_length": "Verified pairs in the reclaim queue.",
-    "pairs_waiting": "Candidate pairs waiting for stage two.",
-    "shared_entries": "Block-table entries of live requests that are re-pointed now.",
-    "free_blocks": "Free KV blocks.",
-    "admission_reserve": "Blocks that the admission of a waiting request must leave free.",
-    "sharing_stopped": "1 after a failed integrity check stopped further remaps.",
-}
-DISTANCE_BUCKETS = (0.001, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)
-LAG_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 class Payload(TypedDict):
@@ -89,13 +58,13 @@ class Tally:
     _changed: bool = False
 
     def add(self, name: str, count: int = 1) -> None:
-        """Count one of ``COUNTERS``."""
+        """Count one of ``memshare.metrics.COUNTERS``."""
         self._counters[name] += count
         self.totals[name] += count
         self._changed = True
 
     def add_labelled(self, name: str, label: str, count: int = 1) -> None:
-        """Count one of ``LABELLED``."""
+        """Count one of ``memshare.metrics.LABELLED``."""
         self._labelled.setdefault(name, Counter())[label] += count
         self.totals[f"{name}:{label}"] += count
         self._changed = True

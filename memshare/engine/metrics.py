@@ -12,21 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 
-from memshare.stats import (
-    COUNTERS,
-    DISTANCE_BUCKETS,
-    GAUGES,
-    LABELLED,
-    LAG_BUCKETS,
-    Payload,
-    empty_payload,
-    merge_payloads,
-)
+from memshare.engine.guard import config_of
+from memshare.metrics import COUNTERS, GAUGES, HISTOGRAMS, LABELLED, Metric
+from memshare.stats import Payload, empty_payload, merge_payloads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-PREFIX = "vllm:memshare_"
 
 
 class MemShareStats(KVConnectorStats):
@@ -75,39 +66,30 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
         counter = cast(type[Counter], metric_types[Counter])
         gauge = cast(type[Gauge], metric_types[Gauge])
         histogram = cast(type[Histogram], metric_types[Histogram])
+
+        def labels(metric: Metric) -> list[str]:
+            return [*labelnames, "policy", *(label.name for label in metric.labels)]
+
         self._counters = {
-            name: counter(name=f"{PREFIX}{name}", documentation=text, labelnames=labelnames)
-            for name, text in COUNTERS.items()
-        }
-        self._labelled = {
-            name: counter(
-                name=f"{PREFIX}{name}", documentation=text, labelnames=[*labelnames, label]
-            )
-            for name, (label, text) in LABELLED.items()
+            name: counter(metric.family, metric.meaning, labels(metric))
+            for name, metric in (*COUNTERS.items(), *LABELLED.items())
         }
         self._gauges = {
             name: gauge(
-                name=f"{PREFIX}{name}",
-                documentation=text,
-                labelnames=labelnames,
-                multiprocess_mode="mostrecent",
+                metric.family, metric.meaning, labels(metric), multiprocess_mode="mostrecent"
             )
-            for name, text in GAUGES.items()
+            for name, metric in GAUGES.items()
         }
-        self._distance = histogram(
-            name=f"{PREFIX}distance",
-            documentation="1 - similarity of compared pairs.",
-            buckets=DISTANCE_BUCKETS,
-            labelnames=labelnames,
-        )
-        self._lag = histogram(
-            name=f"{PREFIX}evaluator_lag_seconds",
-            documentation="Time from a finished step to its candidates, in seconds.",
-            buckets=LAG_BUCKETS,
-            labelnames=labelnames,
-        )
+        self._histograms = {
+            name: histogram(metric.family, metric.meaning, labels(metric), buckets=metric.buckets)
+            for name, metric in HISTOGRAMS.items()
+        }
+        policy = config_of(vllm_config).policy.name
+        self._values = {
+            engine: (*values, policy) for engine, values in per_engine_labelvalues.items()
+        }
         # Series exist from the start, at zero: a rate() over a counter's birth would miss it.
-        for values in per_engine_labelvalues.values():
+        for values in self._values.values():
             for name in COUNTERS:
                 self._counters[name].labels(*values)
             for name in GAUGES:
@@ -116,15 +98,15 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one payload."""
         payload = cast(Payload, transfer_stats_data)
-        values = self.per_engine_labelvalues[engine_idx]
+        values = self._values[engine_idx]
         for name, count in payload["counters"].items():
             self._counters[name].labels(*values).inc(count)
         for name, by_label in payload["labelled"].items():
             for label, count in by_label.items():
-                self._labelled[name].labels(*values, label).inc(count)
+                self._counters[name].labels(*values, label).inc(count)
         for name, value in payload["gauges"].items():
             self._gauges[name].labels(*values).set(value)
         for distance in payload["distances"]:
-            self._distance.labels(*values).observe(distance)
+            self._histograms["distance"].labels(*values).observe(distance)
         for lag in payload["lags"]:
-            self._lag.labels(*values).observe(lag)
+            self._histograms["evaluator_lag_seconds"].labels(*values).observe(lag)

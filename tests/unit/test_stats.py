@@ -8,22 +8,11 @@ from collections.abc import Callable
 from typing import get_args
 
 import msgspec
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.stats import (
-    COUNTERS,
-    DISTANCE_BUCKETS,
-    GAUGES,
-    LABELLED,
-    LAG_BUCKETS,
-    DropReason,
-    Payload,
-    Tally,
-    empty_payload,
-    merge_payloads,
-)
+from memshare.metrics import COUNTERS, GAUGES, LABELLED
+from memshare.stats import DropReason, Payload, Tally, empty_payload, merge_payloads
 
 NAMES = st.sampled_from(sorted(COUNTERS))
 FAMILIES = st.sampled_from(sorted(LABELLED))
@@ -111,12 +100,3 @@ def test_a_payload_taken_is_not_touched_again() -> None:
     assert first is not None
     assert first["distances"] == [0.5]
     assert first["labelled"] == {"dropped": {"stale": 1}}
-
-
-@pytest.mark.parametrize("buckets", [DISTANCE_BUCKETS, LAG_BUCKETS])
-def test_buckets_ascend(buckets: tuple[float, ...]) -> None:
-    assert list(buckets) == sorted(set(buckets))
-
-
-def test_metric_names_are_unique_across_kinds() -> None:
-    assert len({*COUNTERS, *LABELLED, *GAUGES}) == len(COUNTERS) + len(LABELLED) + len(GAUGES)

@@ -1,0 +1,292 @@
+"""Every metric of ours, once. Counting, exporters, docs/metrics.md and dashboards follow this list.
+
+A metric has two spellings, by the exporter that it is read from:
+
+- ``/metrics`` of the HTTP port: :attr:`Metric.prometheus`, such as ``vllm:memshare_applied_total``;
+- the metrics port of a Ray node: :attr:`Metric.ray`, such as ``ray_vllm_memshare_applied_total``,
+  with the further label ``ReplicaId``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+Home = Literal["engine", "replica"]
+
+# Labels that every series of a home carries before the metric's own.
+COMMON_LABELS: Mapping[Home, tuple[str, ...]] = {
+    "engine": ("model_name", "engine", "policy"),
+    "replica": ("model_name",),
+}
+_PREFIX: Mapping[Home, str] = {"engine": "vllm:memshare_", "replica": "memshare_"}
+_SUFFIX: Mapping[Kind, str] = {"counter": "_total", "gauge": "", "histogram": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A label of one metric.
+
+    Attributes:
+        name: of the label.
+        values: its values, each with its meaning; empty if they are not known beforehand.
+    """
+
+    name: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: as it is counted by, without prefix and suffix.
+        kind: Prometheus' type.
+        unit: what 1 stands for, in the plural.
+        meaning: what is counted or shown, as one phrase.
+        labels: beyond ``COMMON_LABELS``.
+        buckets: upper bounds, ascending; histograms only.
+        home: ``engine``: counted in the engine's process, the way of vLLM's own metrics.
+            ``replica``: counted in the Ray Serve replica; not there with plain vLLM.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    labels: tuple[Label, ...] = ()
+    buckets: tuple[float, ...] = ()
+    home: Home = "engine"
+
+    @property
+    def family(self) -> str:
+        """The name that exporters are given; they add a suffix to it."""
+        return _PREFIX[self.home] + self.name
+
+    @property
+    def prometheus(self) -> str:
+        """The name on ``/metrics`` of the HTTP port."""
+        return self.family + _SUFFIX[self.kind]
+
+    @property
+    def ray(self) -> str:
+        """The name on the metrics port of a Ray node."""
+        return "ray_" + self.prometheus.replace(":", "_")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """All labels; the node's port adds ``ReplicaId``."""
+        return (*COMMON_LABELS[self.home], *(label.name for label in self.labels))
+
+
+def _named(*metrics: Metric) -> Mapping[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+COUNTERS = _named(
+    Metric("steps", "counter", "steps", "reasoning steps finished"),
+    Metric(
+        "candidates",
+        "counter",
+        "pairs",
+        "candidate pairs that the policy made of stage one's matches",
+    ),
+    Metric("compared", "counter", "pairs", "pairs compared by stage two"),
+    Metric("verified", "counter", "pairs", "pairs whose similarity reached the threshold"),
+    Metric("rejected", "counter", "pairs", "pairs whose similarity did not"),
+    Metric("applied", "counter", "remaps", "remaps applied"),
+    Metric(
+        "blocks_reclaimed", "counter", "blocks", "KV blocks returned to the free pool by remaps"
+    ),
+    Metric(
+        "preemptions",
+        "counter",
+        "preemptions",
+        "preemptions that happened all the same, of requests that MemShare follows",
+    ),
+    Metric(
+        "preemptions_avoided",
+        "counter",
+        "times",
+        "times an allocation found no free block and a remap gave it one, or the next step's "
+        "demand exceeded the free blocks and remaps covered it",
+    ),
+    Metric(
+        "remap_misses",
+        "counter",
+        "remaps",
+        "remaps for a request that a worker did not know; should stay 0",
+    ),
+    Metric(
+        "events_dropped",
+        "counter",
+        "lines",
+        "lines missing from the event log because the disk lagged behind",
+    ),
+)
+"""Counters of the engine without a label of their own; there from the start, at zero."""
+
+LABELLED = _named(
+    Metric(
+        "dropped",
+        "counter",
+        "pairs",
+        "pairs, candidate or verified, that came to nothing",
+        (
+            Label(
+                "reason",
+                {
+                    "unknown_request": "stage one named a request that has gone, or two that share "
+                    "no history",
+                    "unavailable": "one of its blocks is not full yet, gone, or already re-pointed",
+                    "protected": "its target lies in the protected prompt",
+                    "stage_two_full": "too many pairs wait for stage two (`distance.max_waiting`)",
+                    "stale": "one of its blocks was freed or replaced, or its request preempted or "
+                    "finished, in between",
+                    "no_gain": "target and donor are one block, or others refer to the target too, "
+                    "so that nothing would be freed",
+                    "replaced": "there is a better donor for its target",
+                    "preempted": "its request was preempted while it waited",
+                    "finished": "its request finished while it waited: it was never needed",
+                },
+            ),
+        ),
+    ),
+    Metric(
+        "steps_dropped",
+        "counter",
+        "steps",
+        "steps that stage one never saw",
+        (Label("reason", {"queue_full": "the bridge to the evaluators lagged behind"}),),
+    ),
+    Metric(
+        "evaluator_faults",
+        "counter",
+        "faults",
+        "faults of evaluators; see [Ray](ray.md#the-evaluator-pool)",
+        (
+            Label(
+                "reason",
+                {
+                    "dead": "an evaluator crashed, was killed, or can't be reached",
+                    "busy": "more than `evaluator.max_pending_calls` waited at it",
+                    "timeout": "it did not answer within `evaluator.call_timeout_s`",
+                    "garbage": "something else than an answer came back",
+                    "error": "it raised",
+                },
+            ),
+        ),
+    ),
+    Metric(
+        "opted_out",
+        "counter",
+        "requests",
+        "requests that MemShare leaves exact",
+        (
+            Label(
+                "reason",
+                {
+                    "requested": "set `memshare` to `off` in `vllm_xargs`",
+                    "invalid_options": "has a wrong `memshare` key or value (plain vLLM only)",
+                    "prompt_logprobs": "asks for log-probabilities of its prompt",
+                    "resumable": "is a streaming-input request, whose prompt grows",
+                    "pooling": "generates nothing",
+                },
+            ),
+        ),
+    ),
+    Metric(
+        "integrity_checks",
+        "counter",
+        "checks",
+        "integrity checks",
+        (Label("result", {"passed": "books agree", "failed": "they don't"}),),
+    ),
+)
+"""Counters of the engine with one label; a series appears when it is first counted."""
+
+GAUGES = _named(
+    Metric("queue_length", "gauge", "pairs", "verified pairs in the reclaim queue"),
+    Metric("pairs_waiting", "gauge", "pairs", "candidate pairs that wait for stage two"),
+    Metric(
+        "shared_entries",
+        "gauge",
+        "entries",
+        "block-table entries of live requests that are re-pointed now",
+    ),
+    Metric("free_blocks", "gauge", "blocks", "free KV blocks"),
+    Metric(
+        "admission_reserve",
+        "gauge",
+        "blocks",
+        "blocks that the admission of a waiting request must leave free; 0 while vLLM admits as it "
+        "likes",
+    ),
+    Metric(
+        "sharing_stopped",
+        "gauge",
+        "0 or 1",
+        "1 after a failed integrity check has stopped further remaps",
+    ),
+)
+"""Gauges of the engine without a label of their own."""
+
+HISTOGRAMS = _named(
+    Metric(
+        "distance",
+        "histogram",
+        "1 - similarity",
+        "1 - similarity of the pairs that stage two compared",
+        buckets=(0.001, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5),
+    ),
+    Metric(
+        "evaluator_lag_seconds",
+        "histogram",
+        "seconds",
+        "time from a finished step to its candidates",
+        buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+    ),
+)
+"""Histograms of the engine."""
+
+_TENANT = Label("tenant")
+
+REPLICA = _named(
+    Metric(
+        "tenant_requests",
+        "counter",
+        "requests",
+        "requests by tenant; tenants beyond the first hundred count as `other`",
+        (
+            _TENANT,
+            Label(
+                "outcome",
+                {
+                    "served": "answered",
+                    "refused": "turned away: key, permission or limit",
+                    "failed": "an error of ours",
+                    "aborted": "the client left",
+                },
+            ),
+        ),
+        home="replica",
+    ),
+    Metric(
+        "tenant_tokens",
+        "counter",
+        "tokens",
+        "tokens by tenant, in prompts and in output",
+        (_TENANT, Label("kind", {"prompt": "in prompts", "output": "generated"})),
+        home="replica",
+    ),
+)
+"""Counters of a Ray Serve replica."""
+
+METRICS: tuple[Metric, ...] = (
+    *COUNTERS.values(), *LABELLED.values(), *GAUGES.values(), *HISTOGRAMS.values(),
+    *REPLICA.values(),
+)  # fmt: skip
+"""All of them."""
