@@ -69,13 +69,13 @@ def _engine(cluster: ClusterArgs) -> serve.Deployment:
     actor = {"num_cpus": replica.cpus, "runtime_env": {"env_vars": replica.env}}
     if cluster.engine.distributed_executor_backend != "ray":
         return engine.options(ray_actor_options={**actor, "num_gpus": replica.gpus})
-    # Workers are Ray actors of their own, all on the replica's node.
+    # Workers are Ray actors of their own: on the replica's node, or on as few nodes as hold them.
     device = "GPU" if replica.gpus else "CPU"
     workers = [{device: 1.0} for _ in range(cluster.engine.tensor_parallel_size)]
     return engine.options(
         ray_actor_options=actor,
         placement_group_bundles=[{"CPU": replica.cpus}, *workers],
-        placement_group_strategy="STRICT_PACK",
+        placement_group_strategy="STRICT_PACK" if replica.nodes == 1 else "PACK",
     )
 
 

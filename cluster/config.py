@@ -77,6 +77,9 @@ class ReplicaConfig(Section):
     gpus: float = Field(default=0.0, ge=0.0)
     """GPUs that Ray reserves for one replica; 0 on a CPU. At least ``tensor_parallel_size``, save
     under the ``ray`` executor, which reserves one for each worker itself."""
+    nodes: int = Field(default=1, ge=1)
+    """Nodes that the workers of one replica are spread over. More than one needs GPUs, the ``ray``
+    executor, and a fast network between the nodes."""
     pin_cpus: bool = False
     """CPU only: bind every worker to cores of its own, so that replicas of one machine don't
     compete. Needs ``cpus`` x ``tensor_parallel_size`` x replicas cores."""
@@ -173,6 +176,7 @@ def parse_cluster_args(
     except ValidationError as error:
         raise ConfigError(explain(error, ClusterArgs, ["args of the application"])) from None
     _check_gpus(cluster)
+    _check_nodes(cluster)
     if cluster.memshare.event_log is not None and cluster.replicas > 1:
         raise ConfigError(
             f"memshare.event_log = {str(cluster.memshare.event_log)!r}: {cluster.replicas} "
@@ -189,4 +193,27 @@ def _check_gpus(cluster: ClusterArgs) -> None:
         raise ConfigError(
             f"replica.gpus = {gpus:g}: fewer than engine.tensor_parallel_size ({ranks})\n"
             f"    fix: set replica.gpus to {ranks}, or engine.tensor_parallel_size to {gpus:g}"
+        )
+
+
+def _check_nodes(cluster: ClusterArgs) -> None:
+    """Only Ray places the workers of one engine on several nodes."""
+    nodes, ranks = cluster.replica.nodes, cluster.engine.tensor_parallel_size
+    if nodes == 1:
+        return
+    if cluster.engine.distributed_executor_backend != "ray":
+        raise ConfigError(
+            f"replica.nodes = {nodes}: the workers of one process can't be on several nodes\n"
+            "    fix: set engine.distributed_executor_backend to 'ray', or replica.nodes to 1"
+        )
+    if not cluster.replica.gpus:
+        raise ConfigError(
+            f"replica.nodes = {nodes}: tensor parallelism over nodes works on GPUs only\n"
+            "    fix: set replica.gpus, or replica.nodes to 1"
+        )
+    if nodes > ranks:
+        raise ConfigError(
+            f"replica.nodes = {nodes}: more nodes than workers "
+            f"(engine.tensor_parallel_size = {ranks})\n"
+            f"    fix: set replica.nodes to {ranks} or less"
         )

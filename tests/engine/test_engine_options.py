@@ -50,7 +50,7 @@ def test_options_that_contradict_each_other() -> None:
         check_engine_options(parse(engine={"extra": {"enable_auto_tool_choice": True}}))
 
 
-@pytest.mark.parametrize("file", ["cluster.yaml", "gpu.yaml"])
+@pytest.mark.parametrize("file", ["cluster.yaml", "gpu.yaml", "multi-node.yaml", "single-gpu.yaml"])
 def test_vllm_accepts_our_files(file: str) -> None:
     (application,) = yaml.safe_load((CONFIGS / file).read_text())["applications"]
     check_engine_options(parse_cluster_args(application["args"], environ={}))

@@ -52,6 +52,7 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("engine", "extra", {"max_logprobs": [1]}, "write lists and objects as JSON text"),
     ("replica", "cpus", -1, "greater than or equal to 0"),
     ("replica", "gpus", -1, "greater than or equal to 0"),
+    ("replica", "nodes", 0, "greater than or equal to 1"),
     ("replica", "pin_cpus", "both", "valid boolean"),
     ("replica", "env", ["A=1"], "valid dictionary"),
     ("replica", "env", {"DEBUG": True}, "DEBUG = True is not text; put it in quotes"),
@@ -198,6 +199,37 @@ def test_the_gpu_file_reserves_a_gpu_for_each_worker() -> None:
     args = parse_cluster_args(application("gpu.yaml"), environ={})
     assert args.replica.gpus == args.engine.tensor_parallel_size == 2
     assert args.memshare.mode == "share"
+
+
+def test_the_multi_node_file_spreads_workers() -> None:
+    from cluster.app import _engine
+
+    args = parse_cluster_args(application("multi-node.yaml"), environ={})
+    assert (args.replica.nodes, args.engine.tensor_parallel_size) == (2, 8)
+    group = _engine(args)._replica_config
+    assert group.placement_group_strategy == "PACK"
+    assert group.placement_group_bundles == [{"CPU": 8.0}, *[{"GPU": 1.0}] * 8]
+
+
+@pytest.mark.parametrize(
+    ("engine", "replica", "what"),
+    [
+        ({"tensor_parallel_size": 2}, {"gpus": 2}, "workers of one process"),
+        (
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+            {},
+            "works on GPUs only",
+        ),
+        ({"distributed_executor_backend": "ray"}, {"gpus": 1}, "more nodes than workers"),
+    ],
+)
+def test_only_ray_on_gpus_spreads_workers_over_nodes(
+    engine: dict[str, Any], replica: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        parse(engine=engine, replica={**replica, "nodes": 2})
+    assert str(caught.value).startswith("replica.nodes = 2: ")
+    assert "fix: " in str(caught.value)
 
 
 def test_the_observe_file_changes_nothing() -> None:

@@ -1,0 +1,95 @@
+"""Recipes of the images: linted, pinned, unprivileged, and complete. No image is built here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import memshare
+from tools.kubernetes.images import RECIPES, Recipe, recipe_of, recipes
+from tools.kubernetes.layout import ROOT
+
+HADOLINT = Path(sys.executable).parent / "hadolint"
+
+
+def pins() -> dict[str, str]:
+    lines = (RECIPES / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
+class TestRecipes:
+    def test_hadolint_has_nothing_to_say(self, recipe: Recipe) -> None:
+        done = subprocess.run([HADOLINT, recipe.path], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "")
+
+    def test_bases_are_pinned(self, recipe: Recipe) -> None:
+        for base in recipe.bases:
+            version = base.partition(":")[2]
+            assert version.count(".") >= 2, f"{base} can change under the same name"
+
+    def test_runs_unprivileged_with_a_health_check(self, recipe: Recipe) -> None:
+        assert recipe.user >= 1000
+        assert "/-/healthz" in recipe.final("HEALTHCHECK")[0]
+
+    def test_everything_that_is_copied_exists_and_reaches_the_build(self, recipe: Recipe) -> None:
+        ignored = (recipe.path.parent / f"{recipe.path.name}.dockerignore").read_text()
+        for source in recipe.copied:
+            assert (ROOT / source).exists(), source
+            assert f"!{source.split('/')[0]}" in ignored, source
+
+    def test_what_it_starts_is_in_it(self, recipe: Recipe) -> None:
+        command = json.loads(recipe.final("CMD")[0])
+        assert list(recipe.misses(command)) == []
+        assert list(recipe.misses(["serve", "run", "/opt/memshare/configs/none.yaml"])) != []
+        assert list(recipe.misses(["curl"])) != []
+
+    def test_packages_are_constrained(self, recipe: Recipe) -> None:
+        installs = [
+            i.value for i in recipe.instructions if i.name == "RUN" and "pip install" in i.value
+        ]
+        for install in installs:
+            assert "constraints.txt" in install or "--no-deps" in install, install
+
+
+def test_names_of_images() -> None:
+    assert recipe_of("ghcr.io/example/memshare-cpu:0.1.0") is recipes()["memshare-cpu"]
+    assert recipe_of("localhost:5000/memshare-gpu@sha256:0") is recipes()["memshare-gpu"]
+    assert recipe_of("redis:7") is None
+
+
+def test_constraints_fit_our_requirements() -> None:
+    """A changed requirement needs: python tools/make_constraints.py."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra in ("cpu", "model", "eval"):
+        wanted += project["optional-dependencies"][extra]
+    versions = pins()
+    for text in wanted:
+        requirement = Requirement(text)
+        pinned = Version(versions[canonicalize_name(requirement.name)])
+        assert requirement.specifier.contains(pinned.public), text
+    assert len(versions) > 100, "their requirements are pinned, too"
+
+
+def test_the_demo_image_carries_its_model_and_every_config() -> None:
+    cpu = recipes()["memshare-cpu"]
+    assert cpu.has_path("/opt/memshare/models/smollm2-135m")
+    for config in (ROOT / "configs").glob("*.yaml"):
+        assert cpu.has_path(f"/opt/memshare/configs/{config.name}")
+    assert cpu.has_module("cluster.app")
+    assert not cpu.has_module("cluster.nothing")
+    assert not cpu.has_module("tests.conftest"), "tests are not in it"
+
+
+def test_manifests_name_the_version_of_the_package() -> None:
+    text = (ROOT / "k8s" / "base" / "kustomization.yaml").read_text(encoding="utf-8")
+    assert f'newTag: "{memshare.__version__}"' in text

@@ -1,0 +1,51 @@
+"""``serveConfigV2`` of a RayService: a file of ``configs/``, with what is different in a pod."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import yaml
+
+from tools.kubernetes.layout import HTTP_PORT, IMAGE_MODELS, ROOT
+
+Document = dict[str, Any]
+
+PATCH = """\
+# Written by tools/make_k8s.py from configs/{config}. Change that, then run it again.
+apiVersion: ray.io/v1
+kind: RayService
+metadata:
+  name: memshare
+spec:
+  serveConfigV2: |
+{body}"""
+
+
+def load(config: str) -> Document:
+    """A file of ``configs/``."""
+    document: Document = yaml.safe_load((ROOT / "configs" / config).read_text(encoding="utf-8"))
+    return document
+
+
+def for_pods(document: Document) -> Document:
+    """The same application in a pod; nothing but these values changes.
+
+    - Proxies listen on the pod's address and run wherever a replica does.
+    - A model that is made on first use is in the image, whose file system can't be written.
+    """
+    pods = deepcopy(document)
+    pods["proxy_location"] = "EveryNode"
+    pods["http_options"] = {**pods.get("http_options", {}), "host": "0.0.0.0", "port": HTTP_PORT}
+    for application in pods["applications"]:
+        model = application["args"]["model"]
+        if model.startswith("smollm2-"):
+            application["args"]["model"] = f"{IMAGE_MODELS}/{model}"
+    return pods
+
+
+def render(config: str) -> str:
+    """The patch that puts ``configs/<config>`` into the RayService."""
+    text = yaml.safe_dump(for_pods(load(config)), sort_keys=False, width=100)
+    body = "".join(f"    {line}\n" for line in text.splitlines())
+    return PATCH.format(config=config, body=body)
