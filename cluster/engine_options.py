@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -81,7 +82,7 @@ def check_engine_options(args: ClusterArgs) -> None:
         except _RefusedError as refused:
             raise _wrong(raw, value, str(refused), "give a value that vLLM accepts") from None
     try:
-        validate_parsed_serve_args(_parse(parser, _argv(args, args.model, args.memshare)))
+        validate_parsed_serve_args(_parse(parser, engine_words(args, args.model, args.memshare)))
     except (_RefusedError, TypeError, ValueError) as error:
         raise ConfigError(
             f"vLLM does not accept the engine's options: {error}\n"
@@ -97,7 +98,19 @@ def parse_engine_options(args: ClusterArgs, model: str, config: MemShareConfig) 
         model: folder or Hugging Face id that ``args.model`` stands for on this machine.
         config: MemShare's configuration on this machine.
     """
-    return _parse(_parser(), _argv(args, model, config))
+    return _parse(_parser(), engine_words(args, model, config))
+
+
+def parse_words(words: Sequence[str]) -> Namespace:
+    """Options of vLLM's OpenAI server, as on its command line.
+
+    Raises:
+        ConfigError: vLLM's parser refuses one.
+    """
+    try:
+        return _parse(_parser(), list(words))
+    except (_RefusedError, TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM does not accept its options: {error}") from None
 
 
 def _parser() -> _Parser:
@@ -112,7 +125,14 @@ def _parse(parser: _Parser, argv: list[str]) -> Namespace:
     return options
 
 
-def _argv(args: ClusterArgs, model: str, config: MemShareConfig) -> list[str]:
+def engine_words(args: ClusterArgs, model: str, config: MemShareConfig) -> list[str]:
+    """The arguments of vLLM's OpenAI server for one replica, before any parser has seen them.
+
+    Args:
+        args: the application's arguments.
+        model: folder or Hugging Face id that ``args.model`` stands for on this machine.
+        config: MemShare's configuration on this machine.
+    """
     argv = ["--model", model, "--served-model-name", args.public_name]
     for name, value in args.engine.model_dump(exclude={"extra"}, exclude_none=True).items():
         argv += _flag(name, value)

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("memshare.commands.eval", "accuracy of a model with and without sharing"),
     "replay": ("memshare.commands.replay", "measure what sharing does, on recorded texts"),
     "simulate": ("memshare.commands.simulate", "predict the gain on machines not at hand"),
+    "check": ("cluster.check.command", "will this model, machine and configuration work?"),
     "plot": ("memshare.commands.plot", "draw what was measured, and a text with what it repeats"),
     "model": ("memshare.commands.model", "prepare the small test model in the user's cache"),
 }

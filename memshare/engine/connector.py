@@ -19,15 +19,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from memshare.bridge import EvaluatorBridge
-from memshare.config import MemShareConfig
-from memshare.engine.guard import check_before_load, check_cache, check_workers, config_of
+from memshare.engine.guard import (
+    check_before_load,
+    check_cache,
+    check_workers,
+    compile_steps,
+    config_of,
+)
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
 from memshare.engine.metrics import MemSharePromMetrics, MemShareStats
 from memshare.engine.scheduler_side import SchedulerSide
 from memshare.engine.worker_side import WorkerSide
 from memshare.evaluate import open_source
-from memshare.steps import DelimiterAutomaton, compile_delimiters
-from memshare.vocabulary import Tokenizer, token_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +97,7 @@ class MemShareConnector(KVConnectorBase_V1):
             kv_cache_manager,
             block_size=spec.block_size,
             world_size=self._world_size,
-            automaton=_compile(config, self._vllm_config) if config.uses_stages else None,
+            automaton=compile_steps(self._vllm_config, config) if config.uses_stages else None,
             open_bridge=lambda: EvaluatorBridge(
                 lambda: open_source(config), config.evaluator.queue_size
             ),
@@ -214,10 +217,3 @@ class MemShareConnector(KVConnectorBase_V1):
     def reset_cache(self) -> bool | None:
         """Nothing is cached here."""
         return True
-
-
-def _compile(config: MemShareConfig, vllm_config: VllmConfig) -> DelimiterAutomaton:
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    return compile_delimiters(config.steps.delimiters, token_bytes(cast(Tokenizer, tokenizer)))

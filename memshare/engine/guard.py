@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from memshare.config import MemShareConfig, load_config
 from memshare.engine.messages import WorkerHandshake
 from memshare.engine.versions import check_vllm_version
 from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
+from memshare.steps import DelimiterAutomaton, compile_delimiters
+from memshare.vocabulary import Tokenizer, token_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,7 +43,7 @@ def check_before_load(vllm_config: VllmConfig) -> None:
     config = config_of(vllm_config)
     if config.mode == "off":
         return
-    _raise(_setup_faults(vllm_config, config))
+    _raise(setup_faults(vllm_config, config))
 
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:
@@ -50,7 +52,7 @@ def check_cache(kv_cache_config: KVCacheConfig) -> None:
     Raises:
         UnsupportedSetup: see there.
     """
-    _raise(_cache_faults(kv_cache_config))
+    _raise(cache_faults(kv_cache_config))
 
 
 def check_workers(handshakes: dict[tuple[int, int], WorkerHandshake], world_size: int) -> None:
@@ -69,6 +71,18 @@ def check_workers(handshakes: dict[tuple[int, int], WorkerHandshake], world_size
         )
 
 
+def compile_steps(vllm_config: VllmConfig, config: MemShareConfig) -> DelimiterAutomaton:
+    """Compile the step delimiters against the model's tokenizer.
+
+    Raises:
+        ValueError: no tokens can form a delimiter.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return compile_delimiters(config.steps.delimiters, token_bytes(cast(Tokenizer, tokenizer)))
+
+
 def _raise(faults: Iterator[str] | list[str]) -> None:
     faults = list(faults)
     if faults:
@@ -77,7 +91,8 @@ def _raise(faults: Iterator[str] | list[str]) -> None:
         )
 
 
-def _setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
+def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
+    """What is not supported in a set-up, and the way out, as far as its options tell."""
     transfer = vllm_config.kv_transfer_config
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
@@ -119,7 +134,8 @@ def _setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[s
         yield f"kv_cache_dtype is {cache_type!r}; choose 'auto' or a per-tensor fp8 type"
 
 
-def _cache_faults(kv_cache_config: KVCacheConfig) -> Iterator[str]:
+def cache_faults(kv_cache_config: KVCacheConfig) -> Iterator[str]:
+    """What is not supported in a model's KV cache, and the way out."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     groups = kv_cache_config.kv_cache_groups

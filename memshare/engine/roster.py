@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from memshare.config import MemShareConfig
+from memshare.capacity import end_target, first_target
+from memshare.config import MemShareConfig, ProtectConfig
 from memshare.engine.blocks import BlockBook
 from memshare.engine.requests import Candidate, Entry, RequestState
 from memshare.policy.base import BlockRef
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_ALL_OF_THE_PROMPT = ProtectConfig(prompt_tokens="all")
 
 
 class Roster:
@@ -84,13 +87,11 @@ class Roster:
 
     def first_target(self, state: RequestState) -> int:
         """First block behind the protected prompt."""
-        prompt = state.request.num_prompt_tokens
-        protected = self._config.protect.prompt_tokens
+        request = state.request
         # Placeholders of images and embeddings hide what a block holds: all of the prompt stays.
-        plain = not state.request.mm_features and state.request.prompt_embeds is None
-        if protected != "all" and plain:
-            prompt = min(prompt, protected)
-        return -(-prompt // self._book.block_size)
+        opaque = request.mm_features or request.prompt_embeds is not None
+        protect = _ALL_OF_THE_PROMPT if opaque else self._config.protect
+        return first_target(request.num_prompt_tokens, self._book.block_size, protect)
 
     def end_target(self, state: RequestState) -> int:
         """One past the last block before the recent window."""
@@ -106,8 +107,7 @@ class Roster:
         return min(self._budget(state, full), targets)
 
     def _end_target(self, full: int) -> int:
-        settled = full * self._book.block_size - self._config.protect.recent_tokens
-        return max(0, settled // self._book.block_size)
+        return end_target(full, self._book.block_size, self._config.protect)
 
     def _budget(self, state: RequestState, full: int) -> int:
         fraction = self._config.budget.max_shared_fraction

@@ -1,0 +1,185 @@
+"""Whether this machine has what a set-up wants: processors, memory, limits, free ports."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import psutil
+
+from cluster.check.report import GIB, Finding, gib
+from cluster.config import ClusterArgs
+
+SECTION = "machine"
+# Besides weights and KV cache, measured with SmolLM2 on a CPU: a replica and its engine hold about
+# 1.7 GiB of programs, Ray and Ray Serve 0.8 GiB (both rounded up).
+REPLICA_BYTES = 2 * GIB
+RAY_BYTES = 1 * GIB
+SHM_BYTES = 1 * GIB
+"""Ray keeps objects, and vLLM its messages between workers, in shared memory."""
+OPEN_FILES = 4096
+"""Each connection takes one in the proxy and one in the replica; Ray's own take hundreds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is.
+
+    Attributes:
+        cpus: cores that this process may use.
+        free_bytes: memory that programs can still have.
+        shm_bytes: free bytes in /dev/shm.
+        open_files: most files that a process may have open.
+        gpus: memory of each GPU, bytes.
+    """
+
+    cpus: int
+    free_bytes: int
+    shm_bytes: int
+    open_files: int
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What one machine would have to bring for a whole application.
+
+    Attributes:
+        replicas: copies of the engine.
+        cpus: cores of one replica.
+        gpus: GPUs of one replica.
+        extra_cpus: cores of everything else.
+        ports: what listens where: name to (host, port).
+    """
+
+    replicas: int = 1
+    cpus: float = 1.0
+    gpus: int = 0
+    extra_cpus: float = 0.0
+    ports: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+
+def needs_of(cluster: ClusterArgs, ports: dict[str, tuple[str, int]]) -> Needs:
+    """What a Ray Serve application reserves."""
+    ranks, replica = cluster.engine.tensor_parallel_size, cluster.replica
+    evaluator = cluster.memshare.evaluator
+    by_ray = cluster.engine.distributed_executor_backend == "ray"
+    gpus = ranks if by_ray and replica.gpus else round(replica.gpus)
+    on_cpu = ranks if by_ray and not replica.gpus else 0  # each worker is an actor with a core
+    return Needs(
+        replicas=cluster.replicas,
+        cpus=replica.cpus + on_cpu,
+        gpus=gpus,
+        extra_cpus=evaluator.actors * evaluator.cpus_per_actor if cluster.uses_pool else 0.0,
+        ports=ports,
+    )
+
+
+def look_at_this_machine() -> Machine:
+    """Ask the system. Loads torch."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return Machine(
+        cpus=len(os.sched_getaffinity(0)),
+        free_bytes=psutil.virtual_memory().available,
+        shm_bytes=shutil.disk_usage("/dev/shm").free,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        gpus=tuple(torch.cuda.get_device_properties(i).total_memory for i in range(count)),
+    )
+
+
+def check_machine(machine: Machine, needs: Needs) -> Iterator[Finding]:
+    """What one replica wants must be here; other replicas may find their place on other nodes."""
+    yield from _amount("GPU", len(machine.gpus), needs.gpus, needs.replicas * needs.gpus)
+    yield from _amount(
+        "CPU core", machine.cpus, needs.cpus, needs.replicas * needs.cpus + needs.extra_cpus
+    )
+    if machine.shm_bytes < SHM_BYTES:
+        yield Finding(
+            SECTION,
+            "warn",
+            f"{gib(machine.shm_bytes)} free in /dev/shm; Ray and vLLM want {gib(SHM_BYTES)}",
+            "in a container, start it with more, such as --shm-size=8g",
+        )
+    if machine.open_files < OPEN_FILES:
+        yield Finding(
+            SECTION,
+            "warn",
+            f"a process may have {machine.open_files} files open",
+            f"ulimit -n {16 * OPEN_FILES}",
+        )
+    for name, (host, port) in needs.ports.items():
+        if is_taken(host, port):
+            yield Finding(
+                SECTION,
+                "fail",
+                f"port {port} ({name}) is taken",
+                "stop what listens there, unless it is this application, or set another port",
+            )
+        else:
+            yield Finding(SECTION, "ok", f"port {port} ({name}) is free")
+
+
+def check_host_memory(
+    machine: Machine, needs: Needs, weight_bytes: int, kv_bytes: int, ranks: int
+) -> Iterator[Finding]:
+    """Whether replicas on CPUs find memory enough.
+
+    Args:
+        machine: what there is.
+        needs: what is wanted.
+        weight_bytes: of one worker.
+        kv_bytes: of one worker.
+        ranks: workers of a replica.
+    """
+    one = REPLICA_BYTES + ranks * (weight_bytes + kv_bytes)
+    wanted = RAY_BYTES + needs.replicas * one
+    text = f"{gib(wanted)} of memory wanted by Ray and {needs.replicas} x {gib(one)} of replicas"
+    if wanted <= machine.free_bytes:
+        yield Finding(SECTION, "ok", f"{text}; {gib(machine.free_bytes)} are free")
+    else:
+        here = RAY_BYTES + one <= machine.free_bytes
+        yield Finding(
+            SECTION,
+            "warn" if here else "fail",
+            f"{text}, but {gib(machine.free_bytes)} are free",
+            "fewer replicas or a smaller KV cache, or other nodes for the rest",
+        )
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def _amount(what: str, here: int, one: float, total: float) -> Iterator[Finding]:
+    """Enough for one replica, and for all of them?"""
+    if one == 0 and total == 0:
+        return
+    if here < one:
+        yield Finding(
+            SECTION,
+            "fail",
+            f"a replica needs {one:g} {what}s, and this machine has {here}",
+            "run the check where replicas will run, or lower tensor_parallel_size or the replica's",
+        )
+    elif here < total:
+        yield Finding(
+            SECTION,
+            "warn",
+            f"{total:g} {what}s are reserved, and this machine has {here}",
+            "other nodes must bring the rest, or Ray will wait for ever: lower 'replicas' if not",
+        )
+    else:
+        yield Finding(SECTION, "ok", f"{here} {what}s; {total:g} are reserved")

@@ -1,0 +1,186 @@
+"""The model against what MemShare refuses, and the memory that it leaves for KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+from pydantic import ValidationError
+
+from cluster.check.report import GIB, Finding, Memory
+from cluster.check.setup import Setup
+from memshare.config import ConfigError, MemShareConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from memshare.engine.blueprint import Blueprint
+
+SECTION = "model"
+GPU_BLOCK = 16  # tokens: vLLM's block size on GPUs, where nothing else is asked for
+PROGRAM_BYTES = 1 * GIB  # of a worker on a CPU, measured with SmolLM2 and rounded up
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where workers keep weights and KV cache.
+
+    Attributes:
+        gpu_bytes: memory of one GPU; None on CPUs.
+        reserve_bytes: of a GPU, for activations and CUDA graphs: what vLLM only knows after it has
+            tried.
+        elsewhere: whether this machine is not the one.
+    """
+
+    gpu_bytes: int | None
+    reserve_bytes: int
+    elsewhere: bool
+
+
+@dataclass(slots=True)
+class ModelCheck:
+    """Looks at one set-up. ``findings`` first; then the rest is known, as far as it went.
+
+    Attributes:
+        memory: None if it could not be found out.
+        config: vLLM's configuration; None if vLLM refused it.
+    """
+
+    setup: Setup
+    place: Place
+    memory: Memory | None = None
+    config: VllmConfig | None = None
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything there is to say, from the options to the number of blocks."""
+        from memshare.engine.blueprint import UNBOUNDED, plan_cache, read_blueprint
+        from memshare.engine.guard import cache_faults, config_of, setup_faults
+
+        try:
+            config = self.config = vllm_config(self.setup, self.place)
+        except Exception as error:
+            yield Finding(SECTION, "fail", f"vLLM refuses this: {_first_lines(error)}")
+            return
+        transfer = config.kv_transfer_config
+        memshare = self.setup.memshare if transfer is None else config_of(config)
+        faults = list(setup_faults(config, memshare)) if memshare.mode != "off" else []
+        yield from (Finding(SECTION, "fail", fault) for fault in faults)
+        if config.model_config.is_encoder_decoder or config.model_config.runner_type != "generate":
+            return  # named above: has no KV cache of the kind that is counted below
+        try:
+            blueprint = read_blueprint(config)
+            cache = plan_cache(config, blueprint, UNBOUNDED)
+        except Exception as error:
+            yield Finding(SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}")
+            return
+        if memshare.mode != "off":
+            refused = list(cache_faults(cache))
+            faults += refused
+            yield from (Finding(SECTION, "fail", fault) for fault in refused)
+            yield from _delimiters(config, memshare)
+        if not faults:
+            name = config.model_config.architectures[0]
+            yield Finding(SECTION, "ok", f"{name}, {len(blueprint.layers)} layers, one KV cache")
+        yield from self._memory(blueprint)
+
+    def _memory(self, blueprint: Blueprint) -> Iterator[Finding]:
+        from memshare.engine.blueprint import plan_cache
+
+        assert self.config is not None
+        size, source = kv_memory(self.config, blueprint.weight_bytes, self.place)
+        if size <= 0:
+            text = f"weights leave no room for a KV cache ({source})"
+            fix = "raise tensor_parallel_size, or take a smaller model or larger GPUs"
+            yield Finding(SECTION, "fail", text, fix)
+            return
+        try:
+            cache = plan_cache(self.config, blueprint, size)
+        except ValueError as error:
+            yield Finding(SECTION, "fail", _first_lines(error))
+            return
+        self.memory = _memory_of(self.config, blueprint, cache, size, source)
+
+
+def vllm_config(setup: Setup, place: Place) -> VllmConfig:
+    """vLLM's configuration of a set-up, MemShare's connector included.
+
+    Raises:
+        ConfigError: vLLM's parser refuses an option.
+        Exception: whatever vLLM raises for a model or an option that it does not accept.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from cluster.engine_options import parse_words
+    from memshare.plug_in import plug_in
+
+    options = parse_words(setup.engine)
+    if options.kv_transfer_config is None and setup.memshare.mode != "off":
+        for name, value in plug_in(setup.memshare.model_dump(mode="json")).items():
+            setattr(options, name, value)
+    if place.elsewhere and options.block_size is None:
+        options.block_size = GPU_BLOCK
+    engine_args: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(options)
+    config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if place.elsewhere:  # what the environment here says about a CPU's cache is not for GPUs
+        config.cache_config.kv_cache_memory_bytes = options.kv_cache_memory_bytes
+    return config
+
+
+def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int, str]:
+    """Bytes that a worker has for its KV cache, and where the number comes from."""
+    cache = config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        from memshare.engine.blueprint import UNBOUNDED
+
+        return UNBOUNDED, "as num_gpu_blocks_override wants"
+    if cache.kv_cache_memory_bytes is not None:
+        return cache.kv_cache_memory_bytes, "as set"
+    share = cache.gpu_memory_utilization
+    if place.gpu_bytes is not None:
+        left = int(place.gpu_bytes * share) - weight_bytes - place.reserve_bytes
+        how = f"estimated: {place.reserve_bytes / GIB:g} GiB kept for activations and CUDA graphs"
+        return left, how
+    left = int(psutil.virtual_memory().total * share) - weight_bytes - PROGRAM_BYTES
+    return left, f"estimated: {share:.0%} of this machine's memory, less weights and programs"
+
+
+def _memory_of(
+    config: VllmConfig, blueprint: Blueprint, cache: KVCacheConfig, size: int, source: str
+) -> Memory:
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    block_bytes = sum(spec.page_size_bytes for spec in blueprint.layers.values())
+    return Memory(
+        weight_bytes=blueprint.weight_bytes,
+        kv_bytes=min(size, cache.num_blocks * block_bytes),
+        kv_source=source,
+        block_size=cache.kv_cache_groups[0].kv_cache_spec.block_size,
+        block_bytes=block_bytes,
+        blocks=cache.num_blocks,
+        vllm_concurrency=get_max_concurrency_for_kv_cache_config(config, cache),
+    )
+
+
+def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[Finding]:
+    from memshare.engine.guard import compile_steps
+
+    if not memshare.uses_stages or config.model_config.skip_tokenizer_init:
+        return
+    try:
+        compile_steps(config, memshare)
+    except (ValueError, OSError) as error:
+        yield Finding(SECTION, "fail", f"steps.delimiters: {_first_lines(error)}")
+
+
+def _first_lines(error: Exception, lines: int = 6) -> str:
+    """What matters of an error: transformers' go on for pages, pydantic's show every value."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+    text = [line for line in str(error).splitlines() if line.strip()]
+    return "\n".join(text[:lines]) or type(error).__name__

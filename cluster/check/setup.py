@@ -1,0 +1,118 @@
+"""What is to be checked: a Ray Serve file, or vLLM's own options and perhaps a MemShare file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from cluster.check.machine import Needs, needs_of
+from cluster.config import ClusterArgs, parse_cluster_args
+from memshare.config import MemShareConfig, load_config
+from memshare.errors import UserError
+from memshare.model import resolve_model
+
+BUILD = "cluster.app:build"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A set-up, its configuration already found to be valid.
+
+    Attributes:
+        subject: what the user named.
+        engine: vLLM's options, as on its server's command line.
+        memshare: MemShare's configuration; with mode ``off``, vLLM runs without it.
+        needs: what it reserves.
+    """
+
+    subject: str
+    engine: tuple[str, ...]
+    memshare: MemShareConfig
+    needs: Needs
+
+
+def read_setup(file: Path | None, application: str | None, words: Sequence[str]) -> Setup:
+    """Read and validate.
+
+    A Ray Serve file's environment variables (``replica.env``) are set in this process: vLLM reads
+    some of its options from there.
+
+    Args:
+        file: a Ray Serve file or a MemShare file; None leaves MemShare's defaults.
+        application: name of the application in a Ray Serve file that has several.
+        words: vLLM's options; not with a Ray Serve file.
+
+    Raises:
+        ConfigError: a field is wrong; names it, its value and the fix.
+        UserError: the file cannot be read, or does not go with the other options.
+    """
+    document = _read(file) if file is not None else {}
+    if "applications" in document:
+        if words:
+            raise UserError(f"vLLM's options stand in {file}, under 'engine': leave out {words[0]}")
+        return _of_serve(str(file), document, application)
+    if application is not None:
+        raise UserError(f"--application: {file} is no Ray Serve file: it has no 'applications'")
+    if not any(word.partition("=")[0] == "--model" for word in words):
+        raise UserError("name the model: memshare check -- --model MODEL, or a Ray Serve file")
+    config = load_config({} if file is None else {"config": str(file)})
+    subject = "plain vLLM" if file is None else f"plain vLLM, {file}"
+    return Setup(subject, tuple(words), config, Needs())
+
+
+def _of_serve(file: str, document: dict[str, Any], application: str | None) -> Setup:
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        schema = ServeDeploySchema.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"Ray Serve does not accept {file}: {error}") from None
+    ours = [app for app in schema.applications if app.import_path == BUILD]
+    if application is not None:
+        ours = [app for app in ours if app.name == application]
+    if len(ours) != 1:
+        names = ", ".join(app.name for app in schema.applications)
+        raise UserError(
+            f"{file}: {len(ours)} applications with import_path {BUILD} are meant (applications: "
+            f"{names}); choose one with --application"
+        )
+    cluster = parse_cluster_args(ours[0].args)
+    os.environ.update(cluster.replica.env)
+    # Only now: it imports vLLM, which takes many seconds and reads the environment.
+    from cluster.engine_options import check_engine_options, engine_words
+
+    check_engine_options(cluster)
+    words = engine_words(cluster, resolve_model(cluster.model), cluster.memshare)
+    needs = needs_of(cluster, _ports(schema))
+    return Setup(f"{file}, {_size(cluster)}", tuple(words), cluster.memshare, needs)
+
+
+def _ports(schema: Any) -> dict[str, tuple[str, int]]:
+    ports = {"HTTP": (schema.http_options.host, schema.http_options.port)}
+    if schema.grpc_options.grpc_servicer_functions:
+        ports["gRPC"] = ("0.0.0.0", schema.grpc_options.port)
+    return ports
+
+
+def _size(cluster: ClusterArgs) -> str:
+    ranks = cluster.engine.tensor_parallel_size
+    workers = f" of {ranks} workers" if ranks > 1 else ""
+    return f"{cluster.replicas} replica{'s' * (cluster.replicas != 1)}{workers}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{file} is neither a Ray Serve file nor a MemShare file: it has no fields")
+    return document

@@ -1,0 +1,96 @@
+"""How many requests a KV cache holds, with and without sharing: arithmetic on blocks.
+
+The model behind the numbers is small on purpose. Every request has the same prompt and output. It
+holds the blocks of the tokens that it has so far, less those that sharing may give up, and a cache
+holds as many requests as fit into its usable blocks. Which of a request's blocks may go follows the
+engine's own rules: never the protected prompt, never the recent window, never more than the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memshare.config import MemShareConfig, ProtectConfig
+
+
+def first_target(prompt: int, block_size: int, protect: ProtectConfig) -> int:
+    """First block behind the protected part of a prompt of ``prompt`` tokens."""
+    protected = prompt if protect.prompt_tokens == "all" else min(prompt, protect.prompt_tokens)
+    return -(-protected // block_size)
+
+
+def end_target(full: int, block_size: int, protect: ProtectConfig) -> int:
+    """One past the last block before the recent window of a request with ``full`` full blocks."""
+    return max(0, (full * block_size - protect.recent_tokens) // block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What the requests look like.
+
+    Attributes:
+        prompt: tokens.
+        output: tokens, 1 or more.
+        freed: fraction of a request's full blocks that sharing gives up where it may, 0..1.
+    """
+
+    prompt: int
+    output: int
+    freed: float
+
+    def held(self, written: int, block_size: int, config: MemShareConfig | None) -> int:
+        """Blocks that a request holds once it has written ``written`` tokens.
+
+        Args:
+            written: tokens of output so far.
+            block_size: tokens.
+            config: MemShare's limits; None for plain vLLM.
+        """
+        tokens = self.prompt + written
+        blocks = -(-tokens // block_size)
+        if config is None:
+            return blocks
+        full = tokens // block_size
+        first = first_target(self.prompt, block_size, config.protect)
+        targets = max(0, end_target(full, block_size, config.protect) - first)
+        fraction = min(self.freed, config.budget.max_shared_fraction)
+        return blocks - min(int(fraction * full), targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """Requests that one replica runs at the same time.
+
+    Attributes:
+        held: blocks that one request holds when it writes its last token.
+        at_full_length: requests that fit if all of them are at their last token: none is preempted.
+        spread: requests that fit if their progress is spread evenly, as under steady load.
+    """
+
+    held: int
+    at_full_length: int
+    spread: int
+
+
+def concurrency(
+    shape: RequestShape,
+    usable: int,
+    block_size: int,
+    max_num_seqs: int,
+    config: MemShareConfig | None,
+) -> Concurrency:
+    """How many requests of one shape run at once.
+
+    Args:
+        shape: of every request.
+        usable: KV blocks, without vLLM's null block.
+        block_size: tokens.
+        max_num_seqs: vLLM's limit of running requests.
+        config: MemShare's limits; None for plain vLLM.
+    """
+    held = shape.held(shape.output, block_size, config)
+    steps = range(1, shape.output + 1)
+    mean = sum(shape.held(step, block_size, config) for step in steps) / len(steps)
+    return Concurrency(
+        held, min(max_num_seqs, usable // held), min(max_num_seqs, int(usable / mean))
+    )

@@ -1,0 +1,70 @@
+"""How many requests a cache holds (memshare/capacity.py)."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memshare.capacity import RequestShape, concurrency, end_target, first_target
+from memshare.config import MemShareConfig, ProtectConfig, load_config
+
+BLOCK = 32
+
+
+def config(**options: object) -> MemShareConfig:
+    return load_config(options, {})
+
+
+def test_a_request_by_hand() -> None:
+    """96 tokens of prompt (3 blocks, protected), 400 of output: 16 blocks, the last half full."""
+    limits = config(protect={"recent_tokens": 128}, budget={"max_shared_fraction": 1.0})
+    shape = RequestShape(prompt=96, output=400, freed=1.0)
+    assert shape.held(400, BLOCK, None) == 16
+    # 15 full blocks, 4 of them in the recent window, 3 prompt: 8 may go.
+    assert shape.held(400, BLOCK, limits) == 16 - 8
+    assert RequestShape(96, 400, 0.25).held(400, BLOCK, limits) == 16 - 3
+    half = config(budget={"max_shared_fraction": 0.2})
+    assert RequestShape(96, 400, 0.25).held(400, BLOCK, half) == 16 - 3
+    assert shape.held(400, BLOCK, half) == 16 - 3, "the budget bounds what is freed"
+
+
+def test_concurrency_by_hand() -> None:
+    shape = RequestShape(prompt=32, output=64, freed=0.5)
+    found = concurrency(shape, usable=30, block_size=32, max_num_seqs=256, config=None)
+    # A block of prompt; the output takes a second and a third: 2 and 3, half the time each.
+    assert (found.held, found.at_full_length, found.spread) == (3, 10, 12)
+    limited = concurrency(shape, usable=30, block_size=32, max_num_seqs=8, config=None)
+    assert (limited.at_full_length, limited.spread) == (8, 8)
+    assert concurrency(shape, 2, 32, 256, None).at_full_length == 0
+
+
+def test_protection_is_whole_blocks() -> None:
+    protect = ProtectConfig(prompt_tokens=40, recent_tokens=40)
+    assert first_target(100, BLOCK, protect) == 2
+    assert first_target(10, BLOCK, protect) == 1
+    assert first_target(100, BLOCK, ProtectConfig()) == 4
+    assert end_target(10, BLOCK, protect) == 8
+    assert end_target(1, BLOCK, protect) == 0
+
+
+@given(
+    prompt=st.integers(1, 600),
+    output=st.integers(1, 600),
+    freed=st.floats(0, 1),
+    budget=st.floats(0, 1),
+    recent=st.integers(0, 400),
+    block=st.sampled_from([16, 32, 64]),
+)
+def test_sharing_never_costs_room_nor_frees_what_is_protected(
+    prompt: int, output: int, freed: float, budget: float, recent: int, block: int
+) -> None:
+    limits = config(protect={"recent_tokens": recent}, budget={"max_shared_fraction": budget})
+    shape = RequestShape(prompt, output, freed)
+    plain = concurrency(shape, 1000, block, 10_000, None)
+    shared = concurrency(shape, 1000, block, 10_000, limits)
+    assert shared.at_full_length >= plain.at_full_length
+    assert shared.spread >= plain.spread
+    assert plain.at_full_length <= plain.spread, "requests are shorter on average than at their end"
+    kept_by_rule = -(-prompt // block)
+    assert shared.held >= kept_by_rule
+    assert plain.held - shared.held <= budget * plain.held
