@@ -11,6 +11,8 @@ from ray.serve import Application
 
 from cluster.config import ClusterArgs, parse_cluster_args
 from cluster.evaluators import EvaluatorPool
+from cluster.exposure import require_keys_or_localhost
+from cluster.ledger import LimitLedger
 from cluster.replica import EngineReplica
 
 logger = logging.getLogger(__name__)
@@ -33,9 +35,11 @@ def build(args: Mapping[str, object]) -> Application:
         from cluster.engine_options import check_engine_options
 
         check_engine_options(cluster)
+    require_keys_or_localhost(cluster.auth)
     logger.info("MemShare cluster: %s", _without_secrets(cluster).model_dump_json())
     pool = _pool(cluster) if cluster.uses_pool else None
-    return _engine(cluster).bind(cluster, pool)
+    ledger = _ledger() if cluster.uses_ledger else None
+    return _engine(cluster).bind(cluster, pool, ledger)
 
 
 def _without_secrets(cluster: ClusterArgs) -> ClusterArgs:
@@ -87,3 +91,13 @@ def _pool(cluster: ClusterArgs) -> Application:
         ray_actor_options={"num_cpus": 0},
     )
     return deploy(EvaluatorPool).bind(cluster.memshare)
+
+
+def _ledger() -> Application:
+    deploy = serve.deployment(
+        name="LimitLedger",
+        num_replicas=1,
+        max_ongoing_requests=1024,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deploy(LimitLedger).bind()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.keys import KeySource
 from memshare.config import ConfigError, MemShareConfig, Section, explain, load_config
 
 ExtraValue = str | int | float | bool
@@ -110,6 +112,30 @@ class ReplicaConfig(Section):
         return {name: str(value) for name, value in env.items()}
 
 
+class AuthConfig(Section):
+    """Who may use the server. Without a key table its own machine only; other set-ups that others
+    can reach are refused at start."""
+
+    file: Path | None = None
+    """Key table, as an absolute path that exists wherever replicas run. Changes are taken over
+    while the server runs. ``memshare keys new`` makes an entry."""
+    variable: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of an environment variable of the replicas that holds a key table, instead of a file or
+    beside it."""
+
+    @field_validator("file")
+    @classmethod
+    def _absolute(cls, file: Path | None) -> Path | None:
+        if file is not None and not file.is_absolute():
+            raise ValueError("is not absolute; replicas run in folders of their own")
+        return file
+
+    @property
+    def keys(self) -> KeySource:
+        """Where the key table is."""
+        return KeySource(self.file, self.variable)
+
+
 class ClusterArgs(Section):
     """``args`` of the application in a Ray Serve config file."""
 
@@ -123,6 +149,8 @@ class ClusterArgs(Section):
     """The vLLM engine."""
     replica: ReplicaConfig = ReplicaConfig()
     """Resources and supervision of a replica."""
+    auth: AuthConfig = AuthConfig()
+    """Keys and tenants."""
     memshare: MemShareConfig = MemShareConfig()
     """What MemShare does; ``mode: off`` leaves a plain vLLM, without connector and worker class."""
 
@@ -135,6 +163,11 @@ class ClusterArgs(Section):
     def uses_memshare(self) -> bool:
         """Whether engines run with MemShare's connector and worker class."""
         return self.memshare.mode != "off"
+
+    @property
+    def uses_ledger(self) -> bool:
+        """Whether replicas have to agree on what tenants use."""
+        return self.auth.keys.exists and self.replicas > 1
 
     @property
     def uses_pool(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,22 +12,43 @@ from fastapi import FastAPI
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
+from cluster.auth import Call, Gate, RefusedError
 from memshare.request_options import RequestOptionsError, parse_request_options
 
 
-class MemShareAsyncLLM(AsyncLLM):
-    """vLLM's engine client, which refuses requests with wrong MemShare options.
+class _EngineUsage:
+    """What one request of a call uses; vLLM's own counts."""
 
-    Every front end, whatever its protocol, comes through ``generate``.
+    def __init__(self, states: list[RequestState]) -> None:
+        self._states = states  # one for each choice
+
+    def tokens(self) -> tuple[int, int]:
+        """See :meth:`cluster.auth.Usage.tokens`."""
+        prompt = self._states[0].prompt_len if self._states else 0
+        detokenizers = [s.detokenizer for s in self._states if s.detokenizer is not None]
+        return prompt, sum(d.num_output_tokens() for d in detokenizers)
+
+
+class GatedAsyncLLM(AsyncLLM):
+    """vLLM's engine client, through which every front end comes, whatever its protocol.
+
+    It takes the caller from the :class:`~cluster.auth.Gate`: prompts are salted for the tenant,
+    requests that ask for more than the key allows are refused, and tokens are counted.
     """
+
+    gate: Gate
+    public_name: str
+    uses_memshare: bool
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -38,30 +60,129 @@ class MemShareAsyncLLM(AsyncLLM):
 
         Raises:
             VLLMValidationError: HTTP 400; names the option, its value and the fix.
+            GracefulHTTPError: HTTP 401 or 403.
         """
-        try:
-            parse_request_options(sampling_params.extra_args)
-        except RequestOptionsError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        call = self._call()
+        _require_no_salt(prompt)
+        self._require_model(call, options.get("lora_request"))
+        call.sequences += sampling_params.n
+        limit = call.caller.sequences_per_request
+        if limit is not None and call.sequences > limit:
+            raise VLLMValidationError(
+                f"{call.sequences} sequences (prompts times n) in one request are more than the "
+                f"{limit} that the key allows; send several requests",
+                parameter="n",
+            )
+        if self.uses_memshare:
+            sampling_params.extra_args = self._memshare_options(call, sampling_params.extra_args)
         return super().generate(prompt, sampling_params, request_id, **options)
 
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
+    ) -> RequestOutputCollector:
+        """See :meth:`vllm.v1.engine.async_llm.AsyncLLM.add_request`; all requests come by here.
 
-def start_engine(options: Namespace, uses_memshare: bool) -> AsyncLLM:
+        Raises:
+            VLLMValidationError: HTTP 400; the prompt brings a salt, or can't be salted.
+        """
+        call = self._call()
+        _require_no_salt(prompt)
+        queue = await super().add_request(
+            request_id, _salted(prompt, call.salt), params, *args, **options
+        )
+        processor = self.output_processor
+        states = [
+            processor.request_states[internal]
+            for internal in processor.external_req_ids.get(request_id, ())
+            if processor.request_states[internal].queue is queue
+        ]
+        call.usages.append(_EngineUsage(states))
+        return queue
+
+    def _call(self) -> Call:
+        try:
+            return self.gate.call()
+        except RefusedError as refusal:
+            raise GracefulHTTPError(str(refusal), HTTPStatus.UNAUTHORIZED) from None
+
+    def _require_model(self, call: Call, adapter: LoRARequest | None) -> None:
+        try:
+            self.gate.require_model(
+                call.caller, self.public_name if adapter is None else adapter.lora_name
+            )
+        except RefusedError as refusal:
+            raise GracefulHTTPError(str(refusal), HTTPStatus.FORBIDDEN) from None
+
+    def _memshare_options(
+        self, call: Call, extra_args: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """The request's extra arguments, as the caller may set them."""
+        try:
+            options = parse_request_options(extra_args)
+        except RequestOptionsError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        refused = call.caller.permissions.refused(options)
+        if refused is not None:
+            refusal = self.gate.refuse_options(call, f"vllm_xargs.{refused}")
+            raise GracefulHTTPError(str(refusal), HTTPStatus.FORBIDDEN)
+        if call.caller.permissions.always_exact:
+            return {**(extra_args or {}), "memshare": "off"}
+        return extra_args
+
+
+def _require_no_salt(prompt: Any) -> None:
+    for part in _parts(prompt):
+        if part.get("cache_salt") is not None:
+            raise VLLMValidationError(
+                "the server derives the salt of a tenant from the key; leave cache_salt out",
+                parameter="cache_salt",
+            )
+
+
+def _salted(prompt: Any, salt: str) -> Any:
+    """A copy of ``prompt`` whose KV blocks are the tenant's own."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "cache_salt": salt}
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt, "cache_salt": salt}
+    if not isinstance(prompt, dict):
+        raise VLLMValidationError(
+            f"a prompt of type {type(prompt).__name__} is not served; send text or token ids",
+            parameter="prompt",
+        )
+    if "decoder_prompt" in prompt:
+        return {**prompt, "decoder_prompt": _salted(prompt["decoder_prompt"], salt)}
+    return {**prompt, "cache_salt": salt}
+
+
+def _parts(prompt: Any) -> list[dict[str, Any]]:
+    if not isinstance(prompt, dict):
+        return []
+    nested = [prompt.get("encoder_prompt"), prompt.get("decoder_prompt")]
+    return [prompt, *(part for part in nested if isinstance(part, dict))]
+
+
+def start_engine(options: Namespace, uses_memshare: bool, gate: Gate) -> GatedAsyncLLM:
     """Start the engine's processes and load the model. Blocks until it is loaded.
 
     Args:
         options: see :func:`cluster.engine_options.parse_engine_options`.
-        uses_memshare: False gives vLLM's own client.
+        uses_memshare: whether requests may have MemShare's options.
+        gate: knows the caller of each request.
     """
-    engine_class = MemShareAsyncLLM if uses_memshare else AsyncLLM
     engine_args = AsyncEngineArgs.from_cli_args(options)
-    return engine_class.from_vllm_config(
+    engine = GatedAsyncLLM.from_vllm_config(
         vllm_config=engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER),
         usage_context=UsageContext.OPENAI_API_SERVER,
         # The first writes to Ray's metrics, the second to /metrics of the HTTP port.
         stat_loggers=[RayPrometheusStatLogger, PrometheusStatLogger],
         disable_log_stats=options.disable_log_stats,
     )
+    assert isinstance(engine, GatedAsyncLLM)
+    engine.gate = gate
+    engine.public_name = options.served_model_name[0]
+    engine.uses_memshare = uses_memshare
+    return engine
 
 
 async def openai_app(engine: AsyncLLM, options: Namespace) -> FastAPI:

@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "ssl_certfile": "end TLS before Ray Serve: replicas speak plain HTTP",
     "ssl_keyfile": "end TLS before Ray Serve: replicas speak plain HTTP",
     "ssl_ca_certs": "end TLS before Ray Serve: replicas speak plain HTTP",
+    "api_key": "set 'auth' of the application: its keys hold for HTTP and gRPC",
     "uds": "leave it out: replicas are served by Ray Serve",
 }
 

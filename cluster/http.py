@@ -4,9 +4,105 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.auth import Gate, RefusedError, key_of
+
 _DISCONNECT: Message = {"type": "http.disconnect"}
+
+# For probes: they say whether the server lives, and nothing else.
+OPEN_PATHS = frozenset({"/health", "/ping"})
+# For every key, outside the limits.
+FREE_PATHS = frozenset({"/v1/models", "/version"})
+# For every key, within its limits. Whatever is not listed here is for operators, so that a route
+# that another version of vLLM adds is closed until somebody has looked at it.
+INFERENCE_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/generative_scoring",
+        "/invocations",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+
+# Statuses, and types and codes of OpenAI's error format.
+_ANSWERS = {
+    "no_key": (401, "invalid_request_error", "invalid_api_key"),
+    "unknown_key": (401, "invalid_request_error", "invalid_api_key"),
+    "not_local": (401, "invalid_request_error", "invalid_api_key"),
+    "not_operator": (403, "permission_error", "insufficient_permissions"),
+    "model": (403, "permission_error", "insufficient_permissions"),
+    "memshare": (403, "permission_error", "insufficient_permissions"),
+    "requests": (429, "requests", "rate_limit_exceeded"),
+    "tokens": (429, "tokens", "rate_limit_exceeded"),
+}
+
+
+class KeyGate:
+    """ASGI middleware: who has no key, or is at a limit, does not reach the app.
+
+    Of a WebSocket, which no route of ours uses, the handshake is checked in the same way.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        """Wrap ``app``."""
+        self._app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        method = scope.get("method", "GET")
+        # A browser asks by OPTIONS, without a key, what it may send.
+        if path in OPEN_PATHS or method == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        client = scope.get("client")
+        try:
+            caller = self._gate.identify(
+                key_of(Headers(scope=scope).get), client[0] if client else None
+            )
+            if path in INFERENCE_PATHS:
+                async with self._gate.admit(caller):
+                    await self._app(scope, receive, send)
+                return
+            if path not in FREE_PATHS:
+                self._gate.require_operator(caller, f"{path}, which is no inference route,")
+        except RefusedError as refusal:
+            await _refuse(refusal, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+async def _refuse(refusal: RefusedError, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await error_response(refusal)(scope, receive, send)
+
+
+def error_response(refusal: RefusedError) -> Response:
+    """A refusal in OpenAI's error format."""
+    status, kind, code = _ANSWERS[refusal.why]
+    headers: dict[str, str] = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(refusal.retry_after_s)
+    error = {"message": str(refusal), "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status, headers)
 
 
 class DisconnectOnCancel:

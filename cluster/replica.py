@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,9 +18,14 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.config import ClusterArgs
+from cluster.auth import Gate
+from cluster.config import AuthConfig, ClusterArgs
+from cluster.exposure import require_keys_or_localhost
 from cluster.guard import leave_no_orphans
-from cluster.http import DisconnectOnCancel
+from cluster.http import DisconnectOnCancel, KeyGate
+from cluster.keys import WatchedKeys
+from cluster.ledger import LedgerDesk
+from cluster.limits import Ledger, Limiter, LocalDesk
 from memshare.config import MemShareConfig
 from memshare.model import resolve_model
 
@@ -42,17 +48,27 @@ class EngineReplica:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, args: ClusterArgs, pool: DeploymentHandle[Any] | None
+        self,
+        args: ClusterArgs,
+        pool: DeploymentHandle[Any] | None,
+        ledger: DeploymentHandle[Any] | None,
     ) -> None:
         """Start the engine. Takes as long as loading the model does.
 
         Args:
             args: the application's arguments.
             pool: the :class:`~cluster.evaluators.EvaluatorPool`, if stage one runs on it.
+            ledger: the :class:`~cluster.ledger.LimitLedger`, if there are other replicas.
+
+        Raises:
+            ConfigError: the key table is wrong, or missing where others can reach the server.
         """
         leave_no_orphans()
+        await asyncio.to_thread(require_keys_or_localhost, args.auth)
+        gate = _gate(args.auth, ledger)
         self._engine: AsyncLLM | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._tending: asyncio.Task[None] | None = None
         if args.replica.pin_cpus:
             _pin(args)
         if pool is not None:
@@ -63,9 +79,10 @@ class EngineReplica:
         from cluster.engine_options import parse_engine_options
 
         options = parse_engine_options(args, model, _on_this_machine(args.memshare))
-        engine = self._engine = start_engine(options, args.uses_memshare)
-        self._asgi = DisconnectOnCancel(await openai_app(engine, options))
+        engine = self._engine = start_engine(options, args.uses_memshare, gate)
+        self._asgi = DisconnectOnCancel(KeyGate(await openai_app(engine, options), gate))
         self._watch = asyncio.create_task(_exit_with(engine))
+        self._tending = asyncio.create_task(gate.tend())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app that Ray Serve runs, called once after the constructor."""
@@ -83,10 +100,17 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Ray Serve's destructor, also after a constructor that failed: ends the engine."""
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._tending):
+            if task is not None:
+                task.cancel()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
+
+
+def _gate(auth: AuthConfig, ledger: DeploymentHandle[Any] | None) -> Gate:
+    keys = WatchedKeys(auth.keys) if auth.keys.exists else None
+    desk = LocalDesk(Ledger()) if ledger is None else LedgerDesk(ledger)
+    return Gate(keys, Limiter(desk, replica=uuid.uuid4().hex))
 
 
 async def _exit_with(engine: AsyncLLM) -> None:

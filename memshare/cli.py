@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("memshare.commands.simulate", "predict the gain on machines not at hand"),
     "check": ("cluster.check.command", "will this model, machine and configuration work?"),
     "plot": ("memshare.commands.plot", "draw what was measured, and a text with what it repeats"),
+    # Of the cluster; named here only, as the library imports nothing of it.
+    "keys": ("cluster.keys_command", "make keys for the cluster's tenants, check a key table"),
     "model": ("memshare.commands.model", "prepare the small test model in the user's cache"),
 }
 

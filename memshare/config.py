@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -379,6 +379,8 @@ def _locate(
             if not members:
                 if isinstance(part, int):
                     path[-1] += f"[{part}]"
+                elif get_origin(field.annotation) is dict and part != "[key]":
+                    path.append(part)
                 continue
             owner = members[0]
         path.append(str(part))

@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
 from cluster.config import ClusterArgs  # noqa: E402
+from cluster.keys import Tenant  # noqa: E402
 from memshare.config import MemShareConfig  # noqa: E402
 from memshare.request_options import RequestOptions  # noqa: E402
 
@@ -42,6 +43,7 @@ INTRODUCTION = """\
 
 - [MemShare](#memshare): what the library does, with or without Ray.
 - [Ray Serve application](#ray-serve-application): `args` in a Ray Serve config file.
+- [Key table](#key-table): who may use the application, and how much.
 - [Per request](#per-request): what one request may ask for.
 
 Every field has a default, except `model` of the application. Unknown fields and wrong values are
@@ -108,6 +110,30 @@ The same on plain vLLM, as the value of `--kv-transfer-config`:
 `observe.yaml` and `paper.yaml` for `MEMSHARE_CONFIG`.
 """
 
+KEY_TABLE = """\
+The file that `auth.file` names, the variable that `auth.variable` names, or both; each tenant stands
+in one of them. Keys stand there as hashes. `memshare keys new --tenant acme` prints a key and its
+entry, `memshare keys check FILE` reads a table as the cluster does. See [security](security.md).
+
+```yaml
+tenants:
+  acme:
+    keys:
+      ci: "sha256:8b0f2a6fbbf0a52a9f8a8a3e51c2b41a2b25b8a0d6bb3a7f0d0c5a9e4f3d2c1b"
+    concurrent_requests: 16
+    tokens_per_minute: 200000
+    models: [qwq-32b]
+    permissions:
+      may_set_thresholds: false
+  platform:
+    keys:
+      prometheus: "sha256:1f3c9a77d1b0e6f5a4c3b2918070605f4e3d2c1b0a99887766554433221100ff"
+    operator: true
+```
+
+Fields of a tenant:
+"""
+
 PER_REQUEST = """\
 Keys of `vllm_xargs` in the body of an OpenAI request. Other keys are left alone. They only restrict
 or tune: `memshare: on` does not switch on a server in mode `observe` or `off`. On the Ray Serve
@@ -122,6 +148,7 @@ def render() -> str:
     parts += _sections(MemShareConfig)
     parts.append("## Ray Serve application\n")
     parts += _sections(ClusterArgs)
+    parts += ["## Key table\n", KEY_TABLE, *_sections(Tenant)]
     parts += ["## Per request\n", PER_REQUEST, _table("", RequestOptions)]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -9,7 +9,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from cluster.config import ClusterArgs, EngineConfig, ReplicaConfig, parse_cluster_args
+from cluster.config import (
+    AuthConfig,
+    ClusterArgs,
+    EngineConfig,
+    ReplicaConfig,
+    parse_cluster_args,
+)
 from cluster.replica import core_lists
 from memshare.config import ConfigError, load_config
 
@@ -35,6 +41,7 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("", "replicas", 0, "greater than or equal to 1"),
     ("", "engine", 3, "EngineConfig"),
     ("", "replica", "big", "ReplicaConfig"),
+    ("", "auth", "keys.yaml", "AuthConfig"),
     ("engine", "tensor_parallel_size", 0, "greater than or equal to 1"),
     ("engine", "dtype", "int8", "'bfloat16'"),
     ("engine", "max_model_len", 0, "greater than or equal to 1"),
@@ -61,6 +68,8 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("replica", "health_check_period_s", 0, "greater than 0"),
     ("replica", "health_check_timeout_s", 0, "greater than 0"),
     ("replica", "graceful_shutdown_timeout_s", -1, "greater than or equal to 0"),
+    ("auth", "file", "keys.yaml", "is not absolute"),
+    ("auth", "variable", "MY KEYS", "match pattern"),
     ("memshare", "mode", "shar", "'observe'"),
 ]
 
@@ -84,12 +93,13 @@ def test_every_field_has_a_wrong_value_above() -> None:
         "": ClusterArgs,
         "engine": EngineConfig,
         "replica": ReplicaConfig,
+        "auth": AuthConfig,
     }
     fields = {(section, field) for section, model in models.items() for field in model.model_fields}
     assert fields - tried == {("", "memshare")}, "tested where it is defined"
 
 
-@pytest.mark.parametrize("model", [ClusterArgs, EngineConfig, ReplicaConfig])
+@pytest.mark.parametrize("model", [ClusterArgs, EngineConfig, ReplicaConfig, AuthConfig])
 def test_every_field_is_documented(model: type[BaseModel]) -> None:
     assert [n for n, field in model.model_fields.items() if not field.description] == []
 
@@ -166,6 +176,21 @@ def test_the_pool_is_deployed_when_stage_one_needs_it(
     memshare: dict[str, object], needed: bool
 ) -> None:
     assert parse(memshare=memshare).uses_pool is needed
+
+
+@pytest.mark.parametrize(
+    ("args", "needed"),
+    [
+        ({}, False),
+        ({"replicas": 2}, False),
+        ({"auth": {"file": "/keys.yaml"}}, False),
+        ({"auth": {"variable": "KEYS"}, "replicas": 2}, True),
+    ],
+)
+def test_the_ledger_is_deployed_when_replicas_share_limits(
+    args: dict[str, object], needed: bool
+) -> None:
+    assert parse(**args).uses_ledger is needed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,288 @@
+"""Who is calling, what they may do, and what they used. One gate for HTTP and gRPC.
+
+A front end *identifies* a caller by the key that came with a request, and then lets the
+:class:`Gate` *admit* the call: within limits, and with the :class:`Call` in the context of
+everything that runs for it. The engine client (:mod:`cluster.engine`) takes it from there: it salts
+prompts, checks what the request asks for, and notes what it generates. So a front end can't forget
+that part, and a request that went past the gate is refused when keys are configured.
+
+Without keys there is one caller, ``local``, who is on this machine and may do everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple, Protocol
+
+from cluster.keys import Grant, MemSharePermissions, WatchedKeys
+from cluster.limits import REPORT_S, Limiter, LimitReachedError, Limits
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""The tenant of a server without keys."""
+
+Why = Literal[
+    "no_key", "unknown_key", "not_local", "not_operator", "model", "memshare", "requests", "tokens"
+]
+"""Why something was refused; a metric label."""
+
+
+class RefusedError(Exception):
+    """A caller may not do this, or not now. The text names the reason and the fix."""
+
+    def __init__(self, why: Why, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.why: Why = why
+        self.retry_after_s = retry_after_s
+
+    @property
+    def kind(self) -> Literal["unauthenticated", "forbidden", "limited"]:
+        """What a protocol turns into a status."""
+        if self.why in ("no_key", "unknown_key", "not_local"):
+            return "unauthenticated"
+        return "limited" if self.why in ("requests", "tokens") else "forbidden"
+
+
+class Caller(NamedTuple):
+    """Whom a key belongs to."""
+
+    tenant: str
+    limits: Limits
+    sequences_per_request: int | None
+    models: tuple[str, ...] | None
+    operator: bool
+    permissions: MemSharePermissions
+
+
+_LOCAL_CALLER = Caller(LOCAL, Limits(None, None), None, None, True, MemSharePermissions())
+
+
+class Usage(Protocol):
+    """Something that runs for a call; counts rise."""
+
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of the prompt, and tokens generated so far."""
+        ...
+
+
+class Call:
+    """One admitted HTTP request or gRPC call."""
+
+    def __init__(self, caller: Caller, salt: str) -> None:
+        """Start with nothing used."""
+        self.caller = caller
+        self.salt = salt
+        """``cache_salt`` of everything that is computed for the tenant."""
+        self.sequences = 0
+        """Sequences that were started for it."""
+        self.usages: list[Usage] = []
+        """What runs for it in the engine."""
+
+
+_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+
+
+class Gate:
+    """Admits calls to one replica. For one event loop."""
+
+    def __init__(self, keys: WatchedKeys | None, limiter: Limiter) -> None:
+        """Make a gate.
+
+        Args:
+            keys: the key table; None lets in who is on this machine.
+            limiter: enforces the tenants' limits.
+        """
+        self._keys = keys
+        self._limiter = limiter
+        # Salts matter within one engine only, so that a secret of this process is enough. Nobody
+        # has to configure it, nothing can leak it, and no client can compute a salt.
+        self._secret = secrets.token_bytes(32)
+        self._calls: dict[Call, tuple[int, int]] = {}
+        self._local_call = Call(_LOCAL_CALLER, self._salt(LOCAL))
+        self.admitted: Counter[str] = Counter()
+        """Calls by tenant."""
+        self.refused: Counter[tuple[str, Why]] = Counter()
+        """Refusals by tenant, empty where it is not known, and reason."""
+        self.prompt_tokens: Counter[str] = Counter()
+        """Tokens of prompts by tenant."""
+        self.generated_tokens: Counter[str] = Counter()
+        """Tokens of outputs by tenant."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are no keys."""
+        return self._keys is None
+
+    def identify(self, key: str | None, peer: str | None) -> Caller:
+        """Say who is calling.
+
+        Args:
+            key: what came with the request; None if nothing did.
+            peer: address of the client; None if it is not known.
+
+        Raises:
+            RefusedError: unauthenticated.
+        """
+        if self._keys is None:
+            if is_local(peer):
+                return _LOCAL_CALLER
+            raise self._refusal(
+                "not_local",
+                f"this server has no keys and serves its own machine only, not {peer or 'unknown'};"
+                " set 'auth' of the application ('memshare keys new' makes an entry)",
+            )
+        if not key:
+            raise self._refusal("no_key", "a key is needed; send 'Authorization: Bearer KEY'")
+        grant = self._keys.find(key)
+        if grant is None:
+            raise self._refusal("unknown_key", "the key is not known; check it for missing letters")
+        return _caller(grant)
+
+    def require_operator(self, caller: Caller, what: str) -> None:
+        """Keep what is no inference for operators.
+
+        Raises:
+            RefusedError: forbidden.
+        """
+        if not caller.operator:
+            raise self._refusal(
+                "not_operator", f"{what} is for operators; use a key of theirs", caller.tenant
+            )
+
+    def require_model(self, caller: Caller, model: str) -> None:
+        """Check that the caller may use ``model``, by its name in the API.
+
+        Raises:
+            RefusedError: forbidden.
+        """
+        if caller.models is not None and model not in caller.models:
+            raise self._refusal(
+                "model",
+                f"the key is not for the model {model!r}; use one of: {', '.join(caller.models)}",
+                caller.tenant,
+            )
+
+    @asynccontextmanager
+    async def admit(self, caller: Caller) -> AsyncIterator[Call]:
+        """A call within the caller's limits, in the context of what runs inside.
+
+        Raises:
+            RefusedError: limited.
+        """
+        try:
+            await self._limiter.admit(caller.tenant, caller.limits)
+        except LimitReachedError as error:
+            raise self._refusal(
+                error.what, str(error), caller.tenant, error.retry_after_s
+            ) from None
+        self.admitted[caller.tenant] += 1
+        call = Call(caller, self._salt(caller.tenant))
+        self._calls[call] = (0, 0)
+        _CALL.set(call)  # not reset: a task serves one call, and may end in another context
+        try:
+            yield call
+        finally:
+            self._note(call)
+            del self._calls[call]
+            self._limiter.release(caller.tenant)
+
+    def call(self) -> Call:
+        """The call for which this code runs.
+
+        Raises:
+            RefusedError: unauthenticated; a front end has not asked the gate.
+        """
+        call = _CALL.get()
+        if call is not None:
+            return call
+        if self._keys is None:
+            return self._local_call
+        raise self._refusal("no_key", "this way into the server does not check keys")
+
+    def refuse_options(self, call: Call, name: str) -> RefusedError:
+        """The refusal of a MemShare option that the caller may not use."""
+        return self._refusal(
+            "memshare", f"the key does not allow {name}; leave it out", call.caller.tenant
+        )
+
+    async def tend(self) -> None:
+        """Keep limits and keys up to date, for as long as the replica lives."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            try:
+                for call in list(self._calls):
+                    self._note(call)
+                await self._limiter.report()
+                if self._keys is not None:
+                    await asyncio.to_thread(self._keys.look)
+            except Exception:
+                # Never seen, but if this loop ended, limits would go stale and keys stay valid.
+                logger.exception("limits and keys could not be brought up to date")
+
+    def _note(self, call: Call) -> None:
+        """Charge what the call has used since the last time."""
+        tenant = call.caller.tenant
+        counts = [usage.tokens() for usage in call.usages]
+        prompt, generated = sum(c[0] for c in counts), sum(c[1] for c in counts)
+        prompt_before, generated_before = self._calls[call]
+        self._calls[call] = (prompt, generated)
+        self.prompt_tokens[tenant] += prompt - prompt_before
+        self.generated_tokens[tenant] += generated - generated_before
+        self._limiter.spend(tenant, prompt + generated - prompt_before - generated_before)
+
+    def _salt(self, tenant: str) -> str:
+        return hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest()
+
+    def _refusal(
+        self, why: Why, message: str, tenant: str = "", retry_after_s: int | None = None
+    ) -> RefusedError:
+        self.refused[tenant, why] += 1
+        return RefusedError(why, message, retry_after_s)
+
+
+def _caller(grant: Grant) -> Caller:
+    tenant = grant.tenant
+    return Caller(
+        grant.name,
+        Limits(tenant.concurrent_requests, tenant.tokens_per_minute),
+        tenant.sequences_per_request,
+        tenant.models,
+        tenant.operator,
+        tenant.permissions,
+    )
+
+
+def key_of(header: Callable[[str], str | None]) -> str | None:
+    """The key among headers or metadata: ``Authorization: Bearer KEY``, or ``x-api-key: KEY``.
+
+    Args:
+        header: value of a header, by its name in lower case.
+    """
+    scheme, _, key = (header("authorization") or "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return header("x-api-key")
+
+
+def is_local(host: str | None) -> bool:
+    """Whether an address is this machine's loopback."""
+    if host is None:
+        return False
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

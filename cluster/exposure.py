@@ -1,0 +1,61 @@
+"""Whether others can reach the server: without keys, only its own machine may.
+
+Ray Serve's controller knows where proxies listen, however that was set: by a config file, by
+``serve start``, by an environment variable or by Ray's API. An application's builder is also run
+where there is no controller yet (``serve build``, ``serve run`` of an import path); so the question
+is asked when the application is built, if it can be, and again by every replica that starts.
+
+Proxies for gRPC always listen on all addresses; Ray Serve has no option for that. There, and for
+HTTP once more, the gate looks at the address of each caller.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import ray
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+
+from cluster.auth import is_local
+from cluster.config import AuthConfig
+from memshare.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_CONTROLLER, _NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"  # ray/serve/_private/constants.py
+_ANSWER_S = 30.0
+
+
+def require_keys_or_localhost(auth: AuthConfig) -> None:
+    """Refuse a server that anybody could use.
+
+    Raises:
+        ConfigError: there are no keys, and proxies listen where others can reach them.
+    """
+    if auth.keys.exists:
+        return
+    host = proxy_host()
+    if host is not None and not is_local(host):
+        raise ConfigError(
+            f"http_options.host = {host!r}: others could use the server, and there are no keys\n"
+            "    fix: set 'auth.file' or 'auth.variable' of the application to a key table "
+            "('memshare keys new' makes an entry), or http_options.host to 127.0.0.1"
+        )
+    logger.warning(
+        "no keys are configured: whoever is on this machine may use the server, others are refused"
+    )
+
+
+def proxy_host() -> str | None:
+    """The host that HTTP proxies listen on; None if there are none, or if it is not known."""
+    if not ray.is_initialized():
+        return None
+    try:
+        controller = ray.get_actor(_CONTROLLER, _NAMESPACE)
+        answer: object = ray.get(controller.get_http_config.remote(), timeout=_ANSWER_S)
+    except (ValueError, RayError) as error:
+        logger.info("Ray Serve's controller does not say where proxies listen: %r", error)
+        return None
+    assert isinstance(answer, HTTPOptions)
+    return answer.host

@@ -1,0 +1,262 @@
+"""The gate (cluster/auth.py) and its HTTP side (cluster/http.py); the app is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from cluster.auth import LOCAL, Call, Gate, RefusedError, is_local, key_of
+from cluster.http import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS, KeyGate
+from cluster.keys import KeySource, WatchedKeys, hash_key
+from cluster.limits import Ledger, Limiter, LocalDesk
+
+CHAT = "/v1/chat/completions"
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Work:
+    """Stands in for a request in the engine."""
+
+    def __init__(self, prompt: int, generated: int) -> None:
+        self.counts = (prompt, generated)
+
+    def tokens(self) -> tuple[int, int]:
+        return self.counts
+
+
+def gate_for(tmp_path: Path, **tenants: dict[str, object]) -> Gate:
+    """A gate for tenants whose keys are their names."""
+    file = tmp_path / "keys.yaml"
+    entries = {n: {"keys": {"k": hash_key(n)}} | fields for n, fields in tenants.items()}
+    file.write_text(yaml.safe_dump({"tenants": entries}))
+    return Gate(WatchedKeys(KeySource(file, None)), Limiter(LocalDesk(Ledger()), "r0"))
+
+
+def open_gate() -> Gate:
+    return Gate(None, Limiter(LocalDesk(Ledger()), "r0"))
+
+
+def client_of(gate: Gate, app: App, peer: str = "10.0.0.9") -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=KeyGate(app, gate), client=(peer, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+
+async def ok(scope: Scope, receive: Receive, send: Send) -> None:
+    await JSONResponse({"path": scope["path"]})(scope, receive, send)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_errors_have_openais_form(tmp_path: Path) -> None:
+    client = client_of(gate_for(tmp_path, acme={}), ok)
+    for headers in ({}, bearer("wrong"), {"Authorization": "Basic YTpi"}, bearer(hash_key("acme"))):
+        answer = await client.post(CHAT, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    "headers", [bearer("acme"), {"authorization": "bearer  acme"}, {"x-api-key": "acme"}]
+)
+async def test_a_key_opens_inference(tmp_path: Path, headers: dict[str, str]) -> None:
+    client = client_of(gate_for(tmp_path, acme={}), ok)
+    for path in (CHAT, "/v1/models", "/tokenize"):
+        assert (await client.post(path, headers=headers)).status_code == 200
+
+
+async def test_what_is_no_inference_is_for_operators(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={}, root={"operator": True})
+    client = client_of(gate, ok)
+    for path in ("/metrics", "/openapi.json", "/v1/load_lora_adapter", "//v1/chat/completions"):
+        answer = await client.post(f"http://server{path}", headers=bearer("acme"))
+        assert answer.status_code == 403, path
+        assert "for operators" in answer.json()["error"]["message"]
+        answer = await client.post(f"http://server{path}", headers=bearer("root"))
+        assert answer.status_code == 200, path
+    assert gate.refused["acme", "not_operator"] == 4
+
+
+@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+async def test_probes_need_no_key(tmp_path: Path, path: str) -> None:
+    client = client_of(gate_for(tmp_path, acme={}), ok)
+    assert (await client.get(path)).status_code == 200
+
+
+def test_no_path_is_in_two_lists() -> None:
+    assert len(OPEN_PATHS | FREE_PATHS | INFERENCE_PATHS) == sum(
+        map(len, (OPEN_PATHS, FREE_PATHS, INFERENCE_PATHS))
+    )
+
+
+async def test_a_prefix_of_the_route_is_not_part_of_the_path(tmp_path: Path) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        called.append(scope["path"])
+        await ok(scope, receive, send)
+
+    transport = httpx.ASGITransport(
+        app=KeyGate(app, gate_for(tmp_path, acme={})), root_path="/llm", client=("10.0.0.9", 1)
+    )
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        assert (await client.get("/llm/health")).status_code == 200
+        assert (await client.post(f"/llm{CHAT}")).status_code == 401
+    assert called == ["/llm/health"]
+
+
+async def test_without_keys_only_this_machine_is_served() -> None:
+    gate = open_gate()
+    for peer in ("127.0.0.1", "::1", "127.9.9.9", "::ffff:127.0.0.1"):
+        assert (await client_of(gate, ok, peer).post(CHAT)).status_code == 200, peer
+        assert (await client_of(gate, ok, peer).get("/metrics")).status_code == 200, peer
+    for peer in ("10.0.0.9", "::2", "::ffff:10.0.0.9", "localhost.evil.example"):
+        answer = await client_of(gate, ok, peer).post(CHAT)
+        assert answer.status_code == 401, peer
+        assert "set 'auth'" in answer.json()["error"]["message"]
+    assert gate.refused["", "not_local"] == 4
+
+
+def test_an_unknown_peer_is_not_local() -> None:
+    assert not is_local(None)
+    assert not is_local("")
+    assert not is_local("unix:")
+
+
+def test_the_key_of_a_call() -> None:
+    assert key_of({"authorization": "Bearer a", "x-api-key": "b"}.get) == "a"
+    assert key_of({"authorization": "Basic a", "x-api-key": "b"}.get) == "b"
+    assert key_of({"authorization": "Bearer "}.get) is None
+    assert key_of({}.get) is None
+
+
+async def test_a_tenant_at_its_limit_is_told_when_to_come_again(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={"concurrent_requests": 1}, bravo={})
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def body() -> object:
+            yield b"data: 1\n\n"
+            inside.set()
+            await go_on.wait()
+
+        await StreamingResponse(body())(scope, receive, send)  # type: ignore[arg-type]
+
+    client = client_of(gate, app)
+    streamed = asyncio.create_task(client.post(CHAT, headers=bearer("acme")))
+    await inside.wait()
+    answer = await client.post(CHAT, headers=bearer("acme"))
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    assert (await client_of(gate, ok).post(CHAT, headers=bearer("bravo"))).status_code == 200
+    go_on.set()
+    assert (await streamed).status_code == 200
+    assert (await client_of(gate, ok).post(CHAT, headers=bearer("acme"))).status_code == 200
+    assert gate.refused["acme", "requests"] == 1
+    assert gate.admitted == {"acme": 2, "bravo": 1}
+
+
+@pytest.mark.parametrize("way", ["error", "cancel"])
+async def test_a_call_that_ends_badly_is_counted_out(tmp_path: Path, way: str) -> None:
+    gate = gate_for(tmp_path, acme={"concurrent_requests": 1})
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if way == "error":
+            raise RuntimeError("broken")
+        await asyncio.Event().wait()
+
+    call = asyncio.create_task(client_of(gate, app).post(CHAT, headers=bearer("acme")))
+    await asyncio.sleep(0.01)
+    call.cancel()
+    with pytest.raises((RuntimeError, asyncio.CancelledError)):
+        await call
+    assert (await client_of(gate, ok).post(CHAT, headers=bearer("acme"))).status_code == 200
+
+
+async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={"tokens_per_minute": 100})
+    work = Work(10, 0)
+    async with gate.admit(gate.identify("acme", None)) as call:
+        call.usages.append(work)
+        work.counts = (10, 60)
+        gate._note(call)
+        assert gate.generated_tokens["acme"] == 60
+        work.counts = (10, 95)
+    assert (gate.prompt_tokens["acme"], gate.generated_tokens["acme"]) == (10, 95)
+    with pytest.raises(RefusedError) as caught:
+        async with gate.admit(gate.identify("acme", None)):
+            raise AssertionError("admitted")
+    assert (caught.value.kind, caught.value.why) == ("limited", "tokens")
+    assert caught.value.retry_after_s == 3, "a debt of 5 at 100 a minute"
+
+
+async def test_models_are_checked_by_name(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={"models": ["small"]}, bravo={})
+    gate.require_model(gate.identify("acme", None), "small")
+    gate.require_model(gate.identify("bravo", None), "large")
+    with pytest.raises(RefusedError, match="use one of: small"):
+        gate.require_model(gate.identify("acme", None), "large")
+
+
+async def test_what_runs_for_a_call_knows_it(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={}, bravo={})
+    salts: dict[str, set[str]] = {"acme": set(), "bravo": set()}
+
+    async def one(tenant: str) -> None:
+        async def deep() -> Call:
+            await asyncio.sleep(0)
+            return gate.call()
+
+        async with gate.admit(gate.identify(tenant, None)):
+            call = await asyncio.create_task(deep())
+            assert call.caller.tenant == tenant
+            salts[tenant].add(call.salt)
+
+    await asyncio.gather(*(one(tenant) for tenant in ("acme", "bravo") * 20))
+    assert [len(found) for found in salts.values()] == [1, 1], "a tenant has one salt"
+    assert salts["acme"].isdisjoint(salts["bravo"])
+
+
+async def test_a_front_end_that_forgot_the_gate_is_refused_if_there_are_keys(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RefusedError, match="does not check keys"):
+        gate_for(tmp_path, acme={}).call()
+    assert open_gate().call().caller.tenant == LOCAL
+
+
+async def test_salts_of_two_replicas_and_of_a_guess_differ(tmp_path: Path) -> None:
+    import hashlib
+
+    salts = []
+    for _ in range(2):
+        gate = gate_for(tmp_path, acme={})
+        async with gate.admit(gate.identify("acme", None)) as call:
+            salts.append(call.salt)
+    assert len({*salts, hashlib.sha256(b"acme").hexdigest(), "acme"}) == 4
+    assert all(len(salt) == 64 for salt in salts)
+
+
+async def test_a_revoked_key_ends_with_the_next_look(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={}, bravo={})
+    tending = asyncio.create_task(gate.tend())
+    assert (await client_of(gate, ok).post(CHAT, headers=bearer("bravo"))).status_code == 200
+    gate_for(tmp_path, acme={})  # writes the file anew
+    for _ in range(40):
+        await asyncio.sleep(0.1)
+        answer = await client_of(gate, ok).post(CHAT, headers=bearer("bravo"))
+        if answer.status_code == 401:
+            break
+    assert answer.status_code == 401
+    tending.cancel()
