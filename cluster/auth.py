@@ -17,7 +17,6 @@ import hmac
 import ipaddress
 import logging
 import secrets
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -35,6 +34,10 @@ Why = Literal[
     "no_key", "unknown_key", "not_local", "not_operator", "model", "memshare", "requests", "tokens"
 ]
 """Why something was refused; a metric label."""
+
+Outcome = Literal["served", "failed", "aborted"]
+
+_NOBODY = "-"  # where the tenant is not known; no tenant can be called so
 
 
 class RefusedError(Exception):
@@ -75,6 +78,14 @@ class Usage(Protocol):
         ...
 
 
+class Counts(Protocol):
+    """Where things are counted: :class:`cluster.metrics.ReplicaMetrics`."""
+
+    def add(self, name: str, *values: str, by: int = 1) -> None:
+        """Count ``by`` under a name and the values of its labels."""
+        ...
+
+
 class Call:
     """One admitted HTTP request or gRPC call."""
 
@@ -87,6 +98,8 @@ class Call:
         """Sequences that were started for it."""
         self.usages: list[Usage] = []
         """What runs for it in the engine."""
+        self.outcome: Outcome = "served"
+        """How it ended, if the front end knows better than by an exception."""
 
 
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -95,33 +108,23 @@ _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 class Gate:
     """Admits calls to one replica. For one event loop."""
 
-    def __init__(self, keys: WatchedKeys | None, limiter: Limiter) -> None:
+    def __init__(self, keys: WatchedKeys | None, limiter: Limiter, counts: Counts) -> None:
         """Make a gate.
 
         Args:
             keys: the key table; None lets in who is on this machine.
             limiter: enforces the tenants' limits.
+            counts: is told what happens.
         """
         self._keys = keys
         self._limiter = limiter
+        self._counts = counts
         # Salts matter within one engine only, so that a secret of this process is enough. Nobody
         # has to configure it, nothing can leak it, and no client can compute a salt.
         self._secret = secrets.token_bytes(32)
         self._calls: dict[Call, tuple[int, int]] = {}
         self._local_call = Call(_LOCAL_CALLER, self._salt(LOCAL))
-        self.admitted: Counter[str] = Counter()
-        """Calls by tenant."""
-        self.refused: Counter[tuple[str, Why]] = Counter()
-        """Refusals by tenant, empty where it is not known, and reason."""
-        self.prompt_tokens: Counter[str] = Counter()
-        """Tokens of prompts by tenant."""
-        self.generated_tokens: Counter[str] = Counter()
-        """Tokens of outputs by tenant."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there are no keys."""
-        return self._keys is None
+        self._desk_faults = 0
 
     def identify(self, key: str | None, peer: str | None) -> Caller:
         """Say who is calling.
@@ -185,16 +188,22 @@ class Gate:
             raise self._refusal(
                 error.what, str(error), caller.tenant, error.retry_after_s
             ) from None
-        self.admitted[caller.tenant] += 1
         call = Call(caller, self._salt(caller.tenant))
         self._calls[call] = (0, 0)
         _CALL.set(call)  # not reset: a task serves one call, and may end in another context
         try:
             yield call
+        except (asyncio.CancelledError, GeneratorExit):
+            call.outcome = "aborted"
+            raise
+        except BaseException:
+            call.outcome = "failed"
+            raise
         finally:
             self._note(call)
             del self._calls[call]
             self._limiter.release(caller.tenant)
+            self._counts.add("tenant_requests", caller.tenant, call.outcome)
 
     def call(self) -> Call:
         """The call for which this code runs.
@@ -223,8 +232,12 @@ class Gate:
                 for call in list(self._calls):
                     self._note(call)
                 await self._limiter.report()
+                faults, self._desk_faults = self._desk_faults, self._limiter.desk_faults
+                self._counts.add("limit_ledger_faults", by=self._desk_faults - faults)
                 if self._keys is not None:
-                    await asyncio.to_thread(self._keys.look)
+                    result = await asyncio.to_thread(self._keys.look)
+                    if result is not None:
+                        self._counts.add("key_table_reloads", result)
             except Exception:
                 # Never seen, but if this loop ended, limits would go stale and keys stay valid.
                 logger.exception("limits and keys could not be brought up to date")
@@ -236,17 +249,19 @@ class Gate:
         prompt, generated = sum(c[0] for c in counts), sum(c[1] for c in counts)
         prompt_before, generated_before = self._calls[call]
         self._calls[call] = (prompt, generated)
-        self.prompt_tokens[tenant] += prompt - prompt_before
-        self.generated_tokens[tenant] += generated - generated_before
-        self._limiter.spend(tenant, prompt + generated - prompt_before - generated_before)
+        new_prompt, new_output = prompt - prompt_before, generated - generated_before
+        self._counts.add("tenant_tokens", tenant, "prompt", by=new_prompt)
+        self._counts.add("tenant_tokens", tenant, "output", by=new_output)
+        self._limiter.spend(tenant, new_prompt + new_output)
 
     def _salt(self, tenant: str) -> str:
         return hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest()
 
     def _refusal(
-        self, why: Why, message: str, tenant: str = "", retry_after_s: int | None = None
+        self, why: Why, message: str, tenant: str = _NOBODY, retry_after_s: int | None = None
     ) -> RefusedError:
-        self.refused[tenant, why] += 1
+        self._counts.add("tenant_requests", tenant, "refused")
+        self._counts.add("tenant_refusals", tenant, why)
         return RefusedError(why, message, retry_after_s)
 
 

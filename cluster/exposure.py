@@ -12,6 +12,7 @@ HTTP once more, the gate looks at the address of each caller.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -52,10 +53,9 @@ def proxy_host() -> str | None:
     if not ray.is_initialized():
         return None
     try:
-        controller = ray.get_actor(_CONTROLLER, _NAMESPACE)
-        answer: object = ray.get(controller.get_http_config.remote(), timeout=_ANSWER_S)
+        controller: Any = ray.get_actor(_CONTROLLER, _NAMESPACE)
+        options: HTTPOptions = ray.get(controller.get_http_config.remote(), timeout=_ANSWER_S)
+        return options.host
     except (ValueError, RayError) as error:
         logger.info("Ray Serve's controller does not say where proxies listen: %r", error)
         return None
-    assert isinstance(answer, HTTPOptions)
-    return answer.host

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.auth import Gate, RefusedError, key_of
+from cluster.auth import Gate, Outcome, RefusedError, key_of
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -74,8 +74,10 @@ class KeyGate:
                 key_of(Headers(scope=scope).get), client[0] if client else None
             )
             if path in INFERENCE_PATHS:
-                async with self._gate.admit(caller):
-                    await self._app(scope, receive, send)
+                async with self._gate.admit(caller) as call:
+                    exchange = _Exchange(receive, send)
+                    await self._app(scope, exchange.receive, exchange.send)
+                    call.outcome = exchange.outcome
                 return
             if path not in FREE_PATHS:
                 self._gate.require_operator(caller, f"{path}, which is no inference route,")
@@ -83,6 +85,37 @@ class KeyGate:
             await _refuse(refusal, scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+class _Exchange:
+    """One request and its answer, watched for how it ends."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._status = 0
+        self._left = False
+        self._done = False
+
+    @property
+    def outcome(self) -> Outcome:
+        """To be asked when the app has returned."""
+        if self._left or not self._done:
+            return "aborted"
+        return "failed" if self._status >= 500 else "served"
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        # After the answer every client leaves.
+        self._left |= message["type"] == "http.disconnect" and not self._done
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+        elif message["type"] == "http.response.body":
+            self._done = not message.get("more_body", False)
+        await self._send(message)
 
 
 async def _refuse(refusal: RefusedError, scope: Scope, receive: Receive, send: Send) -> None:

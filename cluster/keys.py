@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, StringConstraints, ValidationError
@@ -176,29 +176,28 @@ class WatchedKeys:
         self._source = source
         self._seen = self._stamp()
         self._keyring = Keyring(source.read())
-        self.reloads = 0
-        """Changed tables that were taken over."""
-        self.failed_reloads = 0
-        """Changed tables that could not be used."""
 
     def find(self, key: str) -> Grant | None:
         """See :meth:`Keyring.find`."""
         return self._keyring.find(key)
 
-    def look(self) -> None:
-        """Read the table again if its file has changed: one ``stat`` if it has not."""
+    def look(self) -> Literal["used", "refused"] | None:
+        """Read the table again if its file has changed: one ``stat`` if it has not.
+
+        Returns:
+            What became of the changed table; None if nothing has changed.
+        """
         stamp = self._stamp()
         if stamp == self._seen:
-            return
+            return None
         self._seen = stamp
         try:
             self._keyring = Keyring(self._source.read())
         except ConfigError as error:
-            self.failed_reloads += 1
             logger.error("the changed key table is not used, the old one stays: %s", error)
-        else:
-            self.reloads += 1
-            logger.info("the key table was read again: %d keys", len(self._keyring))
+            return "refused"
+        logger.info("the key table was read again: %d keys", len(self._keyring))
+        return "used"
 
     def _stamp(self) -> tuple[int, ...] | None:
         """What changes when the file does, also if it is replaced through a symbolic link."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,7 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.auth import Gate
+from cluster.auth import Counts, Gate
 from cluster.config import AuthConfig, ClusterArgs
 from cluster.exposure import require_keys_or_localhost
 from cluster.guard import leave_no_orphans
@@ -26,6 +25,7 @@ from cluster.http import DisconnectOnCancel, KeyGate
 from cluster.keys import WatchedKeys
 from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
+from cluster.metrics import ReplicaMetrics
 from memshare.config import MemShareConfig
 from memshare.model import resolve_model
 
@@ -65,7 +65,9 @@ class EngineReplica:
         """
         leave_no_orphans()
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
-        gate = _gate(args.auth, ledger)
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        counts = ReplicaMetrics(args.public_name, replica_id)
+        gate = _gate(args.auth, ledger, replica_id, counts)
         self._engine: AsyncLLM | None = None
         self._watch: asyncio.Task[None] | None = None
         self._tending: asyncio.Task[None] | None = None
@@ -107,10 +109,12 @@ class EngineReplica:
             await asyncio.to_thread(self._engine.shutdown)
 
 
-def _gate(auth: AuthConfig, ledger: DeploymentHandle[Any] | None) -> Gate:
+def _gate(
+    auth: AuthConfig, ledger: DeploymentHandle[Any] | None, replica_id: str, counts: Counts
+) -> Gate:
     keys = WatchedKeys(auth.keys) if auth.keys.exists else None
     desk = LocalDesk(Ledger()) if ledger is None else LedgerDesk(ledger)
-    return Gate(keys, Limiter(desk, replica=uuid.uuid4().hex))
+    return Gate(keys, Limiter(desk, replica_id), counts)
 
 
 async def _exit_with(engine: AsyncLLM) -> None:

@@ -282,6 +282,45 @@ REPLICA = _named(
         (_TENANT, Label("kind", {"prompt": "in prompts", "output": "generated"})),
         home="replica",
     ),
+    Metric(
+        "tenant_refusals",
+        "counter",
+        "requests",
+        "refused requests by tenant, `-` where it is not known, and reason",
+        (
+            _TENANT,
+            Label(
+                "reason",
+                {
+                    "no_key": "no key came with it",
+                    "unknown_key": "its key is not in the table",
+                    "not_local": "there are no keys, and it came from another machine",
+                    "not_operator": "what it wants is for operators",
+                    "model": "its key is not for that model",
+                    "memshare": "its key does not allow that MemShare option",
+                    "requests": "the tenant has as many requests as it may at one time",
+                    "tokens": "the tenant has used its tokens",
+                },
+            ),
+        ),
+        home="replica",
+    ),
+    Metric(
+        "key_table_reloads",
+        "counter",
+        "tables",
+        "changed key tables",
+        (Label("result", {"used": "taken over", "refused": "wrong or gone; the old one stays"}),),
+        home="replica",
+    ),
+    Metric(
+        "limit_ledger_faults",
+        "counter",
+        "calls",
+        "calls for which the limits' ledger could not be reached, so that the replica enforced "
+        "them alone",
+        home="replica",
+    ),
 )
 """Counters of a Ray Serve replica."""
 

@@ -111,8 +111,8 @@ The same on plain vLLM, as the value of `--kv-transfer-config`:
 """
 
 KEY_TABLE = """\
-The file that `auth.file` names, the variable that `auth.variable` names, or both; each tenant stands
-in one of them. Keys stand there as hashes. `memshare keys new --tenant acme` prints a key and its
+The file that `auth.file` names, the variable that `auth.variable` names, or both; each tenant
+stands in one of them, and keys as hashes. `memshare keys new --tenant acme` prints a key and its
 entry, `memshare keys check FILE` reads a table as the cluster does. See [security](security.md).
 
 ```yaml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import httpx
 import pytest
 import yaml
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cluster.auth import LOCAL, Call, Gate, RefusedError, is_local, key_of
 from cluster.http import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS, KeyGate
 from cluster.keys import KeySource, WatchedKeys, hash_key
 from cluster.limits import Ledger, Limiter, LocalDesk
+from memshare.metrics import REPLICA
 
 CHAT = "/v1/chat/completions"
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -31,16 +33,33 @@ class Work:
         return self.counts
 
 
+class Counts:
+    """Counts as the exporters do, and refuses labels that they would refuse."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[tuple[str, ...]] = Counter()
+
+    def add(self, name: str, *values: str, by: int = 1) -> None:
+        for label, value in zip(REPLICA[name].labels, values, strict=True):
+            assert not label.values or value in label.values
+        self.seen[(name, *values)] += by
+
+
+def counted(gate: Gate, *key: str) -> int:
+    assert isinstance(gate._counts, Counts)
+    return gate._counts.seen[key]
+
+
 def gate_for(tmp_path: Path, **tenants: dict[str, object]) -> Gate:
     """A gate for tenants whose keys are their names."""
     file = tmp_path / "keys.yaml"
     entries = {n: {"keys": {"k": hash_key(n)}} | fields for n, fields in tenants.items()}
     file.write_text(yaml.safe_dump({"tenants": entries}))
-    return Gate(WatchedKeys(KeySource(file, None)), Limiter(LocalDesk(Ledger()), "r0"))
+    return Gate(WatchedKeys(KeySource(file, None)), Limiter(LocalDesk(Ledger()), "r0"), Counts())
 
 
 def open_gate() -> Gate:
-    return Gate(None, Limiter(LocalDesk(Ledger()), "r0"))
+    return Gate(None, Limiter(LocalDesk(Ledger()), "r0"), Counts())
 
 
 def client_of(gate: Gate, app: App, peer: str = "10.0.0.9") -> httpx.AsyncClient:
@@ -85,7 +104,7 @@ async def test_what_is_no_inference_is_for_operators(tmp_path: Path) -> None:
         assert "for operators" in answer.json()["error"]["message"]
         answer = await client.post(f"http://server{path}", headers=bearer("root"))
         assert answer.status_code == 200, path
-    assert gate.refused["acme", "not_operator"] == 4
+    assert counted(gate, "tenant_refusals", "acme", "not_operator") == 4
 
 
 @pytest.mark.parametrize("path", sorted(OPEN_PATHS))
@@ -125,7 +144,7 @@ async def test_without_keys_only_this_machine_is_served() -> None:
         answer = await client_of(gate, ok, peer).post(CHAT)
         assert answer.status_code == 401, peer
         assert "set 'auth'" in answer.json()["error"]["message"]
-    assert gate.refused["", "not_local"] == 4
+    assert counted(gate, "tenant_refusals", "-", "not_local") == 4
 
 
 def test_an_unknown_peer_is_not_local() -> None:
@@ -163,8 +182,10 @@ async def test_a_tenant_at_its_limit_is_told_when_to_come_again(tmp_path: Path) 
     go_on.set()
     assert (await streamed).status_code == 200
     assert (await client_of(gate, ok).post(CHAT, headers=bearer("acme"))).status_code == 200
-    assert gate.refused["acme", "requests"] == 1
-    assert gate.admitted == {"acme": 2, "bravo": 1}
+    assert counted(gate, "tenant_refusals", "acme", "requests") == 1
+    assert counted(gate, "tenant_requests", "acme", "refused") == 1
+    assert counted(gate, "tenant_requests", "acme", "served") == 2
+    assert counted(gate, "tenant_requests", "bravo", "served") == 1
 
 
 @pytest.mark.parametrize("way", ["error", "cancel"])
@@ -177,11 +198,46 @@ async def test_a_call_that_ends_badly_is_counted_out(tmp_path: Path, way: str) -
         await asyncio.Event().wait()
 
     call = asyncio.create_task(client_of(gate, app).post(CHAT, headers=bearer("acme")))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
     call.cancel()
     with pytest.raises((RuntimeError, asyncio.CancelledError)):
         await call
+    outcome = {"error": "failed", "cancel": "aborted"}[way]
+    assert counted(gate, "tenant_requests", "acme", outcome) == 1
     assert (await client_of(gate, ok).post(CHAT, headers=bearer("acme"))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "leaves", "outcome"),
+    [
+        (200, False, "served"),
+        (400, False, "served"),
+        (500, False, "failed"),
+        (200, True, "aborted"),
+    ],
+)
+async def test_how_an_exchange_ended(
+    tmp_path: Path, status: int, leaves: bool, outcome: str
+) -> None:
+    gate = gate_for(tmp_path, acme={})
+    messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+    messages += [{"type": "http.disconnect"}] * leaves
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in list(messages):
+            await receive()
+        await JSONResponse({}, status)(scope, receive, send)  # vLLM answers to nobody, too
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        pass
+
+    headers = [(b"authorization", b"Bearer acme")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+    await KeyGate(app, gate)(scope, receive, send)
+    assert counted(gate, "tenant_requests", "acme", outcome) == 1
 
 
 async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Path) -> None:
@@ -191,9 +247,10 @@ async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Pa
         call.usages.append(work)
         work.counts = (10, 60)
         gate._note(call)
-        assert gate.generated_tokens["acme"] == 60
+        assert counted(gate, "tenant_tokens", "acme", "output") == 60
         work.counts = (10, 95)
-    assert (gate.prompt_tokens["acme"], gate.generated_tokens["acme"]) == (10, 95)
+    assert counted(gate, "tenant_tokens", "acme", "prompt") == 10
+    assert counted(gate, "tenant_tokens", "acme", "output") == 95
     with pytest.raises(RefusedError) as caught:
         async with gate.admit(gate.identify("acme", None)):
             raise AssertionError("admitted")
@@ -260,3 +317,4 @@ async def test_a_revoked_key_ends_with_the_next_look(tmp_path: Path) -> None:
             break
     assert answer.status_code == 401
     tending.cancel()
+    assert counted(gate, "key_table_reloads", "used") == 1
