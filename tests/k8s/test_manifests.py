@@ -14,7 +14,7 @@ import yaml
 from tools.kubernetes import schemas, serve_config
 from tools.kubernetes.build import BuildError, Manifests, build, selects
 from tools.kubernetes.checks import CHECKS, run
-from tools.kubernetes.layout import K8S, OVERLAYS, SERVED
+from tools.kubernetes.layout import K8S, KEY_TABLE, OVERLAYS, SERVED
 from tools.make_k8s import files
 
 Overlays = Callable[[str], Manifests]
@@ -55,7 +55,7 @@ def test_generated_files_are_up_to_date() -> None:
 
 @pytest.mark.parametrize("folder", SERVED, ids=lambda folder: folder.name)
 def test_serve_configurations_are_the_files_of_configs(folder: Path) -> None:
-    """What a pod serves differs from the file in the three values that it must, and in no other."""
+    """What a pod serves differs from the file in the four values that it must, and in no other."""
     patch = yaml.safe_load((folder / "serve-config.yaml").read_text(encoding="utf-8"))
     served = yaml.safe_load(patch["spec"]["serveConfigV2"])
     file = serve_config.load(SERVED[folder])
@@ -65,6 +65,8 @@ def test_serve_configurations_are_the_files_of_configs(folder: Path) -> None:
     file.pop("proxy_location")
     for mine, theirs in zip(served["applications"], file["applications"], strict=True):
         assert mine["args"].pop("model").endswith(theirs["args"].pop("model"))
+        assert mine["args"].pop("auth") == {"file": KEY_TABLE}
+        theirs["args"].pop("auth", None)
     assert served == file
 
 

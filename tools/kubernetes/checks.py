@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import ClusterArgs, parse_cluster_args
+from cluster.keys import parse_table
 from memshare import __version__
 from memshare.config import ENV_PREFIX, ConfigError, load_config
 from tools.kubernetes import alerts, images, promql, schemas, serve_config
@@ -475,9 +475,11 @@ def _references(pod: Pod) -> Iterator[tuple[str, str]]:
 
 
 def _is_key_table(text: str) -> bool:
-    tenants = (yaml.safe_load(text) or {}).get("tenants", {})
-    keys = [key for tenant in tenants.values() for key in tenant["keys"].values()]
-    return bool(keys) and all(re.fullmatch("sha256:[0-9a-f]{64}", key) for key in keys)
+    try:
+        parse_table(text, "secret")
+    except ConfigError:
+        return False
+    return True
 
 
 def _claims(manifests: Manifests, pod: Pod) -> set[str]:

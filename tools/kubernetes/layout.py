@@ -20,5 +20,8 @@ HTTP_PORT = 8000
 GRPC_PORT = 9000
 METRICS_PORT = 8080
 
+# Where pods that run replicas mount the secret memshare-keys.
+KEY_TABLE = "/etc/memshare/keys.yaml"
+
 # Where the CPU image keeps the small model (k8s/images/cpu.Dockerfile makes it).
 IMAGE_MODELS = "/opt/memshare/models"

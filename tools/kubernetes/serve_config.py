@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tools.kubernetes.layout import HTTP_PORT, IMAGE_MODELS, ROOT
+from tools.kubernetes.layout import HTTP_PORT, IMAGE_MODELS, KEY_TABLE, ROOT
 
 Document = dict[str, Any]
 
@@ -32,12 +32,14 @@ def for_pods(document: Document) -> Document:
     """The same application in a pod; nothing but these values changes.
 
     - Proxies listen on the pod's address and run wherever a replica does.
+    - The key table is where the pods mount the secret.
     - A model that is made on first use is in the image, whose file system can't be written.
     """
     pods = deepcopy(document)
     pods["proxy_location"] = "EveryNode"
     pods["http_options"] = {**pods.get("http_options", {}), "host": "0.0.0.0", "port": HTTP_PORT}
     for application in pods["applications"]:
+        application["args"]["auth"] = {"file": KEY_TABLE}
         model = application["args"]["model"]
         if model.startswith("smollm2-"):
             application["args"]["model"] = f"{IMAGE_MODELS}/{model}"
