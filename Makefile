@@ -9,6 +9,7 @@ PYTHON      ?= python3
 ACCELERATOR ?= cpu
 CONFIG      ?= configs/cluster.yaml
 MODEL_TP    ?= 2
+GPU_ARGS    ?=
 
 BIN := .venv/bin
 # Runs a command of the venv with the process environment for local runs.
@@ -17,7 +18,7 @@ RUN := $(BIN)/python tools/runtime_env.py
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv model serve test lint format test-unit test-engine test-cluster test-long clean distclean
+.PHONY: help venv model serve test lint format test-unit test-engine test-cluster test-long gpu-acceptance clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,10 @@ test-cluster: venv model ## Tests that start Ray
 
 test-long: venv ## Random schedules: 100,000 engine steps against vLLM's scheduler
 	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/engine/test_state_machine.py --timeout 3600
+
+gpu-acceptance: ## Measure on your GPUs and print a report (GPU_ARGS="--help" lists options)
+	@$(PYTHON) tools/setup_env.py --accelerator gpu
+	@HF_HUB_OFFLINE=0 $(RUN) python tools/gpu_acceptance.py $(GPU_ARGS)
 
 clean: ## Remove caches, logs and builds
 	rm -rf build dist .run .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

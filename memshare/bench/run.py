@@ -40,6 +40,8 @@ class Plan:
         max_num_seqs: requests that may run at once.
         max_num_batched_tokens: tokens that a step may compute.
         tasks: the work, all of it asked for at once.
+        tensor_parallel_size: ranks.
+        eager: vLLM's ``enforce_eager``: starts at once, and nothing is compiled.
     """
 
     model: str
@@ -50,6 +52,8 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     tasks: list[Task]
+    tensor_parallel_size: int = 1
+    eager: bool = True
 
     def save(self, path: Path) -> None:
         """Write it for another process."""
@@ -244,7 +248,8 @@ def _start(plan: Plan, arm: Arm) -> LLM:
         max_num_batched_tokens=plan.max_num_batched_tokens,
         block_size=plan.block_size,
         num_gpu_blocks_override=plan.blocks,
-        enforce_eager=True,
+        tensor_parallel_size=plan.tensor_parallel_size,
+        enforce_eager=plan.eager,
         seed=0,
         logits_processors=[ForcedDecoding] if forced else None,
         **plug_in(arm.memshare),

@@ -53,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=32, help="tokens")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and cache")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument(
+        "--compile", action="store_true", help="with CUDA graphs, as in service: for GPUs"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     add_sharing(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
@@ -116,8 +120,9 @@ def _plan(args: argparse.Namespace) -> Plan:
             f"request ({longest} tokens); raise --memory or --blocks, or ask for more requests"
         )
     return Plan(
-        model, args.dtype, args.block_size, blocks, longest + 1, args.max_num_seqs, _BATCHED, tasks
-    )
+        model, args.dtype, args.block_size, blocks, longest + 1, args.max_num_seqs, _BATCHED, tasks,
+        args.tensor_parallel_size, not args.compile,
+    )  # fmt: skip
 
 
 def _blocks(task: Task, block_size: int) -> int:

@@ -1,0 +1,139 @@
+"""Alerts fire when they should and not otherwise, evaluated by Prometheus's own promtool.
+
+promtool is not on PyPI: these tests run where it is on PATH (Debian: package ``prometheus``). That
+queries are valid and ask for what exists is tested everywhere (``test_manifests.py``).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tools.kubernetes import alerts, dashboards
+from tools.kubernetes.alerts import ALERTS
+from tools.kubernetes.metrics import Spelling, ours, ray, vllm
+
+SPELLINGS: tuple[Spelling, ...] = ("ray", "vllm")
+
+# Name of a series (without labels) to its values, minute by minute, in promtool's notation.
+Story = dict[str, str]
+
+
+def stories(spelling: Spelling) -> dict[str, tuple[Story, Story]]:
+    """For each alert a story in which it fires, and one, close to it, in which it does not."""
+    preemptions, successes = vllm("num_preemptions")[spelling], vllm("request_success")[spelling]
+    usage, queue = vllm("kv_cache_usage_perc")[spelling], ours("queue_length")[spelling]
+    reclaimed, free = ours("blocks_reclaimed")[spelling], ours("free_blocks")[spelling]
+    lag, faults = ours("evaluator_lag_seconds"), ours("evaluator_faults")[spelling]
+    checks, stopped = ours("integrity_checks")[spelling], ours("sharing_stopped")[spelling]
+    misses = ours("remap_misses")[spelling]
+    paper, dead = f'{queue}{{policy="paper"}}', f'{faults}{{reason="dead"}}'
+    low, high = (f'{lag.buckets(spelling)}{{le="{le}"}}' for le in ("0.5", "2.5"))
+    top = f'{lag.buckets(spelling)}{{le="+Inf"}}'
+    return {
+        "MemSharePreemptionThrash": (
+            {preemptions: "0+30x40", successes: "0+60x40"},
+            {preemptions: "0+6x40", successes: "0+60x40"},
+        ),
+        "MemShareReclaimQueueEmptyUnderPressure": (
+            {paper: "0x40", usage: "0.99x40"},
+            {paper: "3x40", usage: "0.99x40"},
+        ),
+        "MemShareNothingReclaimedUnderPressure": (
+            # Ray exports no counter before its first count: there is no series of it.
+            {preemptions: "0+30x40", free: "2x40"},
+            {preemptions: "0+30x40", free: "2x40", reclaimed: "0+30x40"},
+        ),
+        "MemShareEvaluatorLag": (
+            {low: "0+50x40", high: "0+60x40", top: "0+60x40"},
+            {low: "0+60x40", high: "0+60x40", top: "0+60x40"},
+        ),
+        "MemShareEvaluatorFaults": ({dead: "0+12x40"}, {dead: "0+1x40"}),
+        "MemShareIntegrityFailure": (
+            {f'{checks}{{result="failed"}}': "0x20 1x20", stopped: "0x40"},
+            {f'{checks}{{result="passed"}}': "0+1x40", stopped: "0x40"},
+        ),
+        "MemShareRemapMiss": ({misses: "0x20 1x20"}, {misses: "1x40"}),
+    }
+
+
+def labelled(series: str, labels: dict[str, str]) -> str:
+    own = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    name, _, rest = series.partition("{")
+    return f"{name}{{{own},{rest}" if rest else f"{name}{{{own}}}"
+
+
+def case(spelling: Spelling, alert: alerts.Alert, story: Story, fires: bool) -> dict[str, Any]:
+    engine = {"model_name": "m", dashboards.ENGINE[spelling]: "r"}
+    rule = next(
+        rule
+        for group in alerts.manifest()["spec"]["groups"]
+        if group["name"].endswith(spelling)
+        for rule in group["rules"]
+        if rule["alert"] == alert.name
+    )
+    expected = {
+        "exp_labels": {**engine, "severity": alert.severity},
+        "exp_annotations": rule["annotations"],
+    }
+    return {
+        "interval": "1m",
+        "input_series": [
+            {"series": labelled(series, engine), "values": values}
+            for series, values in story.items()
+        ],
+        "alert_rule_test": [
+            {
+                "eval_time": "30m",
+                "alertname": alert.name,
+                "exp_alerts": [expected] if fires else [],
+            }
+        ],
+    }
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_alerts_fire_when_they_should_and_not_otherwise(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(yaml.safe_dump(alerts.manifest()["spec"]))
+    cases = [
+        case(spelling, alert, story, fires)
+        for spelling in SPELLINGS
+        for alert in ALERTS
+        for fires, story in zip((True, False), stories(spelling)[alert.name], strict=True)
+    ]
+    tests = tmp_path / "tests.yaml"
+    tests.write_text(
+        yaml.safe_dump(
+            {"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": cases},
+            sort_keys=False,
+        )
+    )
+    for command in (["check", "rules", str(rules)], ["test", "rules", str(tests)]):
+        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_both_stories() -> None:
+    for spelling in SPELLINGS:
+        assert set(stories(spelling)) == {alert.name for alert in ALERTS}
+
+
+def test_what_does_not_exist_cannot_be_asked_for() -> None:
+    """An unknown name is an error where a panel or an alert is written."""
+    for lookup, name in (
+        (ours, "preemption"),
+        (vllm, "num_preemption"),
+        (ray, "ray_serve_nothing"),
+    ):
+        with pytest.raises(KeyError):
+            lookup(name)
+    with pytest.raises(ValueError, match="is a histogram"):
+        ours("distance")["ray"]
+    with pytest.raises(ValueError, match="is no histogram"):
+        ours("applied").buckets("ray")
