@@ -6,13 +6,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster.config import ClusterArgs, parse_cluster_args
+from memshare.config import ConfigError
+
 Manifest = dict[str, Any]
+# What a check yields: (where, message) of whatever is wrong.
+Found = Iterator[tuple[str, str]]
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")
 
 
@@ -123,6 +129,19 @@ class Manifests:
         return config
 
     @property
+    def arguments(self) -> Iterator[ClusterArgs]:
+        """The arguments of each application; wrong ones are left out."""
+        for application in self.serve_config["applications"]:
+            with suppress(ConfigError):
+                yield parse_cluster_args(application["args"], environ={})
+
+    @property
+    def serve_service(self) -> Manifest:
+        """The service that KubeRay makes for clients."""
+        service: Manifest = self.rayservice["spec"]["serveService"]
+        return service
+
+    @property
     def needed_secrets(self) -> set[str]:
         """Secrets that the operator makes by hand, named by annotations ``memshare/needs-*``."""
         annotations = self.rayservice["metadata"].get("annotations", {})
@@ -157,6 +176,10 @@ class Manifests:
     def ray_pods(self) -> list[Pod]:
         """The pods that are Ray nodes."""
         return [pod for pod in self.pods if pod.ray_params is not None]
+
+    def selected(self, selector: Manifest) -> Iterator[Pod]:
+        """The pods that a label selector selects."""
+        return (pod for pod in self.pods if selects(selector, pod.labels))
 
     def pod(self, where: str) -> Pod:
         """The pod template of that place."""

@@ -24,7 +24,7 @@ import jsonschema
 import yaml
 from referencing import Registry, Resource
 
-from tools.kubernetes.build import Manifest, Manifests, Pod
+from tools.kubernetes.build import Found, Manifest, Manifests, Pod
 
 FOLDER = Path(__file__).resolve().parent / "data"
 KUBERNETES = "1.34"
@@ -151,8 +151,8 @@ def as_pod(pod: Pod) -> Manifest:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec}
 
 
-def all_errors(manifests: Manifests) -> Iterator[tuple[str, str]]:
-    """(where, message) of every error of every manifest."""
+def schema(manifests: Manifests) -> Found:
+    """Fields exist and have the right types; nothing is misspelt."""
     for manifest in manifests.all:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
         if kind == "RayService":
@@ -166,19 +166,14 @@ def all_errors(manifests: Manifests) -> Iterator[tuple[str, str]]:
     for pod in manifests.ray_pods:
         for path, message in core_errors(as_pod(pod)):
             yield f"{pod.where}.template.{path}", message
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        **manifests.rayservice["spec"]["serveService"],
-    }
+    service = {"apiVersion": "v1", "kind": "Service", **manifests.serve_service}
     for path, message in core_errors(service):
         yield f"serveService.{path}", message
 
 
 def main() -> int:
     """Write ``data/rayservice.json`` from a CRD; return the exit status."""
-    schema = cut_down(from_crd(Path(sys.argv[1])))
-    text = json.dumps(schema, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(cut_down(from_crd(Path(sys.argv[1]))), indent=1, sort_keys=True) + "\n"
     (FOLDER / "rayservice.json").write_text(text, encoding="utf-8")
     print(f"wrote {FOLDER / 'rayservice.json'} ({len(text)} characters)")
     return 0

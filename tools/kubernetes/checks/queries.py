@@ -1,0 +1,29 @@
+"""What Prometheus and Grafana are told to ask."""
+
+from __future__ import annotations
+
+import json
+
+from tools.kubernetes import alerts, promql
+from tools.kubernetes.build import Found, Manifests
+from tools.kubernetes.layout import ROOT
+
+
+def queries(manifests: Manifests) -> Found:
+    """Dashboards and alerts ask for series that exist, and every alert says what to do."""
+    for rule in manifests.of("PrometheusRule"):
+        pages = (ROOT / alerts.RUNBOOKS).read_text(encoding="utf-8")
+        for group in rule["spec"]["groups"]:
+            for alert in group["rules"]:
+                for fault in promql.faults(alert["expr"]):
+                    yield alert["alert"], fault
+                if f"\n## {alert['alert']}\n" not in pages:
+                    yield alert["alert"], f"{alerts.RUNBOOKS} has no section for it"
+    for config in manifests.of("ConfigMap"):
+        if "grafana_dashboard" not in config["metadata"].get("labels", {}):
+            continue
+        for file, text in config["data"].items():
+            for panel in json.loads(text)["panels"]:
+                for target in panel.get("targets", []):
+                    for fault in promql.faults(target["expr"]):
+                        yield f"{file}: {panel['title']}", fault
