@@ -14,7 +14,7 @@ import yaml
 from tools.kubernetes import schemas, serve_config
 from tools.kubernetes.build import BuildError, Manifests, build, selects
 from tools.kubernetes.checks import CHECKS, run
-from tools.kubernetes.layout import K8S, KEY_TABLE, OVERLAYS, SERVED
+from tools.kubernetes.layout import K8S, KEY_TABLE, OVERLAYS, ROOT, SERVED
 from tools.make_k8s import files
 
 Overlays = Callable[[str], Manifests]
@@ -419,3 +419,12 @@ def test_folders_of_components_are_all_used() -> None:
     )
     for component in (K8S / "components").glob("*/kustomization.yaml"):
         assert f"components/{component.parent.name}" in used
+
+
+def test_the_page_lists_what_there_is() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    for kind in ("overlays", "components"):
+        for folder in (K8S / kind).iterdir():
+            assert f"`{folder.name}`" in page, folder.name
+    for secret in ("memshare-keys", "memshare-redis", "memshare-tls", "memshare-hub"):
+        assert f"| `{secret}` |" in page
