@@ -132,6 +132,7 @@ def main() -> int:
     if os.geteuid() != 0:
         parser.error("only root may set up the mounts: run it with sudo")
     scratch = args.scratch or Path(tempfile.mkdtemp(prefix="memshare-confined-"))
+    print(f"[confine] what the command writes is kept in {scratch}", file=sys.stderr)
     again = [sys.executable, str(Path(__file__).resolve()), "--inside", "--scratch", str(scratch)]
     for source, target in args.mount:
         again += ["--mount", f"{source}:{target}"]

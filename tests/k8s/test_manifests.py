@@ -14,6 +14,7 @@ import yaml
 from tools.kubernetes import schemas, serve_config
 from tools.kubernetes.build import BuildError, Manifests, build, selects
 from tools.kubernetes.checks import CHECKS, run
+from tools.kubernetes.checks.serving import GPU
 from tools.kubernetes.layout import K8S, KEY_TABLE, OVERLAYS, ROOT, SERVED
 from tools.make_k8s import files
 
@@ -68,6 +69,33 @@ def test_serve_configurations_are_the_files_of_configs(folder: Path) -> None:
         assert mine["args"].pop("auth") == {"file": KEY_TABLE}
         theirs["args"].pop("auth", None)
     assert served == file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_application_asks_ray_for_fits_on_the_pods(overlays: Overlays, name: str) -> None:
+    """The deployment that is really built, bundle by bundle, on the pods of one engine."""
+    from cluster.app import _engine
+
+    manifests = overlays(name)
+    (args,) = manifests.arguments
+    config = _engine(args)._replica_config
+    actor = {"CPU": config.ray_actor_options["num_cpus"]}
+    actor["GPU"] = config.ray_actor_options.get("num_gpus", 0.0)
+    bundles = config.placement_group_bundles or [actor]
+    engines = manifests.pod("engines")
+    assert engines.ray_params is not None
+    limits = engines.spec["containers"][0]["resources"]["limits"]
+    free = [
+        {"CPU": float(engines.ray_params["num-cpus"]), "GPU": float(limits.get(GPU, 0))}
+        for _ in range(engines.hosts)
+    ]
+    if config.placement_group_strategy == "STRICT_PACK":
+        assert len(free) == 1
+    for bundle in bundles:  # first fit
+        pod = next(p for p in free if all(p[what] >= count for what, count in bundle.items()))
+        for what, count in bundle.items():
+            pod[what] -= count
+    assert all(pod["GPU"] == 0 for pod in free), "no GPU is paid for and left idle"
 
 
 def test_kustomize_names_what_it_refuses(tmp_path: Path) -> None:
