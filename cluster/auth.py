@@ -123,7 +123,6 @@ class Gate:
         # has to configure it, nothing can leak it, and no client can compute a salt.
         self._secret = secrets.token_bytes(32)
         self._calls: dict[Call, tuple[int, int]] = {}
-        self._local_call = Call(_LOCAL_CALLER, self._salt(LOCAL))
         self._desk_faults = 0
 
     def identify(self, key: str | None, peer: str | None) -> Caller:
@@ -215,7 +214,7 @@ class Gate:
         if call is not None:
             return call
         if self._keys is None:
-            return self._local_call
+            return Call(_LOCAL_CALLER, self._salt(LOCAL))
         raise self._refusal("no_key", "this way into the server does not check keys")
 
     def refuse_options(self, call: Call, name: str) -> RefusedError:

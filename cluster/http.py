@@ -14,10 +14,10 @@ _DISCONNECT: Message = {"type": "http.disconnect"}
 
 # For probes: they say whether the server lives, and nothing else.
 OPEN_PATHS = frozenset({"/health", "/ping"})
-# For every key, outside the limits.
+# For every key, and nothing is computed.
 FREE_PATHS = frozenset({"/v1/models", "/version"})
-# For every key, within its limits. Whatever is not listed here is for operators, so that a route
-# that another version of vLLM adds is closed until somebody has looked at it.
+# For every key. Whatever is not listed here is for operators, so that a route that another version
+# of vLLM adds is closed until somebody has looked at it.
 INFERENCE_PATHS = frozenset(
     {
         "/v1/chat/completions",
@@ -27,7 +27,6 @@ INFERENCE_PATHS = frozenset(
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/generative_scoring",
-        "/invocations",
         "/tokenize",
         "/detokenize",
     }
@@ -73,18 +72,17 @@ class KeyGate:
             caller = self._gate.identify(
                 key_of(Headers(scope=scope).get), client[0] if client else None
             )
-            if path in INFERENCE_PATHS:
-                async with self._gate.admit(caller) as call:
-                    exchange = _Exchange(receive, send)
-                    await self._app(scope, exchange.receive, exchange.send)
-                    call.outcome = exchange.outcome
-                return
-            if path not in FREE_PATHS:
+            if path not in FREE_PATHS and path not in INFERENCE_PATHS:
                 self._gate.require_operator(caller, f"{path}, which is no inference route,")
+            if method in ("GET", "HEAD"):  # starts nothing: limits are not for it
+                await self._app(scope, receive, send)
+                return
+            async with self._gate.admit(caller) as call:
+                exchange = _Exchange(receive, send)
+                await self._app(scope, exchange.receive, exchange.send)
+                call.outcome = exchange.outcome
         except RefusedError as refusal:
             await _refuse(refusal, scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
 
 class _Exchange:

@@ -1,0 +1,59 @@
+"""Keys on gRPC: the gate of :mod:`cluster.auth` for Ray Serve's gRPC calls."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import unquote
+
+import grpc
+from ray.serve.grpc_util import RayServegRPCContext
+
+from cluster.auth import Call, Caller, Gate, RefusedError, key_of
+
+CODES = {
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "forbidden": grpc.StatusCode.PERMISSION_DENIED,
+    "limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+def identify(gate: Gate, context: RayServegRPCContext) -> Caller:
+    """Say who is calling, by ``authorization: Bearer KEY`` or ``x-api-key`` among the metadata.
+
+    Raises:
+        RefusedError: unauthenticated.
+    """
+    metadata = dict(context.invocation_metadata())
+    return gate.identify(key_of(metadata.get), host_of(context.peer()))
+
+
+@asynccontextmanager
+async def admit(gate: Gate, context: RayServegRPCContext) -> AsyncIterator[Call]:
+    """A call within its caller's limits, in the context of what runs inside.
+
+    Raises:
+        RefusedError: unauthenticated, or limited; then ``context`` says when to come again, in the
+            trailing metadata that gRPC's own retries heed, and as HTTP does.
+    """
+    caller = identify(gate, context)
+    try:
+        async with gate.admit(caller) as call:
+            yield call
+    except RefusedError as refusal:
+        if refusal.retry_after_s is not None:
+            context.set_trailing_metadata(
+                [
+                    ("grpc-retry-pushback-ms", str(1000 * refusal.retry_after_s)),
+                    ("retry-after", str(refusal.retry_after_s)),
+                ]
+            )
+        raise
+
+
+def host_of(peer: str | None) -> str | None:
+    """The address in gRPC's ``ipv4:127.0.0.1:5000`` or ``ipv6:%5B::1%5D:5000``; None for others."""
+    kind, _, address = unquote(peer or "").partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return None
+    return address.rpartition(":")[0]
