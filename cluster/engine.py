@@ -23,6 +23,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from cluster.auth import Call, Gate, RefusedError
+from cluster.salt import brings_salt, salted
 from memshare.request_options import RequestOptionsError, parse_request_options
 
 
@@ -87,9 +88,11 @@ class GatedAsyncLLM(AsyncLLM):
         """
         call = self._call()
         _require_no_salt(prompt)
-        queue = await super().add_request(
-            request_id, _salted(prompt, call.salt), params, *args, **options
-        )
+        try:
+            own: Any = salted(prompt, call.salt)
+        except TypeError as error:
+            raise VLLMValidationError(str(error), parameter="prompt") from None
+        queue = await super().add_request(request_id, own, params, *args, **options)
         processor = self.output_processor
         states = [
             processor.request_states[internal]
@@ -130,36 +133,12 @@ class GatedAsyncLLM(AsyncLLM):
         return extra_args
 
 
-def _require_no_salt(prompt: Any) -> None:
-    for part in _parts(prompt):
-        if part.get("cache_salt") is not None:
-            raise VLLMValidationError(
-                "the server derives the salt of a tenant from the key; leave cache_salt out",
-                parameter="cache_salt",
-            )
-
-
-def _salted(prompt: Any, salt: str) -> Any:
-    """A copy of ``prompt`` whose KV blocks are the tenant's own."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "cache_salt": salt}
-    if isinstance(prompt, list):
-        return {"prompt_token_ids": prompt, "cache_salt": salt}
-    if not isinstance(prompt, dict):
+def _require_no_salt(prompt: object) -> None:
+    if brings_salt(prompt):
         raise VLLMValidationError(
-            f"a prompt of type {type(prompt).__name__} is not served; send text or token ids",
-            parameter="prompt",
+            "the server derives the salt of a tenant from the key; leave cache_salt out",
+            parameter="cache_salt",
         )
-    if "decoder_prompt" in prompt:
-        return {**prompt, "decoder_prompt": _salted(prompt["decoder_prompt"], salt)}
-    return {**prompt, "cache_salt": salt}
-
-
-def _parts(prompt: Any) -> list[dict[str, Any]]:
-    if not isinstance(prompt, dict):
-        return []
-    nested = [prompt.get("encoder_prompt"), prompt.get("decoder_prompt")]
-    return [prompt, *(part for part in nested if isinstance(part, dict))]
 
 
 def start_engine(options: Namespace, uses_memshare: bool, gate: Gate) -> GatedAsyncLLM:

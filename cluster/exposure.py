@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 
 from cluster.auth import is_local
 from cluster.config import AuthConfig
@@ -54,8 +54,13 @@ def proxy_host() -> str | None:
         return None
     try:
         controller: Any = ray.get_actor(_CONTROLLER, _NAMESPACE)
-        options: HTTPOptions = ray.get(controller.get_http_config.remote(), timeout=_ANSWER_S)
-        return options.host
+        location: ProxyLocation | None
+        options: HTTPOptions
+        location, options = ray.get(
+            [controller.get_proxy_location.remote(), controller.get_http_config.remote()],
+            timeout=_ANSWER_S,
+        )
     except (ValueError, RayError) as error:
         logger.info("Ray Serve's controller does not say where proxies listen: %r", error)
         return None
+    return None if location == ProxyLocation.Disabled else options.host
