@@ -242,6 +242,29 @@ class IntegrityConfig(Section):
     engine (tests)."""
 
 
+class ReportConfig(Section):
+    """What the engine tells of its blocks and requests, for metrics and the live page."""
+
+    every_s: Real = Field(default=1.0, ge=0.0)
+    """Seconds, at least, between two looks at which block is what. Looks are rarer where one takes
+    long: they cost at most a thousandth of the engine's time. 0 never looks."""
+    requests: Whole = Field(default=32, ge=0, le=1024)
+    """Requests that are reported with each look: those with most blocks."""
+
+
+class LogConfig(Section):
+    """MemShare's own log lines, on standard error."""
+
+    format: Literal["text", "json"] = "text"
+    """``json`` writes one object a line, with fields such as ``request`` and ``blocks``. In the
+    cluster vLLM's lines follow suit; plain vLLM has ``--logging-config.formatter json``."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below it are not written."""
+    explain_every_s: Real = Field(default=10.0, ge=0.0)
+    """Seconds, at least, between two lines that explain reclaims, and between two that explain
+    preemptions: who, why, how many blocks. What happens in between is summed up. 0 writes none."""
+
+
 class MemShareConfig(Section):
     """Everything a user can set."""
 
@@ -268,6 +291,10 @@ class MemShareConfig(Section):
     """Who runs stage one."""
     integrity: IntegrityConfig = IntegrityConfig()
     """Self-checks."""
+    report: ReportConfig = ReportConfig()
+    """What the engine tells of its blocks and requests."""
+    logs: LogConfig = LogConfig()
+    """MemShare's own log lines."""
     event_log: Path | None = None
     """File that receives every transition as a JSON line; None writes none."""
 

@@ -234,6 +234,26 @@ GAUGES = _named(
 )
 """Gauges of the engine without a label of their own."""
 
+BLOCKS = Metric(
+    "blocks",
+    "gauge",
+    "blocks",
+    "KV blocks by what they hold, as of the last look (`report.every_s`); adds up to all of them",
+    (
+        Label(
+            "kind",
+            {
+                "prompt": "prompt that is protected",
+                "recent": "the newest tokens of a request, which are protected",
+                "shared": "donors: more than one entry of a block table points there",
+                "other": "output that may be given up, and requests that MemShare does not follow",
+                "free": "nothing, or prefixes that nobody uses now",
+            },
+        ),
+    ),
+)
+"""The engine's gauge with a label of its own."""
+
 HISTOGRAMS = _named(
     Metric(
         "distance",
@@ -325,7 +345,7 @@ REPLICA = _named(
 """Counters of a Ray Serve replica."""
 
 METRICS: tuple[Metric, ...] = (
-    *COUNTERS.values(), *LABELLED.values(), *GAUGES.values(), *HISTOGRAMS.values(),
+    *COUNTERS.values(), *LABELLED.values(), *GAUGES.values(), BLOCKS, *HISTOGRAMS.values(),
     *REPLICA.values(),
 )  # fmt: skip
 """All of them."""

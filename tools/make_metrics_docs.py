@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
 from memshare.metrics import (  # noqa: E402
+    BLOCKS,
     COUNTERS,
     GAUGES,
     HISTOGRAMS,
@@ -38,7 +39,10 @@ def tables() -> dict[str, str]:
         "counters": _table(["metric", "unit", "counts"], map(_plain, COUNTERS.values())),
         "labelled": _table(["metric", "unit", "label", "counts"], map(_full, LABELLED.values())),
         "labels": "\n\n".join(_values(LABELLED.values())),
-        "gauges": _table(["metric", "unit", "label", "shows"], map(_full, GAUGES.values())),
+        "gauges": _table(
+            ["metric", "unit", "label", "shows"], map(_full, (*GAUGES.values(), BLOCKS))
+        ),
+        "gauge_labels": "\n\n".join(_values([BLOCKS])),
         "histograms": _table(["metric", "unit", "shows"], map(_plain, HISTOGRAMS.values())),
         "replica": _table(["metric", "unit", "label", "counts"], map(_full, REPLICA.values())),
         "replica_labels": "\n\n".join(_values(REPLICA.values())),

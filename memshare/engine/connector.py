@@ -31,6 +31,7 @@ from memshare.engine.metrics import MemSharePromMetrics, MemShareStats
 from memshare.engine.scheduler_side import SchedulerSide
 from memshare.engine.worker_side import WorkerSide
 from memshare.evaluate import open_source
+from memshare.logs import set_up_logging
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ class MemShareConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         check_before_load(vllm_config)
         config = config_of(vllm_config)
+        set_up_logging(config.logs)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._world_size = vllm_config.parallel_config.world_size

@@ -1,19 +1,23 @@
-"""Saying what happened: every transition is counted and, if asked, written to the event log."""
+"""Saying what happened: transitions are counted, explained and, if asked, logged as events."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
 
-from memshare.engine.requests import Candidate
+from memshare.config import MemShareConfig
+from memshare.engine.explain import Cause, Explainer
+from memshare.engine.requests import Candidate, RequestState
 from memshare.events import EventKind, EventLog, EventValue
-from memshare.stats import DropReason, Payload, Tally
+from memshare.stats import DropReason, Payload, PreemptionNote, RemapNote, Tally
 
 
 class Journal:
-    """Counters and event log of one engine."""
+    """Counters, explanations and event log of one engine."""
 
-    def __init__(self, event_log: Path | None) -> None:
+    def __init__(self, config: MemShareConfig) -> None:
+        event_log = config.event_log
         self.tally = Tally()
+        self.explainer = Explainer(config.logs)
         self.step = 0
         self._events = EventLog(event_log) if event_log is not None else None
 
@@ -36,6 +40,26 @@ class Journal:
         """A pair has come to nothing."""
         self.tally.add_labelled("dropped", reason)
         self.pair("dropped", pair, reason=reason)
+
+    def remapped(self, pair: Candidate, freed: int, cause: Cause) -> None:
+        """A remap has been applied and has freed so many blocks."""
+        target, donor = pair.target, pair.donor
+        request = target.state.request_id
+        self.tally.add("applied")
+        self.tally.add("blocks_reclaimed", freed)
+        self.tally.note_remap(
+            RemapNote(time.time(), request, target.index, donor.state.request_id, donor.index)
+        )
+        self.explainer.reclaimed(request, freed, cause)
+        self.pair("applied", pair, damage=round(pair.damage, 4), freed=freed)
+
+    def preempted(self, state: RequestState) -> None:
+        """vLLM has taken the request's blocks."""
+        request = state.request_id
+        self.tally.add("preemptions")
+        self.tally.note_preemption(PreemptionNote(time.time(), request, state.full))
+        self.explainer.preempted(request, state.full)
+        self.event("preempted", request=request, shared=len(state.repointed))
 
     def take_stats(self, gauges: dict[str, float]) -> Payload | None:
         """What has changed since the last call; None if nothing has."""

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from memshare.engine.guard import config_of
-from memshare.metrics import COUNTERS, GAUGES, HISTOGRAMS, LABELLED, Metric
+from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, LABELLED, Metric
 from memshare.stats import Payload, empty_payload, merge_payloads
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
             name: gauge(
                 metric.family, metric.meaning, labels(metric), multiprocess_mode="mostrecent"
             )
-            for name, metric in GAUGES.items()
+            for name, metric in (*GAUGES.items(), (BLOCKS.name, BLOCKS))
         }
         self._histograms = {
             name: histogram(metric.family, metric.meaning, labels(metric), buckets=metric.buckets)
@@ -106,6 +106,8 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
                 self._counters[name].labels(*values, label).inc(count)
         for name, value in payload["gauges"].items():
             self._gauges[name].labels(*values).set(value)
+        for kind, blocks in payload["blocks"].items():
+            self._gauges[BLOCKS.name].labels(*values, kind).set(blocks)
         for distance in payload["distances"]:
             self._histograms["distance"].labels(*values).observe(distance)
         for lag in payload["lags"]:

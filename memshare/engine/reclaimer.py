@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from memshare.config import MemShareConfig
 from memshare.engine.blocks import BlockBook
+from memshare.engine.explain import Cause
 from memshare.engine.journal import Journal
 from memshare.engine.messages import Remap
 from memshare.engine.requests import Candidate, Entry, RequestState
@@ -121,9 +122,11 @@ class Reclaimer:
         Called in the middle of ``Scheduler.schedule``. The remaps go out with this step's message,
         so every worker's table is edited before a freed block is written again.
         """
-        freed = self._reclaim(self._high) if self.enabled else 0
+        freed = self._reclaim(self._high, "allocation") if self.enabled else 0
         if freed:
             self._journal.tally.add("preemptions_avoided")
+        else:
+            self._journal.explainer.in_vain(self._obstacle())
         return freed > 0
 
     def reclaim(self, demand: int) -> None:
@@ -135,22 +138,36 @@ class Reclaimer:
         if not self.enabled:
             return
         if self._eager:
-            self._reclaim(self._book.total)
+            self._reclaim(self._book.total, "eager")
             return
         free = self._book.free
         if free >= max(self._low, demand):
             return
-        freed = self._reclaim(self._high + demand - free)
+        cause: Cause = "demand" if free < demand else "watermark"
+        freed = self._reclaim(self._high + demand - free, cause)
         if free < demand <= free + freed:
             self._journal.tally.add("preemptions_avoided")
 
-    def _reclaim(self, wanted: int) -> int:
+    def _reclaim(self, wanted: int, cause: Cause) -> int:
         """Free up to ``wanted`` blocks; returns how many."""
         if isinstance(self._policy, StagedPolicy):
-            return self._reclaim_queued(wanted)
-        return self._reclaim_on_demand(self._policy, wanted)
+            return self._reclaim_queued(wanted, cause)
+        return self._reclaim_on_demand(self._policy, wanted, cause)
 
-    def _reclaim_queued(self, wanted: int) -> int:
+    def _obstacle(self) -> str:
+        """Why nothing could be reclaimed, in words."""
+        if not self.enabled:
+            return "remaps are off (mode observe, or a failed integrity check)"
+        holders = [state for state in self._roster if state.full > 0]
+        if not holders:
+            return "no request that MemShare follows holds a full block"
+        if isinstance(self._policy, StagedPolicy):
+            return "no pair that may be applied now waits in the reclaim queue"
+        if all(self._must_wait(state) for state in holders):
+            return "every request that holds blocks has to wait for another step"
+        return "every request has used up its budget or has no block left that may go"
+
+    def _reclaim_queued(self, wanted: int, cause: Cause) -> int:
         freed = 0
         next_step: list[Candidate] = []
         while freed < wanted and (candidate := self._queue.pop()) is not None:
@@ -164,12 +181,12 @@ class Reclaimer:
             elif self._must_wait(state):
                 next_step.append(candidate)
             else:
-                freed += self._apply(candidate)
+                freed += self._apply(candidate, cause)
         for candidate in next_step:
             self._queue.push(candidate)
         return freed
 
-    def _reclaim_on_demand(self, policy: DemandPolicy, wanted: int) -> int:
+    def _reclaim_on_demand(self, policy: DemandPolicy, wanted: int, cause: Cause) -> int:
         """Take the best victims of all requests; the least shared go first among equals.
 
         The less of a request is re-pointed and the better its best victim, the earlier its turn.
@@ -200,7 +217,7 @@ class Reclaimer:
                 chosen[i] = victim
                 heapq.heappush(heap, (turn, i))
                 continue
-            freed += self._apply(view.candidate(victim.target, victim.donor))
+            freed += self._apply(view.candidate(victim.target, victim.donor), cause)
             if view.has_budget:
                 heapq.heappush(heap, (view.shared_fraction - policy.promise(view), i))
         return freed
@@ -215,7 +232,7 @@ class Reclaimer:
             return True
         return state.tainted_from is None and self._book.publishes_soon(state.request)
 
-    def _apply(self, candidate: Candidate) -> int:
+    def _apply(self, candidate: Candidate, cause: Cause) -> int:
         """The remap: scheduler's table, reference counts and the workers' command. Blocks freed."""
         state, index, donor = candidate.target.state, candidate.target.index, candidate.donor.block
         if state.tainted_from is None:
@@ -227,9 +244,7 @@ class Reclaimer:
             self._survey.given_up(state, index)
         self.shared_entries += 1
         self._remaps.append(Remap(state.request_id, index, donor.block_id))
-        self._journal.tally.add("applied")
-        self._journal.tally.add("blocks_reclaimed", freed)
-        self._journal.pair("applied", candidate, damage=round(candidate.damage, 4), freed=freed)
+        self._journal.remapped(candidate, freed, cause)
         return freed
 
 

@@ -138,7 +138,8 @@ def _options_of(request: Request) -> tuple[RequestOptions, str | None]:
         options = parse_request_options(params.extra_args)
     except RequestOptionsError as error:
         # The engine must not fall over one bad request: serve it, exactly.
-        logger.warning("request %s is served exactly: %s", request.request_id, error)
+        name = request.request_id
+        logger.warning("request %s is served exactly: %s", name, error, extra={"request": name})
         return RequestOptions(), "invalid_options"
     if not options.enabled:
         return options, "requested"

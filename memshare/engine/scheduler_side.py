@@ -19,6 +19,7 @@ from memshare.engine.desk import StageTwoDesk
 from memshare.engine.intake import Intake
 from memshare.engine.jobs import JobDesk
 from memshare.engine.journal import Journal
+from memshare.engine.lookout import Lookout
 from memshare.engine.messages import SchedulerMessage, WorkerMessage
 from memshare.engine.reclaimer import Reclaimer
 from memshare.engine.requests import RequestState
@@ -71,7 +72,7 @@ class SchedulerSide:
         """
         policy = load_policy(config.policy)
         self.config = config
-        self.journal = Journal(config.event_log)
+        self.journal = Journal(config)
         self.book = BlockBook(manager, block_size)
         self.roster = Roster(config, automaton, self.book)
         survey: Survey | None = None
@@ -88,6 +89,7 @@ class SchedulerSide:
         self.intake: Intake | None = None
         if self.jobs is not None:
             self.intake = Intake(config, open_bridge(), self.journal)
+        self._lookout = Lookout(config.report, self.roster, self.book, self.journal.tally)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
         self._check_wanted = False
         self._check_failed = False
@@ -144,6 +146,7 @@ class SchedulerSide:
         # vLLM admits nobody in a step in which memory was short. If it did, somebody has reset it.
         short = bool(output.preempted_req_ids) and not output.scheduled_cached_reqs.resumed_req_ids
         self.admission.advance(preempted=short)
+        self.journal.explainer.tell(self.book.free, self.book.total)
         return SchedulerMessage(
             remaps=self.reclaimer.take_remaps(),
             batches=self.jobs.take() if self.jobs is not None else (),
@@ -171,8 +174,7 @@ class SchedulerSide:
             state = self.roster.get(request_id)
             if state is None:
                 continue
-            self.journal.tally.add("preemptions")
-            self.journal.event("preempted", request=request_id, shared=len(state.repointed))
+            self.journal.preempted(state)
             self.reclaimer.forget(state, "preempted")
             self.admission.forget(state)
             self._forget_stages(state)
@@ -266,6 +268,7 @@ class SchedulerSide:
 
     def take_stats(self) -> Payload | None:
         """What has changed since the last call; None if nothing has."""
+        self._lookout.look()
         return self.journal.take_stats(
             {
                 "queue_length": float(len(self.reclaimer)),

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from memshare.config import ReportConfig
+from memshare.stats import Payload
 from tests.engine.harness import Engine, StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -49,6 +51,48 @@ def test_shares_under_pressure_and_leaves_nothing_behind(engine: Engine) -> None
     assert "integrity_checks:failed" not in totals
     assert totals["remap_misses"] == 0
     assert engine.is_clean()
+
+
+def test_what_is_reported_agrees_with_the_books(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, payloads = engine.side, []
+    take_stats = side.take_stats
+
+    def keep() -> Payload | None:
+        payload = take_stats()
+        if payload is not None:
+            payloads.append(payload)
+            if payload["blocks"]:
+                assert payload["blocks"]["free"] == side.book.free
+                assert sum(payload["blocks"].values()) == side.book.total
+                assert min(payload["blocks"].values()) >= 0
+                tables = side.book.tables()
+                for row in payload["requests"]:
+                    assert row["blocks"] == len(tables.get(row["request"], []))
+                    assert row["shared"] == len(side.roster.get(row["request"]).repointed)
+        return payload
+
+    monkeypatch.setattr(side, "take_stats", keep)
+    monkeypatch.setattr(side._lookout, "_next", 0.0)
+    monkeypatch.setattr("memshare.engine.lookout._SHARE_OF_TIME", 0.05)
+    monkeypatch.setattr(
+        side._lookout, "_config", ReportConfig.model_validate({"every_s": 0.001, "requests": 4})
+    )
+    before = engine.totals
+    engine.generate(PROMPTS, max_tokens=320)
+    counted = engine.totals - before
+    assert counted["applied"] > 0
+    looks = [payload for payload in payloads if payload["blocks"]]
+    remaps = [note for payload in payloads for note in payload["remaps"]]
+    assert len(looks) > 20
+    assert any(payload["blocks"]["shared"] for payload in looks)
+    assert max(len(payload["requests"]) for payload in looks) == 4
+    assert looks[-1]["requests"] == [], "the end is reported at once"
+    assert looks[-1]["blocks"]["free"] == side.book.total
+    assert len(remaps) == counted["applied"]
+    assert all(note.target != note.donor or note.request != note.donor_request for note in remaps)
+    assert sum(len(payload["preempted"]) for payload in payloads) == counted["preemptions"]
 
 
 @pytest.mark.parametrize("engine", ["twins"], indirect=True)

@@ -79,6 +79,13 @@ BAD: dict[str, list[object]] = {
     "integrity": ["x", 1, [], None, True],
     "integrity.check_every": [-1, 1.5, *NO_NUMBERS],
     "integrity.on_failure": NO_WORDS,
+    "report": ["x", 1, [], None, True],
+    "report.every_s": [-0.1, INF, *NO_NUMBERS],
+    "report.requests": [-1, 1025, 1.5, *NO_NUMBERS],
+    "logs": ["json", 1, [], None, True],
+    "logs.format": NO_WORDS,
+    "logs.level": NO_WORDS,
+    "logs.explain_every_s": [-0.1, INF, *NO_NUMBERS],
     "event_log": [5, [], {}, True],
 }
 

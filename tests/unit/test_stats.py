@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.metrics import COUNTERS, GAUGES, LABELLED
-from memshare.stats import DropReason, Payload, Tally, empty_payload, merge_payloads
+from memshare.stats import (
+    DropReason,
+    Payload,
+    PreemptionNote,
+    RemapNote,
+    RequestRow,
+    Tally,
+    empty_payload,
+    merge_payloads,
+)
 
 NAMES = st.sampled_from(sorted(COUNTERS))
 FAMILIES = st.sampled_from(sorted(LABELLED))
@@ -27,6 +36,17 @@ ACTS: st.SearchStrategy[Act] = st.one_of(
     ),
     st.builds(lambda d: lambda t: t.observe_distance(d), NUMBERS),
     st.builds(lambda s: lambda t: t.observe_lag(s), NUMBERS),
+    st.builds(lambda n: lambda t: t.note_remap(RemapNote(n, "a", 1, "b", 2)), NUMBERS),
+    st.builds(lambda n: lambda t: t.note_preemption(PreemptionNote(n, "a", 3)), NUMBERS),
+    st.builds(
+        lambda n: (
+            lambda t: t.note_blocks(
+                {"free": n},
+                [RequestRow(request="a", tokens=n, blocks=n, prompt=1, shared=0, preemptions=0)],
+            )
+        ),
+        st.integers(1, 9),
+    ),
 )
 INTERVALS = st.lists(
     st.tuples(
@@ -73,8 +93,13 @@ def test_a_payload_crosses_processes_unchanged(
             act(tally)
         payload = tally.take(gauges)
         if payload is not None:
-            assert json.loads(json.dumps(payload)) == payload
-            assert msgspec.msgpack.decode(msgspec.msgpack.encode(payload)) == payload
+            for crossed in (
+                json.loads(json.dumps(payload)),
+                msgspec.msgpack.decode(msgspec.msgpack.encode(payload)),
+            ):
+                crossed["remaps"] = [RemapNote(*row) for row in crossed["remaps"]]
+                crossed["preempted"] = [PreemptionNote(*row) for row in crossed["preempted"]]
+                assert crossed == payload
 
 
 def test_a_quiet_interval_gives_nothing() -> None:

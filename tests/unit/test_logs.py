@@ -1,0 +1,62 @@
+"""Log lines, as another process writes them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import logging, sys
+from memshare.config import LogConfig
+from memshare.logs import set_up_logging
+config = LogConfig(format=sys.argv[1], level=sys.argv[2])
+set_up_logging(config)
+set_up_logging(config)  # a second connector in the same process
+log = logging.getLogger("memshare.engine.somewhere")
+log.info("reclaimed %d", 3, extra={"request": "cmpl-1", "blocks": 3})
+log.warning("two\\nlines")
+logging.getLogger("elsewhere").warning("not ours")
+"""
+
+
+def lines(*arguments: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    return [line for line in done.stderr.splitlines() if line != "not ours"]
+
+
+def test_json_lines_hold_what_a_line_is_about() -> None:
+    first, second = (json.loads(line) for line in lines("json", "info"))
+    assert first["message"] == "reclaimed 3"
+    assert first["request"] == "cmpl-1"
+    assert first["blocks"] == 3
+    assert first["level"] == "INFO"
+    assert first["logger"] == "memshare.engine.somewhere"
+    assert {"time", "pid", "process"} <= first.keys()
+    assert second["message"] == "two\nlines"
+
+
+def test_text_is_the_default() -> None:
+    first, *_ = lines("text", "info")
+    assert first.startswith("INFO ")
+    assert first.endswith("[memshare.engine.somewhere] reclaimed 3")
+
+
+def test_lines_below_the_level_are_not_written() -> None:
+    assert len(lines("json", "warning")) == 1
+
+
+def test_handlers_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    from memshare.config import LogConfig
+    from memshare.logs import set_up_logging
+
+    before = logging.getLogger("memshare").handlers[:]
+    set_up_logging(LogConfig())  # pytest has handlers of its own
+    assert logging.getLogger("memshare").handlers == before
