@@ -52,6 +52,7 @@ class MemSharePermissions(Section):
             "memshare_step_threshold": self.may_set_thresholds,
             "memshare_block_threshold": self.may_set_thresholds,
             "memshare_max_shared_fraction": self.may_set_fraction,
+            "memshare_usage": True,
         }
         return next((name for name in options.model_fields_set if not allowed[name]), None)
 

@@ -1,8 +1,9 @@
 """What one request may ask of MemShare, through vLLM's ``vllm_xargs``.
 
 Keys: ``memshare`` ("on" or "off"), ``memshare_step_threshold``, ``memshare_block_threshold`` and
-``memshare_max_shared_fraction`` (numbers in 0..1). They can only restrict or tune what the server's
-configuration allows; ``memshare: on`` does not switch on a server in mode ``observe`` or ``off``.
+``memshare_max_shared_fraction`` (numbers in 0..1), ``memshare_usage`` ("on" or "off"). They can
+only restrict or tune what the server's configuration allows; ``memshare: on`` does not switch on a
+server in mode ``observe`` or ``off``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from memshare.config import Fraction
 
 _PREFIX = "memshare"
+USAGE = "memshare_usage"
+"""The option that asks for the request's usage with its last output."""
 
 
 class RequestOptionsError(ValueError):
@@ -35,6 +38,9 @@ class RequestOptions(BaseModel):
     ``twins``, the coverage below which a block is never a target."""
     memshare_max_shared_fraction: Fraction | None = None
     """Fraction of this request's blocks that may be re-pointed, 0..1. At most the server's."""
+    memshare_usage: Literal["on", "off"] = "off"
+    """``on`` returns what the request cost in KV memory with its last output, in
+    ``kv_transfer_params``."""
 
     @property
     def enabled(self) -> bool:

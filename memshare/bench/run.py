@@ -23,8 +23,10 @@ from memshare.simulate.costs import StepWork, work_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.v1.request import Request
 
     from memshare.engine.scheduler_side import SchedulerSide
+    from memshare.engine.usage import ReturnedUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,9 +303,9 @@ class _Watch:
     def _watch_ends(self, side: SchedulerSide) -> None:
         finish = side.finish
 
-        def watched(request_id: str) -> None:
-            self._note_end(side, request_id)
-            finish(request_id)
+        def watched(request: Request) -> ReturnedUsage | None:
+            self._note_end(side, request.request_id)
+            return finish(request)
 
         side.finish = watched  # type: ignore[method-assign]
 

@@ -43,6 +43,10 @@ class BlockBook:
         blocks: list[KVCacheBlock] | None = self._manager.req_to_blocks.get(request_id)
         return blocks
 
+    def entries(self, request_id: str) -> int:
+        """How many entries the request's table has; 0 while it holds no blocks."""
+        return len(self._manager.req_to_blocks.get(request_id, ()))
+
     def publishes_soon(self, request: Request) -> bool:
         """Whether the step that is being scheduled may publish a block of this request.
 

@@ -122,10 +122,13 @@ class MemShareConnector(KVConnectorBase_V1):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Stop following a request; vLLM frees its blocks itself."""
-        if self.scheduler_side is not None:
-            self.scheduler_side.finish(request.request_id)
-        return False, None
+        """Stop following a request; vLLM frees its blocks itself.
+
+        What is returned here reaches the request's last output as ``kv_transfer_params``.
+        """
+        if self.scheduler_side is None:
+            return False, None
+        return False, cast("dict[str, Any] | None", self.scheduler_side.finish(request))
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

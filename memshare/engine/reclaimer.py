@@ -238,8 +238,10 @@ class Reclaimer:
         if state.tainted_from is None:
             state.tainted_from = state.full
             self._book.stop_publishing(state.request_id)
+        state.note_held(self._book.entries(state.request_id))
         freed = self._book.repoint(state.request_id, index, donor)
         state.repointed.add(index)
+        state.given_up += 1
         if self._survey is not None:
             self._survey.given_up(state, index)
         self.shared_entries += 1

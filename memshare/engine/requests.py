@@ -30,6 +30,8 @@ class RequestState:
         tainted_from: first block that must never be published; None while the KV is exact.
         held_back: verified pairs that can't be applied before the next block.
         sent_whole_at: engine step in which its block list was last sent to the workers whole.
+        given_up: blocks it has given up in its life.
+        peak_blocks: most blocks it is known to have held; what it holds now may be more.
         alive: false once vLLM has finished it.
     """
 
@@ -45,12 +47,18 @@ class RequestState:
     tainted_from: int | None = None
     held_back: list[Candidate] = field(default_factory=list)
     sent_whole_at: int = -1
+    given_up: int = 0
+    peak_blocks: int = 0
     alive: bool = True
 
     @property
     def request_id(self) -> str:
         """vLLM's id."""
         return str(self.request.request_id)
+
+    def note_held(self, entries: int) -> None:
+        """Its table, of so many entries, is about to shrink or to be remapped."""
+        self.peak_blocks = max(self.peak_blocks, entries - len(self.repointed))
 
     def start_generation(self, segmenter: StepSegmenter | None) -> None:
         """Forget everything about blocks that no longer exist."""

@@ -25,6 +25,7 @@ from memshare.engine.reclaimer import Reclaimer
 from memshare.engine.requests import RequestState
 from memshare.engine.roster import Roster
 from memshare.engine.survey import Survey
+from memshare.engine.usage import ReturnedUsage, returned_usage
 from memshare.policy import load_policy
 from memshare.policy.base import DemandPolicy, StagedPolicy
 from memshare.stats import Payload
@@ -112,15 +113,22 @@ class SchedulerSide:
             self.journal.tally.add_labelled("opted_out", reason)
             self.journal.event("opted_out", request=request.request_id, reason=reason)
 
-    def finish(self, request_id: str) -> None:
-        """Stop following a request; vLLM frees its blocks right after this call."""
+    def finish(self, request: Request) -> ReturnedUsage | None:
+        """Stop following a request; vLLM frees its blocks right after this call.
+
+        Returns:
+            What goes back with its last output; None if it has not asked for anything.
+        """
+        request_id = request.request_id
         state = self.roster.remove(request_id)
+        usage = returned_usage(request, state, self.book.entries(request_id))
         if state is None:
-            return
+            return usage
         self.journal.event("finished", request=request_id, shared=len(state.repointed))
         self.reclaimer.forget(state, "finished")
         self.admission.forget(state)
         self._forget_stages(state)
+        return usage
 
     def admitted(self, request_id: str) -> None:
         """vLLM has given blocks to a request that was waiting."""
@@ -175,6 +183,7 @@ class SchedulerSide:
             if state is None:
                 continue
             self.journal.preempted(state)
+            state.note_held(state.full)
             self.reclaimer.forget(state, "preempted")
             self.admission.forget(state)
             self._forget_stages(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,3 +168,38 @@ def test_a_check_on_demand_reaches_every_worker(engine: Engine) -> None:
     engine.generate(PROMPTS[:1], max_tokens=4)
     assert all("requested" in answer for answer in answers)
     assert engine.totals["integrity_checks:passed"] > before
+
+
+def test_usage_is_what_the_tables_were_seen_to_hold(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    vllm = engine.llm.llm_engine
+    tables = engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks
+    asked = {"memshare_usage": "on"}
+    extra: dict[str, dict[str, Any] | None] = {f"usage-{i}": asked for i in range(len(PROMPTS))}
+    extra |= {"usage-0": asked | {"memshare": "off"}, "usage-1": None}
+    for name, prompt in zip(extra, PROMPTS, strict=True):
+        params = SamplingParams(
+            max_tokens=320, temperature=0, ignore_eos=True, extra_args=extra[name]
+        )
+        vllm.add_request(name, prompt, params)
+    before = engine.totals["applied"]
+    seen: Counter[str] = Counter()
+    returned: dict[str, Any] = {}
+    while vllm.has_unfinished_requests():
+        for output in vllm.step():
+            if output.finished:
+                returned[output.request_id] = output.kv_transfer_params
+        for internal, blocks in tables.items():
+            name = internal.rpartition("-")[0]
+            seen[name] = max(seen[name], len({block.block_id for block in blocks}))
+    assert returned.pop("usage-1") is None, "it has not asked"
+    usages = {name: usage["memshare"] for name, usage in returned.items()}
+    shared = sum(usage["blocks_shared"] for usage in usages.values())
+    assert 0 < shared <= engine.totals["applied"] - before
+    assert usages["usage-0"]["blocks_shared"] == 0
+    own = engine.side.config.scope == "request"  # else some of a table's blocks are other requests'
+    for name, usage in usages.items():
+        # Looked at between two steps, when a block of the last one may be gone already.
+        assert usage["peak_kv_blocks"] - seen[name] <= 1, name
+        assert usage["peak_kv_blocks"] >= seen[name] or not own, name

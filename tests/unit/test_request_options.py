@@ -13,6 +13,7 @@ VALUES: dict[str, tuple[list[object], list[object]]] = {
     "memshare_step_threshold": ([0, 0.5, 1.0, "0.5"], [-0.1, 1.1, "x", [0.5], float("nan"), True]),
     "memshare_block_threshold": ([0, 0.5, 1.0], [-0.1, 1.1, "x", [0.5], float("inf"), True]),
     "memshare_max_shared_fraction": ([0, 0.5, 1.0], [-0.1, 1.1, "x", [0.5], {}, True]),
+    "memshare_usage": (["on", "off"], ["auto", 1, None, True]),
 }
 BAD = [(name, value) for name, (_, bad) in VALUES.items() for value in bad]
 GOOD = [(name, value) for name, (good, _) in VALUES.items() for value in good]
@@ -25,7 +26,7 @@ def test_every_option_is_tested() -> None:
 @pytest.mark.parametrize(("name", "value"), GOOD)
 def test_a_good_value_is_taken(name: str, value: object) -> None:
     asked = getattr(parse_request_options({name: value}), name)
-    assert asked == (value if name == "memshare" else float(str(value)))
+    assert asked == (value if value in ("on", "off") else float(str(value)))
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)

@@ -1,0 +1,65 @@
+"""What a request cost in KV memory, returned with its last output if it has asked for it.
+
+vLLM hands what a connector returns when a request finishes to the request's last output
+(``RequestOutput.kv_transfer_params``), and from there to the reply of its HTTP server. A request
+that is ended from outside the engine, by a stop string or an abort, has no such output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+from memshare.request_options import USAGE
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from memshare.engine.requests import RequestState
+
+
+class Usage(TypedDict):
+    """What one request cost."""
+
+    blocks_shared: int
+    """KV blocks it gave up in its life, by remaps; 0 if its output is vLLM's own."""
+    peak_kv_blocks: int
+    """Most KV blocks it held at one time. Those of a prefix that others use, too, count; donors
+    that belong to others don't. A preemption in the middle of a block may hide that one block."""
+    preemptions: int
+    """How often it lost its blocks."""
+
+
+class ReturnedUsage(TypedDict):
+    """The form in which it is returned."""
+
+    memshare: Usage
+
+
+def returned_usage(
+    request: Request, state: RequestState | None, entries: int
+) -> ReturnedUsage | None:
+    """The usage of a request that ends now.
+
+    Args:
+        request: vLLM's own object.
+        state: ours; None if the request was not followed, as it had to stay exact.
+        entries: of its block table.
+
+    Returns:
+        None if it has not asked.
+    """
+    params = request.sampling_params
+    if params is None or (params.extra_args or {}).get(USAGE) != "on":
+        return None
+    given_up, peak = 0, entries
+    if state is not None:
+        given_up = state.given_up
+        peak = max(state.peak_blocks, entries - len(state.repointed))
+    preemptions = int(request.num_preemptions)
+    return {
+        "memshare": {
+            "blocks_shared": given_up,
+            "peak_kv_blocks": peak,
+            "preemptions": preemptions,
+        }
+    }
