@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from cluster.auth import Counts, Gate
 from cluster.config import AuthConfig, ClusterArgs
 from cluster.exposure import require_keys_or_localhost
+from cluster.grpc_service import GrpcService
 from cluster.guard import leave_no_orphans
 from cluster.http import DisconnectOnCancel, KeyGate
 from cluster.keys import WatchedKeys
@@ -39,8 +40,8 @@ _WATCH_S = 0.2  # how long an engine's death may go unnoticed
 _LAST_WORDS_S = 0.5  # for failed requests to get their answers before the replica exits
 
 
-class EngineReplica:
-    """An engine and its OpenAI app.
+class EngineReplica(GrpcService):
+    """An engine, its OpenAI app and its gRPC methods.
 
     Metrics: the engine's series, MemShare's among them, are on ``/metrics`` of the HTTP port and on
     the metrics port of the replica's Ray node. With several replicas the HTTP port shows the one
@@ -79,10 +80,13 @@ class EngineReplica:
 
         from cluster.engine import openai_app, start_engine
         from cluster.engine_options import parse_engine_options
+        from cluster.generation import Generation
 
         options = parse_engine_options(args, model, _on_this_machine(args.memshare))
         engine = self._engine = start_engine(options, args.uses_memshare, gate)
-        self._asgi = DisconnectOnCancel(KeyGate(await openai_app(engine, options), gate))
+        app = await openai_app(engine, options)
+        self._asgi = DisconnectOnCancel(KeyGate(app, gate))
+        self._start_grpc(args, gate, Generation(engine, app.state))
         self._watch = asyncio.create_task(_exit_with(engine))
         self._tending = asyncio.create_task(gate.tend())
 

@@ -19,6 +19,7 @@ from memshare.errors import UserError
 
 # name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "chat": ("memshare.commands.chat", "talk to a cluster over gRPC"),
     "bench": ("memshare.commands.bench", "compare policies and plain vLLM on the same KV memory"),
     "eval": ("memshare.commands.eval", "accuracy of a model with and without sharing"),
     "replay": ("memshare.commands.replay", "measure what sharing does, on recorded texts"),

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import yaml
 from runtime_env import runtime_env
@@ -59,7 +60,13 @@ for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 print()
 END
+"""
+READY_GRPC = """
+Ask over gRPC, and see what it cost in KV memory:
 
+{memshare} chat --address 127.0.0.1:{port} "What is the capital of France?"
+"""
+RUNNING = """
 Metrics: {url}/metrics     Log: {log}
 Ctrl-C stops the cluster.
 """
@@ -73,8 +80,20 @@ class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
     """A signal asked us to stop."""
 
 
-def base_url(config: Path) -> str:
-    """Return the URL at which the cluster of this Serve configuration answers locally.
+class Ports(NamedTuple):
+    """Where a cluster answers locally."""
+
+    http: int
+    grpc: int | None
+
+    @property
+    def url(self) -> str:
+        """Of the HTTP API."""
+        return f"http://127.0.0.1:{self.http}"
+
+
+def read_ports(config: Path) -> Ports:
+    """Return the ports that this Serve configuration opens.
 
     Raises:
         ServeError: the file is missing or is no Serve configuration.
@@ -85,23 +104,27 @@ def base_url(config: Path) -> str:
         raise ServeError(f"cannot read {config}: {error}") from error
     if not isinstance(document, dict) or "applications" not in document:
         raise ServeError(f"{config} is not a Ray Serve configuration: it has no `applications`")
-    port = (document.get("http_options") or {}).get("port", 8000)
-    return f"http://127.0.0.1:{port}"
+    grpc_options = document.get("grpc_options") or {}
+    return Ports(
+        http=(document.get("http_options") or {}).get("port", 8000),
+        grpc=grpc_options.get("port", 9000)
+        if grpc_options.get("grpc_servicer_functions")
+        else None,
+    )
 
 
-def require_free_port(url: str) -> None:
+def require_free_port(port: int, section: str) -> None:
     """Refuse to start where somebody else answers: we would take their health for ours.
 
     Raises:
         ServeError: the port is in use.
     """
-    port = int(url.rsplit(":", 1)[1])
     with socket.socket() as probe:
         probe.settimeout(1.0)
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ServeError(
                 f"port {port} is in use by another program; stop it, or set another port in "
-                "`http_options` of the configuration"
+                f"`{section}` of the configuration"
             )
 
 
@@ -250,8 +273,11 @@ def serve(config: Path, minutes: float) -> None:
         ServeError: it cannot start, or it ended by itself.
     """
     LOG.unlink(missing_ok=True)  # so that an error before the start shows no older log
-    url = base_url(config)
-    require_free_port(url)
+    ports = read_ports(config)
+    require_free_port(ports.http, "http_options")
+    if ports.grpc is not None:
+        require_free_port(ports.grpc, "grpc_options")
+    url = ports.url
     for number in STOP_SIGNALS:
         signal.signal(number, raise_stopped)
     print(f"[serve] serve run {config}   (log: {relative(LOG)})", flush=True)
@@ -259,16 +285,15 @@ def serve(config: Path, minutes: float) -> None:
     try:
         child = start(config)
         seconds = wait_until_healthy(child, url, minutes)
-        print(
-            READY.format(
-                seconds=seconds,
-                model=served_model(url),
-                url=url,
-                python=".venv/bin/python",
-                log=relative(LOG),
-            ),
-            flush=True,
+        ready = READY.format(
+            seconds=seconds,
+            model=served_model(url),
+            url=url,
+            python=".venv/bin/python",
         )
+        if ports.grpc is not None:
+            ready += READY_GRPC.format(memshare=".venv/bin/memshare", port=ports.grpc)
+        print(ready + RUNNING.format(url=url, log=relative(LOG)), flush=True)
         status = child.wait()
         raise ServeError(f"the server ended by itself (exit {status})")
     except Stopped:

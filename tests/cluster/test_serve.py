@@ -9,23 +9,46 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import psutil
 import pytest
 import ray
 import yaml
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageParam
 from vllm.utils.network_utils import get_open_port
 
 from cluster.evaluators import actor_name
+from cluster.grpc_ingress import SERVICE
+from memshare.cli import main
+from memshare.client import (
+    CallError,
+    Client,
+    FinishReason,
+    InvalidRequestError,
+    MemShareOptions,
+    NotFoundError,
+    Sampling,
+    TimedOutError,
+)
+from tests.protobuf import messages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -42,11 +65,15 @@ class Server:
 
     process: subprocess.Popen[bytes]
     url: str
+    grpc_address: str
     log: Path
 
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def grpc_client(self, **options: Any) -> Client:
+        return Client(self.grpc_address, **options)
 
     def metric(self, name: str) -> float:
         """Sum of a metric's series."""
@@ -86,8 +113,8 @@ class Server:
 
 def start(folder: Path, document: dict[str, Any]) -> Server:
     """Start ``serve run``; returns at once."""
-    port = get_open_port()
-    document["http_options"]["port"] = port
+    port = document["http_options"]["port"] = get_open_port()
+    grpc_port = document["grpc_options"]["port"] = get_open_port()
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(document))
     log = folder / "serve.log"
@@ -95,7 +122,7 @@ def start(folder: Path, document: dict[str, Any]) -> Server:
         process = subprocess.Popen(
             ["serve", "run", str(file)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
         )
-    return Server(process, f"http://127.0.0.1:{port}", log)
+    return Server(process, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", log)
 
 
 def stop(server: Server) -> None:
@@ -234,6 +261,200 @@ def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:
     server.wait_until_idle(timeout_s=20)
 
 
+# ---- gRPC ----
+
+GREEDY = Sampling(temperature=0, max_tokens=12)
+ENDLESS = Sampling(max_tokens=3900, ignore_eos=True)
+PROMPT = "The lighthouse keeper counted the waves: one, two,"
+
+
+def test_grpc_streamed_whole_and_http_give_the_same_tokens(server: Server) -> None:
+    sampled = Sampling(temperature=0.7, top_p=0.9, seed=11, max_tokens=12, logprobs=2)
+    with server.grpc_client() as client:
+        for sampling in (GREEDY, sampled):
+            whole = client.generate(PROMPT, sampling)
+            pieces = list(client.generate_stream(PROMPT, sampling))
+            assert [i for piece in pieces for i in piece.token_ids] == list(whole.token_ids)
+            assert "".join(piece.text for piece in pieces) == whole.text
+            assert len(pieces) >= 8, "tokens come one by one"
+            body = {
+                "model": "smollm2", "prompt": PROMPT, "max_tokens": 12, "return_token_ids": True,
+                "temperature": sampling.temperature,
+            }  # fmt: skip
+            if sampling is sampled:
+                body |= {"top_p": 0.9, "seed": 11, "logprobs": 2}
+            (choice,) = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()[
+                "choices"
+            ]
+            assert list(whole.token_ids) == choice["token_ids"]
+            assert whole.text == choice["text"]
+        chosen = [position.chosen.logprob for position in whole.logprobs]
+        assert chosen == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-4)
+        ids = httpx.post(
+            f"{server.url}/tokenize", json={"model": "smollm2", "prompt": PROMPT}, timeout=60
+        ).json()["tokens"]
+        assert client.generate(ids, GREEDY).text == client.generate(PROMPT, GREEDY).text
+
+
+def test_grpc_chat_is_the_chat_over_http(server: Server) -> None:
+    over_http = server.client.chat.completions.create(
+        model="smollm2", messages=QUESTION, max_tokens=12, temperature=0
+    )
+    conversation = [("user", "Tell me a long story about a lighthouse.")]
+    with server.grpc_client() as client:
+        whole = client.chat(conversation, GREEDY)
+        pieces = list(client.chat_stream(conversation, GREEDY))
+    assert whole.message.content == over_http.choices[0].message.content
+    assert "".join(piece.delta.content for piece in pieces) == whole.message.content
+    assert whole.message.role == pieces[0].delta.role == "assistant"
+    assert over_http.usage is not None
+    for usage in (whole.usage, pieces[-1].usage):
+        assert usage.prompt_tokens == over_http.usage.prompt_tokens
+        assert usage.completion_tokens == 12
+        assert usage.memshare.peak_kv_blocks == -(-(usage.prompt_tokens + 11) // 32)
+    assert whole.finish.reason == FinishReason.FINISH_REASON_LENGTH
+
+
+def test_usage_tells_of_blocks_shared(server: Server) -> None:
+    with server.grpc_client() as client:
+        for _ in range(4):
+            reply = client.generate(
+                PROMPT, Sampling(temperature=0, max_tokens=400, ignore_eos=True)
+            )
+            if reply.usage.memshare.blocks_shared:
+                break
+        assert reply.usage.memshare.blocks_shared > 0
+        exact = client.generate(PROMPT, GREEDY, memshare=MemShareOptions(enabled=False))
+        assert exact.usage.memshare.blocks_shared == 0
+        assert exact.usage.memshare.peak_kv_blocks > 0
+        stopped = client.generate(PROMPT, Sampling(stop=[" "], max_tokens=50))
+        assert stopped.finish.stop_string == " "
+        assert not stopped.usage.HasField("memshare"), "documented: ended outside the engine"
+
+
+def test_grpc_tells_of_model_and_replica(server: Server) -> None:
+    with server.grpc_client() as client:
+        info, stats = client.model_info(), client.stats()
+        assert (info.model, info.max_model_len, info.block_size) == ("smollm2", 4096, 32)
+        assert info.kv_blocks > 100
+        assert info.memshare_mode == "share"
+        assert stats.generation_tokens > 0
+        assert stats.memshare["applied"] > 0
+        assert "Engine" in stats.replica_id or stats.replica_id
+    assert main(["chat", "--address", server.grpc_address, "--max-tokens", "4", "Hello"]) == 0
+
+
+def test_a_grpc_call_that_ends_early_frees_the_engine(server: Server) -> None:
+    with server.grpc_client() as client:
+        with pytest.raises(TimedOutError):
+            client.generate(PROMPT, ENDLESS, timeout=2)
+        server.wait_until_idle(timeout_s=20)
+        with client.chat_stream([("user", "Hello")], ENDLESS) as stream:
+            for _ in zip(range(4), stream, strict=False):
+                pass
+        server.wait_until_idle(timeout_s=20)
+        stream = client.chat_stream([("user", "Hello")], ENDLESS, request_id="mine")
+        pieces = iter(stream)
+        next(pieces)
+        assert client.abort("mine")
+        *_, last = pieces
+        assert last.finish.reason == FinishReason.FINISH_REASON_ABORT
+        server.wait_until_idle(timeout_s=20)
+
+
+def test_wrong_grpc_requests_are_told_what_is_wrong(server: Server) -> None:
+    with server.grpc_client() as client:
+        with pytest.raises(InvalidRequestError, match="top_p"):
+            client.generate(PROMPT, Sampling(top_p=2))
+        with pytest.raises(InvalidRequestError, match=r"memshare\.step_threshold: is 3"):
+            client.generate(PROMPT, memshare=MemShareOptions(step_threshold=3))
+        with pytest.raises(InvalidRequestError, match="4096"):
+            list(client.generate_stream([1] * 5000))
+        with pytest.raises(InvalidRequestError, match="out of"):
+            client.generate([4_000_000_000], GREEDY)
+        with pytest.raises(NotFoundError, match="there is no 'gpt'"):
+            list(client.chat_stream([("user", "Hello")], model="gpt"))
+
+
+FAIR = (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+
+
+def test_any_grpc_message_is_answered_or_refused(server: Server) -> None:
+    """No bad input is the server's fault, and it survives all of them."""
+    methods = {method.name: method for method in SERVICE.methods}
+    codes: Counter[grpc.StatusCode] = Counter()
+
+    def call(channel: grpc.Channel, name: str, data: bytes) -> None:
+        replies = channel.unary_stream(f"/{SERVICE.full_name}/{name}")(data, timeout=20)
+        with contextlib.suppress(grpc.RpcError):
+            list(replies)
+        code = replies.code()
+        assert code in FAIR, f"{name} {data!r}: {code} {replies.details()}"
+        codes[code] += 1
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(["Generate", "GenerateStream", "Chat", "ChatStream"]))
+        message: Any = data.draw(messages(methods[name].input_type))
+        if data.draw(st.booleans()):
+            message.model = ""
+        if message.sampling.max_tokens not in range(-3, 4) or not message.sampling.max_tokens:
+            message.sampling.max_tokens = 2
+        call(channel, name, message.SerializeToString())
+
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        fuzz()
+        for name in methods:
+            for garbage in (b"\xff" * 9, b"\x0a\xff", os.urandom(64)):
+                call(channel, name, garbage)
+    print(f"\n{dict(codes)}")
+    assert codes[grpc.StatusCode.OK] > 3, "some are right by chance"
+    assert codes[grpc.StatusCode.INVALID_ARGUMENT] > 10
+    server.wait_until_idle(timeout_s=20)
+    assert server.completes()
+
+
+def test_health_and_reflection(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", SERVICE.full_name):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflected = ProtoReflectionDescriptorDatabase(channel)
+        assert {SERVICE.full_name, "grpc.health.v1.Health"} <= set(reflected.get_services())
+        pool = DescriptorPool(reflected)
+        methods = pool.FindServiceByName(SERVICE.full_name).methods_by_name
+        assert methods["Chat"].input_type.full_name == "memshare.v1.ChatRequest"
+
+
+FOREIGN = """
+import sys, grpc, memshare_pb2, memshare_pb2_grpc
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    stub = memshare_pb2_grpc.MemShareStub(channel)
+    request = memshare_pb2.GenerateRequest(text=sys.argv[2])
+    request.sampling.temperature = 0
+    request.sampling.max_tokens = 12
+    print("".join(chunk.text for chunk in stub.GenerateStream(request)), end="")
+"""
+
+
+def test_a_client_made_from_the_proto_alone_works(server: Server, tmp_path: Path) -> None:
+    compiler = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'cluster'}"]
+    outputs = [f"--python_out={tmp_path}", f"--grpc_python_out={tmp_path}", "memshare.proto"]
+    subprocess.run([*compiler, *outputs], check=True)
+    foreign = subprocess.run(
+        [sys.executable, "-c", FOREIGN, server.grpc_address, PROMPT],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with server.grpc_client() as client:
+        assert foreign.stdout == client.generate(PROMPT, GREEDY).text
+
+
 def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> None:
     gaps: list[float] = []
     failures: list[Exception] = []
@@ -274,7 +495,6 @@ def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> No
 def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None:
     (engine,) = processes("VLLM::EngineCore")
     replica = engine.parent()
-    failed: list[int] = []
 
     def ask() -> None:
         body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 3900, "ignore_eos": True}
@@ -282,14 +502,25 @@ def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300).status_code
         )
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    def read() -> None:
+        with server.grpc_client() as client:
+            try:
+                list(client.generate_stream(PROMPT, ENDLESS))
+            except CallError as error:
+                failed.append(error.code)
+
+    failed: list[int | grpc.StatusCode] = []
+    asking = [threading.Thread(target=work) for work in (ask, read)]
+    for thread in asking:
+        thread.start()
     time.sleep(2)
     workers = engine.children(recursive=True)
     began = time.monotonic()
     engine.kill()
-    asking.join()
-    assert failed == [500], "requests of a dead engine fail at once"
+    for thread in asking:
+        thread.join()
+    # Requests of a dead engine fail at once.
+    assert set(failed) == {500, grpc.StatusCode.UNAVAILABLE}
     assert replica is not None
     replica.wait(timeout=30)
     noticed_s = time.monotonic() - began

@@ -11,7 +11,17 @@ import memshare
 
 PACKAGE = Path(memshare.__file__).parent
 VLLM = {"engine", "bench", "evals", "simulate"}  # the plug-in, and the instruments
-LIGHT = ["config", "request_options", "evaluate", "bridge", "steps", "vocabulary", "policy.base"]
+LIGHT = [
+    "config",
+    "request_options",
+    "evaluate",
+    "bridge",
+    "steps",
+    "vocabulary",
+    "policy.base",
+    "client",
+    "commands.chat",
+]
 
 
 def imported(file: Path) -> set[str]:

@@ -1,0 +1,63 @@
+"""Random protobuf messages, for hypothesis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from hypothesis import strategies as st
+
+_SCALARS: dict[int, st.SearchStrategy[Any]] = {
+    FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
+    FieldDescriptor.CPPTYPE_STRING: st.text(st.characters(codec="utf-8"), max_size=12),
+    FieldDescriptor.CPPTYPE_INT32: st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 9),
+    FieldDescriptor.CPPTYPE_UINT32: st.integers(0, 2**32 - 1) | st.integers(0, 9),
+    FieldDescriptor.CPPTYPE_INT64: st.integers(-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: st.integers(0, 2**64 - 1),
+    FieldDescriptor.CPPTYPE_DOUBLE: st.floats() | st.floats(0, 1),
+    FieldDescriptor.CPPTYPE_ENUM: st.integers(0, 1),
+}
+
+
+def messages(descriptor: Descriptor, depth: int = 3) -> st.SearchStrategy[Message]:
+    """Messages with any of their fields set to anything that their types allow."""
+    fields = {
+        field.name: _values(field, depth)
+        for field in descriptor.fields
+        if depth > 0 or field.cpp_type != FieldDescriptor.CPPTYPE_MESSAGE
+    }
+    return st.fixed_dictionaries({}, optional=fields).map(lambda set_: _made(descriptor, set_))
+
+
+def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+    if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
+        entry = field.message_type
+        if entry.GetOptions().map_entry:
+            key, value = entry.fields_by_name["key"], entry.fields_by_name["value"]
+            return st.dictionaries(_values(key, depth), _values(value, depth - 1), max_size=3)
+        one = messages(entry, depth - 1)
+    else:
+        one = _SCALARS[field.cpp_type]
+    return st.lists(one, max_size=3) if field.is_repeated else one
+
+
+def _made(descriptor: Descriptor, fields: dict[str, Any]) -> Message:
+    message = GetMessageClass(descriptor)()
+    for name, value in fields.items():
+        field, target = descriptor.fields_by_name[name], getattr(message, name)
+        is_message = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                if isinstance(entry, Message):
+                    target[key].CopyFrom(entry)
+                else:
+                    target[key] = entry
+        elif field.is_repeated:
+            target.extend(value)
+        elif is_message:
+            target.CopyFrom(value)
+        else:
+            setattr(message, name, value)
+    return message
