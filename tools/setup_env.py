@@ -167,12 +167,32 @@ def install(python: Path, accelerator: str, extras: str) -> None:
             log(f"pip does not find {CPU_TORCH}; adding {CPU_TORCH_INDEX}")
             sources = ["--extra-index-url", CPU_TORCH_INDEX]
     log("installing: about 1 GB to download the first time, 4 GB on disk")
-    # --no-compile: what is imported compiles itself on first use; most of it never is.
+    # --no-compile: all of it is compiled at once, below.
     run(
         [*pip, "install", "--no-compile", *sources, "-e", f".[{extras}]"], "Installing the packages"
     )
     if accelerator == "cpu":
         run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED], "Removing unused torch packages")
+    compile_packages(python)
+
+
+def compile_packages(python: Path) -> None:
+    """Write the bytecode of everything that was installed.
+
+    Every replica, engine and worker is a fresh interpreter that imports vLLM: 20 s of CPU from
+    sources, 10 s from bytecode. Where ``PYTHONDONTWRITEBYTECODE`` is set, or the environment is
+    read-only later, they would never write it themselves.
+    """
+    log("compiling")
+    folder = subprocess.check_output(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    # Some packages ship templates that are no Python; the status says no more than that.
+    subprocess.call(
+        [str(python), "-m", "compileall", "-q", "-j", "0", folder],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def check(python: Path) -> None:
