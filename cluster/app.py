@@ -74,11 +74,11 @@ def _engine(cluster: ClusterArgs) -> serve.Deployment:
     if cluster.engine.distributed_executor_backend != "ray":
         return engine.options(ray_actor_options={**actor, "num_gpus": replica.gpus})
     # Workers are Ray actors of their own: on the replica's node, or on as few nodes as hold them.
-    device = "GPU" if replica.gpus else "CPU"
-    workers = [{device: 1.0} for _ in range(cluster.engine.tensor_parallel_size)]
+    # The first shares the replica's bundle, so that the replica is never on a node without one.
+    others = [{"GPU": 1.0} for _ in range(cluster.engine.tensor_parallel_size - 1)]
     return engine.options(
         ray_actor_options=actor,
-        placement_group_bundles=[{"CPU": replica.cpus}, *workers],
+        placement_group_bundles=[{"CPU": replica.cpus, "GPU": 1.0}, *others],
         placement_group_strategy="STRICT_PACK" if replica.nodes == 1 else "PACK",
     )
 

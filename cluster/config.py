@@ -42,8 +42,8 @@ class EngineConfig(Section):
     load_format: str | None = Field(default=None, min_length=1)
     """Format of the weights on disk, such as ``safetensors``; ``dummy`` makes random weights."""
     distributed_executor_backend: Literal["uni", "mp", "ray"] | None = None
-    """How workers run: in the engine's process (``uni``), as its child processes (``mp``) or as Ray
-    actors in a placement group of one node (``ray``). None lets vLLM choose."""
+    """How workers run: in the engine's process (``uni``), as its child processes (``mp``) or, with
+    GPUs only, as Ray actors in a placement group (``ray``). None lets vLLM choose."""
     extra: dict[str, ExtraValue] = Field(default_factory=dict)
     """Any other option of vLLM's OpenAI server by its name, with ``_`` or ``-``, value as on its
     command line. Checked by vLLM's own parser when the application is built."""
@@ -208,6 +208,7 @@ def parse_cluster_args(
         cluster = ClusterArgs.model_validate({**args, "memshare": config})
     except ValidationError as error:
         raise ConfigError(explain(error, ClusterArgs, ["args of the application"])) from None
+    _check_executor(cluster)
     _check_gpus(cluster)
     _check_nodes(cluster)
     if cluster.memshare.event_log is not None and cluster.replicas > 1:
@@ -217,6 +218,15 @@ def parse_cluster_args(
             "    fix: leave it out, or set 'replicas' to 1"
         )
     return cluster
+
+
+def _check_executor(cluster: ClusterArgs) -> None:
+    """vLLM places workers by Ray on GPUs only."""
+    if cluster.engine.distributed_executor_backend == "ray" and not cluster.replica.gpus:
+        raise ConfigError(
+            "engine.distributed_executor_backend = 'ray': vLLM has no Ray executor for CPUs\n"
+            "    fix: set it to 'mp', or set replica.gpus"
+        )
 
 
 def _check_gpus(cluster: ClusterArgs) -> None:
@@ -238,11 +248,6 @@ def _check_nodes(cluster: ClusterArgs) -> None:
         raise ConfigError(
             f"replica.nodes = {nodes}: the workers of one process can't be on several nodes\n"
             "    fix: set engine.distributed_executor_backend to 'ray', or replica.nodes to 1"
-        )
-    if not cluster.replica.gpus:
-        raise ConfigError(
-            f"replica.nodes = {nodes}: tensor parallelism over nodes works on GPUs only\n"
-            "    fix: set replica.gpus, or replica.nodes to 1"
         )
     if nodes > ranks:
         raise ConfigError(

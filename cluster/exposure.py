@@ -37,15 +37,25 @@ def require_keys_or_localhost(auth: AuthConfig) -> None:
     if auth.keys.exists:
         return
     host = proxy_host()
-    if host is not None and not is_local(host):
+    if host is not None:
+        require_keys_beyond_localhost(auth, host)
+    logger.warning(
+        "no keys are configured: whoever is on this machine may use the server, others are refused"
+    )
+
+
+def require_keys_beyond_localhost(auth: AuthConfig, host: str) -> None:
+    """The same for proxies that listen on ``host``, or are going to.
+
+    Raises:
+        ConfigError: there are no keys, and others can reach ``host``.
+    """
+    if not auth.keys.exists and not is_local(host):
         raise ConfigError(
             f"http_options.host = {host!r}: others could use the server, and there are no keys\n"
             "    fix: set 'auth.file' or 'auth.variable' of the application to a key table "
             "('memshare keys new' makes an entry), or http_options.host to 127.0.0.1"
         )
-    logger.warning(
-        "no keys are configured: whoever is on this machine may use the server, others are refused"
-    )
 
 
 def proxy_host() -> str | None:

@@ -49,9 +49,9 @@ class Needs:
     """What one machine would have to bring for a whole application.
 
     Attributes:
-        replicas: copies of the engine.
-        cpus: cores of one replica.
-        gpus: GPUs of one replica.
+        replicas: copies of the engine; of one that is spread over nodes, its parts.
+        cpus: cores of one of them.
+        gpus: GPUs of one of them.
         extra_cpus: cores of everything else.
         ports: what listens where: name to (host, port).
     """
@@ -68,12 +68,11 @@ def needs_of(cluster: ClusterArgs, ports: dict[str, tuple[str, int]]) -> Needs:
     ranks, replica = cluster.engine.tensor_parallel_size, cluster.replica
     evaluator = cluster.memshare.evaluator
     by_ray = cluster.engine.distributed_executor_backend == "ray"
-    gpus = ranks if by_ray and replica.gpus else round(replica.gpus)
-    on_cpu = ranks if by_ray and not replica.gpus else 0  # each worker is an actor with a core
+    gpus = ranks if by_ray else round(replica.gpus)
     return Needs(
-        replicas=cluster.replicas,
-        cpus=replica.cpus + on_cpu,
-        gpus=gpus,
+        replicas=cluster.replicas * replica.nodes,
+        cpus=replica.cpus / replica.nodes,
+        gpus=-(-gpus // replica.nodes),
         extra_cpus=evaluator.actors * evaluator.cpus_per_actor if cluster.uses_pool else 0.0,
         ports=ports,
     )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from cluster.check.machine import Needs, needs_of
 from cluster.config import ClusterArgs, parse_cluster_args
+from cluster.exposure import require_keys_beyond_localhost
 from memshare.config import MemShareConfig, load_config
 from memshare.errors import UserError
 from memshare.model import resolve_model
@@ -83,6 +84,7 @@ def _of_serve(file: str, document: dict[str, Any], application: str | None) -> S
             f"{names}); choose one with --application"
         )
     cluster = parse_cluster_args(ours[0].args)
+    require_keys_beyond_localhost(cluster.auth, schema.http_options.host)
     os.environ.update(cluster.replica.env)
     # Only now: it imports vLLM, which takes many seconds and reads the environment.
     from cluster.engine_options import check_engine_options, engine_words

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from cluster.check.installed import check_installed, check_package
@@ -27,6 +28,7 @@ from memshare.capacity import Concurrency
 from memshare.config import ConfigError
 from memshare.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = Machine(cpus=8, free_bytes=64 * GIB, shm_bytes=SHM_BYTES, open_files=OPEN_FILES)
 MEMORY = Memory(GIB, 2 * GIB, "as set", 16, 1 << 20, 2048, 3.5)
 
@@ -89,6 +91,8 @@ def test_needs_follow_the_application() -> None:
     assert needs(engine=tp, replica={"gpus": 2}).gpus == 2
     ray = {**tp, "distributed_executor_backend": "ray"}
     assert needs(engine=ray, replica={"gpus": 1}).gpus == 2
+    spread = needs(engine={**ray, "tensor_parallel_size": 8}, replica={"gpus": 8, "nodes": 2})
+    assert (spread.replicas, spread.gpus) == (2, 4)
 
 
 def test_installed_packages_are_those_that_were_tested() -> None:
@@ -137,6 +141,11 @@ def test_files_that_cannot_be_checked(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises((UserError, ConfigError), match=symptom):
             read_setup(file, None, words)
+    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    document["http_options"]["host"] = "0.0.0.0"
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ConfigError, match="others could use the server, and there are no keys"):
+        read_setup(file, None, [])
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_setup(tmp_path / "none.yaml", None, [])
     with pytest.raises(UserError, match="--application"):

@@ -136,6 +136,7 @@ def test_a_missing_model_is_named() -> None:
             "set 'mp', 'ray' or leave it out",
         ),
         ({"memshare": "share"}, "fix: write its fields below it"),
+        ({"engine": {"distributed_executor_backend": "ray"}}, "fix: set it to 'mp'"),
     ],
 )
 def test_fields_that_contradict_each_other(args: dict[str, object], text: str) -> None:
@@ -233,22 +234,29 @@ def test_the_multi_node_file_spreads_workers() -> None:
     assert (args.replica.nodes, args.engine.tensor_parallel_size) == (2, 8)
     group = _engine(args)._replica_config
     assert group.placement_group_strategy == "PACK"
-    assert group.placement_group_bundles == [{"CPU": 8.0}, *[{"GPU": 1.0}] * 8]
+    assert group.placement_group_bundles == [{"CPU": 8.0, "GPU": 1.0}, *[{"GPU": 1.0}] * 7]
+
+
+def test_workers_of_one_node_stay_together() -> None:
+    from cluster.app import _engine
+
+    engine = {"tensor_parallel_size": 4, "distributed_executor_backend": "ray"}
+    by_ray = _engine(parse(engine=engine, replica={"gpus": 4}))._replica_config
+    assert by_ray.placement_group_strategy == "STRICT_PACK"
+    assert len(by_ray.placement_group_bundles) == 4, "one for each worker"
+    own = _engine(parse(engine={"tensor_parallel_size": 4}, replica={"gpus": 4}))._replica_config
+    assert own.placement_group_bundles is None, "child processes need no group: one actor, one node"
+    assert own.ray_actor_options["num_gpus"] == 4
 
 
 @pytest.mark.parametrize(
     ("engine", "replica", "what"),
     [
         ({"tensor_parallel_size": 2}, {"gpus": 2}, "workers of one process"),
-        (
-            {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
-            {},
-            "works on GPUs only",
-        ),
         ({"distributed_executor_backend": "ray"}, {"gpus": 1}, "more nodes than workers"),
     ],
 )
-def test_only_ray_on_gpus_spreads_workers_over_nodes(
+def test_only_ray_spreads_workers_over_nodes(
     engine: dict[str, Any], replica: dict[str, Any], what: str
 ) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
