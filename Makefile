@@ -10,6 +10,7 @@ ACCELERATOR ?= cpu
 CONFIG      ?= configs/cluster.yaml
 MODEL_TP    ?= 2
 GPU_ARGS    ?=
+HOURS       ?= 1
 
 BIN := .venv/bin
 # Runs a command of the venv with the process environment for local runs.
@@ -18,7 +19,7 @@ RUN := $(BIN)/python tools/runtime_env.py
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv model serve test lint format test-unit test-engine test-cluster test-long gpu-acceptance clean distclean
+.PHONY: help venv model serve test lint format test-unit test-engine test-cluster test-long soak load bench-serving gpu-acceptance clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,15 @@ test-engine: venv model ## Tests that start a real vLLM engine
 
 test-cluster: venv model ## Tests that start Ray
 	$(RUN) pytest -m cluster --timeout 900
+
+soak: venv model ## Kill parts of a cluster under load for HOURS=1; report in .run/soak
+	$(RUN) python tools/soak.py --hours $(HOURS)
+
+load: venv model ## 256 short streams on two replicas for HOURS=1; report in .run/load
+	$(RUN) python tools/soak.py --load --hours $(HOURS) --output .run/load
+
+bench-serving: venv model ## Our server beside vLLM's own, in alternation
+	$(RUN) python tools/bench_serving.py
 
 test-long: venv ## Random schedules: 100,000 engine steps against vLLM's scheduler
 	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/engine/test_state_machine.py --timeout 3600

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import openai
 import psutil
 import pytest
 import ray
-import yaml
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -33,14 +30,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageParam
-from vllm.utils.network_utils import get_open_port
 
 from cluster.evaluators import actor_name
 from cluster.grpc_ingress import SERVICE
 from memshare.cli import main
 from memshare.client import (
     CallError,
-    Client,
     FinishReason,
     InvalidRequestError,
     MemShareOptions,
@@ -49,117 +44,22 @@ from memshare.client import (
     TimedOutError,
 )
 from tests.protobuf import messages
+from tools.local_cluster import (
+    ROOT,
+    START_S,
+    Server,
+    cluster_file,
+    memshare_in,
+    processes,
+    start,
+    stop,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
-ROOT = Path(__file__).resolve().parents[2]
-START_S = 600.0  # until the model answers; machines that run tests are busy
 QUESTION: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "Tell me a long story about a lighthouse."}
 ]
-
-
-@dataclass
-class Server:
-    """A running ``serve run``."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    grpc_address: str
-    log: Path
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
-
-    def grpc_client(self, **options: Any) -> Client:
-        return Client(self.grpc_address, **options)
-
-    def metric(self, name: str) -> float:
-        """Sum of a metric's series."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
-        values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")]
-        assert values, f"{name} is not on /metrics"
-        return sum(values)
-
-    def completes(self) -> bool:
-        """Whether a request succeeds now."""
-        try:
-            answer = self.client.completions.create(model="smollm2", prompt="Hello", max_tokens=1)
-        except openai.APIError:
-            return False
-        return len(answer.choices) == 1
-
-    def wait_until_it_answers(self) -> float:
-        """Returns how long it took, in seconds."""
-        began = time.monotonic()
-        while time.monotonic() - began < START_S:
-            try:
-                answer = httpx.get(f"{self.url}/v1/models", timeout=30)
-                if answer.status_code == 200:
-                    return time.monotonic() - began
-            except httpx.TransportError:
-                pass
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            time.sleep(0.2)
-        raise AssertionError(f"no answer in {START_S} s:\n{self.log.read_text()[-4000:]}")
-
-    def wait_until_idle(self, timeout_s: float) -> None:
-        end = time.monotonic() + timeout_s
-        while self.metric("vllm:num_requests_running") > 0:
-            assert time.monotonic() < end, "a request runs on for nobody"
-            time.sleep(0.1)
-
-
-def start(folder: Path, document: dict[str, Any]) -> Server:
-    """Start ``serve run``; returns at once."""
-    port = document["http_options"]["port"] = get_open_port()
-    grpc_port = document["grpc_options"]["port"] = get_open_port()
-    file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(document))
-    log = folder / "serve.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["serve", "run", str(file)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
-        )
-    return Server(process, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", log)
-
-
-def stop(server: Server) -> None:
-    """Ctrl-C, and again if nothing happens: one was seen to be lost while Ray was printing."""
-    try:
-        for _ in range(4):
-            if server.process.poll() is None:
-                server.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(timeout=30)
-                return
-        raise AssertionError(f"does not stop:\n{server.log.read_text()[-4000:]}")
-    finally:
-        server.process.kill()
-
-
-def cluster_file(name: str = "cluster.yaml") -> dict[str, Any]:
-    document: dict[str, Any] = yaml.safe_load((ROOT / "configs" / name).read_text())
-    return document
-
-
-def memshare_in(document: dict[str, Any]) -> dict[str, Any]:
-    """MemShare's section of a cluster file."""
-    section: dict[str, Any] = document["applications"][0]["args"]["memshare"]
-    return section
-
-
-def processes(*titles: str) -> list[psutil.Process]:
-    """Descendants of this process (Ray is one) whose title starts with one of ``titles``."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(titles):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +68,8 @@ def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     memshare_in(document).update(memshare_in(cluster_file("demo.yaml")))
     server = start(tmp_path_factory.mktemp("serve"), document)
     try:
-        print(f"\nstarted in {server.wait_until_it_answers():.1f} s")
+        server.started_s = server.wait_until_it_answers()
+        print(f"\nstarted in {server.started_s:.1f} s")
         yield server
     finally:
         stop(server)

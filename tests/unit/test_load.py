@@ -1,0 +1,172 @@
+"""Streams for servers under test, and what soak runs make of them (tools/)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tools.load import Load, Outcome, summarize
+from tools.soak import COUNTED, Fault, Record, Sample, excused, growth, judge, render
+
+Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+
+def event(text: str, finish: str | None = None) -> bytes:
+    choice = {"text": text, "finish_reason": finish}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+
+async def whole(request: web.Request, answer: web.StreamResponse) -> None:
+    for word in ("one ", "two ", "three"):
+        await answer.write(event(word))
+        await asyncio.sleep(0.01)
+    await answer.write(event("", "length") + b"data: [DONE]\n\n")
+
+
+async def broken_off(request: web.Request, answer: web.StreamResponse) -> None:
+    await answer.write(event("one "))
+    assert request.transport is not None
+    request.transport.abort()
+
+
+async def silent_end(request: web.Request, answer: web.StreamResponse) -> None:
+    await answer.write(event("one "))
+
+
+async def error(request: web.Request, answer: web.StreamResponse) -> None:
+    await answer.write(b'data: {"error": {"message": "EngineCore encountered an issue"}}\n\n')
+
+
+async def ask(
+    status: int, say: Answer | None, at_once: int = 2, requests: int = 4
+) -> list[Outcome]:
+    """Run a load against a server that answers like this."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        assert (await request.json())["stream"] is True
+        if say is None:
+            return web.Response(status=status, text="no", headers={"Retry-After": "0"})
+        answer = web.StreamResponse(status=status)
+        await answer.prepare(request)
+        await say(request, answer)
+        return answer
+
+    app = web.Application()
+    app.router.add_post("/", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    load = Load(f"http://127.0.0.1:{port}/", lambda index: {"n": index}, at_once)
+    try:
+        await load.run(requests)
+    finally:
+        await runner.cleanup()
+    return load.outcomes
+
+
+async def test_whole_answers_are_timed() -> None:
+    outcomes = await ask(200, whole)
+    assert sorted(outcome.index for outcome in outcomes) == [0, 1, 2, 3]
+    assert {o.ending for o in outcomes} == {"whole"}
+    assert {o.text for o in outcomes} == {"one two three"}
+    found = summarize(outcomes)
+    assert found.endings == {"whole": 4}
+    assert 0 < found.first_token_p50 < found.first_token_p99 + 1e-9
+    assert 0.005 < found.between_tokens_p50 < 0.5
+    assert found.requests_per_s > 1
+
+
+@pytest.mark.parametrize(
+    ("status", "say", "ending", "detail"),
+    [
+        (429, None, "refused", "HTTP 429"),
+        (503, None, "refused", "HTTP 503"),
+        (500, None, "failed", "HTTP 500: no"),
+        (200, broken_off, "failed", "Client"),
+        (200, silent_end, "failed", "ended without a reason"),
+        (200, error, "failed", "EngineCore encountered an issue"),
+    ],
+)
+async def test_what_is_not_whole_is_told(
+    status: int, say: Answer | None, ending: str, detail: str
+) -> None:
+    (outcome,) = await ask(status, say, at_once=1, requests=1)
+    assert outcome.ending == ending
+    assert detail in outcome.detail
+    assert summarize([outcome]).requests_per_s == 0
+
+
+def outcome(sent: float, ended: float, ending: Any = "failed") -> Outcome:
+    return Outcome(1, sent, ended, ending, first_token=sent + 0.1, chunks=2)
+
+
+def test_only_what_a_fault_touched_is_excused() -> None:
+    fault = Fault("engine", at=100.0, whole_at=140.0)
+    assert excused(outcome(90, 101), [fault]), "was in flight"
+    assert excused(outcome(120, 121), [fault])
+    assert excused(outcome(139, 160), [fault])
+    assert not excused(outcome(90, 99), [fault])
+    assert not excused(outcome(150, 151), [fault])
+
+
+def test_growth_leaves_out_the_warm_up() -> None:
+    assert growth([1.0, 1.0, 10.0, 10.0, 10.0, 10.0, 11.0, 11.0]) == pytest.approx(0.1)
+    assert growth([1.0, 2.0, 3.0]) == 0.0
+
+
+def record(**changes: Any) -> Record:
+    sample = Sample(0.0, True, {"engine": 1 << 30, "ray": 1 << 20}, 1 << 30, 9, 1, 5, 0.0)
+    memory = {**dict.fromkeys(("evaluator", "worker", "replica", "proxy"), 0), **sample.memory}
+    samples = [replace(sample, at=float(i), memory=memory) for i in range(12)]
+    fields: dict[str, Any] = {
+        "seconds": 600.0, "faults": [Fault("engine", 100.0, 140.0)], "samples": samples,
+        "outcomes": [outcome(90, 101), outcome(200, 201, "whole")],
+        "probes": [(0.0, ["a"]), (1.0, ["a"])],
+    }  # fmt: skip
+    return Record("--hours 1", "a machine", **fields | changes)
+
+
+def failed(run: Record) -> set[str]:
+    return {check.name for check in judge(run, graded=False) if not check.passed}
+
+
+def test_a_sound_run_passes_and_is_reported() -> None:
+    run = record()
+    assert failed(run) == set()
+    report = render(run, list(judge(run, graded=False)))
+    assert "| engine | 1 | 40.0 (40.0) | 1 | 0 |" in report
+    assert "**no**" not in report
+
+
+def test_each_check_can_fail() -> None:
+    base = record()
+    last = base.samples[-1]
+
+    def ends_with(**changes: Any) -> Record:
+        return record(samples=[*base.samples[:-1], replace(last, **changes)])
+
+    bad = {
+        "no request fails outside a fault": record(outcomes=[outcome(200, 201)]),
+        "service is whole within 60 s": record(faults=[Fault("engine", 60.0, 121.0)]),
+        "fixed questions are answered as at the start": record(probes=[(0.0, ["a"]), (1.0, ["b"])]),
+        "every KV block is free when nothing runs": ends_with(kv_usage=0.01),
+        "no processes are left over": ends_with(processes=10),
+        "no segments are left over": ends_with(segments=2),
+        "no ports are left over": ends_with(ports=6),
+        "memory is flat after warm-up": record(
+            samples=[replace(s, total=s.total + i * (40 << 20)) for i, s in enumerate(base.samples)]
+        ),
+    }
+    for name, run in bad.items():
+        assert failed(run) == {name}
+    unsound = record()
+    unsound.counters[COUNTED[2]] = 1
+    assert failed(unsound) == {"bookkeeping is sound"}

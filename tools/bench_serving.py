@@ -1,0 +1,310 @@
+"""Our servers beside others: the same model, machine and load, arms in alternation.
+
+    python tools/bench_serving.py --arms bare,http
+    python tools/bench_serving.py --arms bare,http,rival --rival-python OTHER/.venv/bin/python
+
+All servers run at once and are asked in turn, so that a machine that speeds up or slows down meets
+all of them; ratios are taken within a round. An idle server takes little, but not nothing: what the
+others used of the CPU meanwhile is told.
+
+| arm | what it is |
+| --- | --- |
+| ``bare`` | vLLM's own OpenAI server, without MemShare |
+| ``http`` | ``serve run`` of ``--config``, OpenAI HTTP |
+| ``rival`` | ``ray.serve.llm`` (tools/rival_serve_llm.py), from an environment of its own |
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script, from anywhere
+    sys.path.insert(0, str(ROOT))
+
+import httpx  # noqa: E402
+import psutil  # noqa: E402
+
+from memshare.bench.report import machine  # noqa: E402
+from memshare.model import resolve_model  # noqa: E402
+from memshare.tables import table  # noqa: E402
+from tools.load import Load, Summary, summarize  # noqa: E402
+from tools.local_cluster import START_S, cluster_file, free_port, start, stop  # noqa: E402
+from tools.runtime_env import runtime_env  # noqa: E402
+
+PROMPT = "Write about the lighthouse keeper, number {index}, who counts the ships of the day:"
+# The engine of configs/cluster.yaml, for servers that do not read it.
+ENGINE = {
+    "dtype": "bfloat16", "max_model_len": 4096, "block_size": 32, "max_num_seqs": 32,
+    "enforce_eager": True, "seed": 0,
+}  # fmt: skip
+NAME = "smollm2"
+
+
+@dataclass
+class Arm:
+    """One server.
+
+    Attributes:
+        name: as on the command line.
+        url: of its OpenAI API, without ``/v1``.
+        pid: the process that everything of it descends from.
+        rounds: what was measured.
+    """
+
+    name: str
+    url: str
+    pid: int
+    rounds: list[Round] = field(default_factory=list)
+
+    def cpu_seconds(self) -> float:
+        """CPU time that its processes have used so far."""
+        used = 0.0
+        root = psutil.Process(self.pid)
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                continue
+            used += times.user + times.system
+        return used
+
+
+@dataclass(frozen=True)
+class Round:
+    """One arm, asked once.
+
+    Attributes:
+        alone: one stream at a time: what a request takes by itself.
+        busy: many streams at once.
+        cpu: CPU seconds of its processes while it was busy.
+        idle_cpu: cores that the other servers used meanwhile.
+    """
+
+    alone: Summary
+    busy: Summary
+    cpu: float
+    idle_cpu: float
+
+
+def main() -> None:
+    """Start the servers, ask them in turn, print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arms", default="bare,http")
+    parser.add_argument("--config", default="cluster.yaml", help="of configs/, for http")
+    parser.add_argument("--mode", choices=("off", "observe", "share"), help="MemShare's, for http")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=16, help="at once")
+    parser.add_argument("--requests", type=int, default=48, help="of a round")
+    parser.add_argument("--tokens", type=int, default=64, help="generated tokens a request")
+    parser.add_argument("--rival-python", metavar="PATH", help="interpreter that has ray[llm]")
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="py-spy records of http's parts"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
+    args = parser.parse_args()
+    names = args.arms.split(",")
+    starters: dict[str, Callable[[], Any]] = {
+        "bare": _bare,
+        "http": lambda: _ours(args.config, args.mode),
+        "rival": lambda: _rival(args.rival_python),
+    }
+    if unknown := set(names) - set(starters):
+        parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(starters)}")
+    if "rival" in names and not args.rival_python:
+        parser.error("arm rival needs --rival-python")
+    with ExitStack() as servers:
+        arms = [servers.enter_context(starters[name]()) for name in names]
+        for arm in arms:  # every code path once, and prefix caches filled alike
+            _ask(arm, 4, 8, 8)
+        for number in range(args.rounds):
+            for arm in arms if number % 2 == 0 else arms[::-1]:
+                arm.rounds.append(_round(arm, arms, args))
+                print(f"round {number + 1}, {arm.name}: {arm.rounds[-1].busy}", file=sys.stderr)
+            if args.json:
+                args.json.write_text(json.dumps([asdict(arm) for arm in arms], indent=1))
+        if args.profile:
+            _profile(next(arm for arm in arms if arm.name == "http"), args)
+    print(
+        f"{args.streams} streams at once, {args.rounds} rounds of {args.requests} requests of "
+        f"{args.tokens} tokens; {len(os.sched_getaffinity(0))} core(s); {machine()}.\n"
+    )
+    print(render(arms))
+
+
+def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
+    alone = _ask(arm, 1, 8, 8)
+    others = [other for other in arms if other is not arm]
+    idle, used, began = _cpu(others), arm.cpu_seconds(), time.monotonic()
+    busy = _ask(arm, args.streams, args.requests, args.tokens)
+    seconds = time.monotonic() - began
+    return Round(alone, busy, arm.cpu_seconds() - used, (_cpu(others) - idle) / seconds)
+
+
+def _cpu(arms: list[Arm]) -> float:
+    return sum(arm.cpu_seconds() for arm in arms)
+
+
+def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
+    def body(index: int) -> dict[str, Any]:
+        prompt = PROMPT.format(index=index)
+        return {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+
+    load = Load(f"{arm.url}/v1/completions", body, streams)
+    asyncio.run(load.run(requests))
+    found = summarize(load.outcomes)
+    if found.endings != {"whole": requests}:
+        details = {outcome.detail for outcome in load.outcomes if outcome.detail}
+        raise SystemExit(f"{arm.name}: {found.endings}: {'; '.join(sorted(details))}")
+    return found
+
+
+def render(arms: list[Arm]) -> str:
+    """A table of medians; ratios and differences are within a round, against the first arm."""
+    first = arms[0]
+
+    def row(arm: Arm) -> list[str]:
+        pairs = list(zip(arm.rounds, first.rounds, strict=True))
+        ratios = [mine.busy.requests_per_s / its.busy.requests_per_s for mine, its in pairs]
+        later = [1e3 * (m.alone.first_token_p50 - i.alone.first_token_p50) for m, i in pairs]
+
+        def median(value: Callable[[Round], float]) -> float:
+            return statistics.median(value(round_) for round_ in arm.rounds)
+
+        return [
+            arm.name,
+            f"{median(lambda r: r.busy.requests_per_s):.2f}",
+            f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})",
+            f"{1e3 * median(lambda r: r.alone.first_token_p50):.1f}",
+            f"{statistics.median(later):+.1f}",
+            f"{1e3 * median(lambda r: r.busy.first_token_p50):.0f}",
+            f"{1e3 * median(lambda r: r.busy.between_tokens_p50):.1f}",
+            f"{median(lambda r: r.cpu):.1f}",
+            f"{median(lambda r: r.idle_cpu):.2f}",
+        ]
+
+    heads = [
+        "arm", "req/s", f"ratio to {first.name}", "TTFT p50 alone, ms", "difference",
+        "TTFT p50 busy, ms", "between tokens p50, ms", "CPU s", "others' cores meanwhile",
+    ]  # fmt: skip
+    return table(heads, map(row, arms))
+
+
+@contextmanager
+def _bare() -> Iterator[Arm]:
+    port = free_port()
+    options = [
+        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
+        for name, value in ENGINE.items()
+    ]
+    command = [
+        *[sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)],
+        *["--host", "127.0.0.1", "--model", resolve_model("smollm2-135m")],
+        *["--served-model-name", NAME, "--disable-uvicorn-access-log", *options],
+    ]
+    with _child("bare", command, _engine_env(), port) as arm:
+        yield arm
+
+
+@contextmanager
+def _rival(python: str) -> Iterator[Arm]:
+    port = free_port()
+    command = [python, str(ROOT / "tools" / "rival_serve_llm.py"), "--port", str(port)]
+    command += ["--model", resolve_model("smollm2-135m"), "--name", NAME]
+    command += ["--engine", json.dumps(ENGINE)]
+    env = {**_engine_env(), "PATH": f"{Path(python).parent}:{os.environ['PATH']}"}
+    env.pop("PYTHONPATH", None)
+    with _child("rival", command, env, port) as arm:
+        yield arm
+
+
+@contextmanager
+def _ours(config: str, mode: str | None) -> Iterator[Arm]:
+    document = cluster_file(config)
+    args = document["applications"][0]["args"]
+    args["engine"].update(ENGINE)
+    if mode is not None:
+        args["memshare"]["mode"] = mode
+    os.environ.update(runtime_env(os.environ))
+    with tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder:
+        server = start(Path(folder), document)
+        try:
+            server.wait_until_it_answers()
+            yield Arm("http", server.url, server.process.pid)
+        finally:
+            stop(server)
+
+
+def _engine_env() -> dict[str, str]:
+    """What configs/cluster.yaml gives a replica."""
+    env = cluster_file()["applications"][0]["args"]["replica"]["env"]
+    return runtime_env({**os.environ, **env})
+
+
+@contextmanager
+def _child(name: str, command: list[str], env: Mapping[str, str], port: int) -> Iterator[Arm]:
+    with tempfile.NamedTemporaryFile(prefix=f"memshare-{name}-", suffix=".log") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _await(process, url, Path(log.name))
+            yield Arm(name, url, process.pid)
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/v1/models", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.5)
+    raise SystemExit(f"no server at {url}:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def _profile(arm: Arm, args: argparse.Namespace) -> None:
+    """Record what proxy, replica and engine do while busy, as py-spy's raw stacks."""
+    args.profile.mkdir(parents=True, exist_ok=True)
+    wanted = ("ray::ProxyActor", "ray::ServeReplica:memshare:Engine", "VLLM::EngineCore")
+    recorders = []
+    for process in psutil.Process(arm.pid).children(recursive=True):
+        title = (process.cmdline() or [""])[0]
+        if title.startswith(wanted):
+            file = args.profile / f"{title.split(':')[2]}-{process.pid}.txt"
+            command = ["py-spy", "record", "--pid", str(process.pid), "--duration", "15"]
+            command += ["--format", "raw", "--rate", "50", "--output", str(file)]
+            recorders.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+    _ask(arm, args.streams, 2 * args.requests, args.tokens)
+    for recorder in recorders:
+        recorder.wait(60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,465 @@
+"""A cluster under load for hours, while its parts are killed at random. Ends with a report.
+
+    python tools/soak.py --hours 1 --output soak            faults, memory under pressure
+    python tools/soak.py --hours 0.17 --load --output load  256 short streams on two replicas
+
+Needs nothing but this machine: a Ray cluster of its own, the test reasoner, SIGKILL. The streams
+are the reasoner's problems, so that answers can be graded; KV blocks are so few that requests are
+reclaimed from, and some preempted. Between faults the load pauses now and then: with nothing else
+running, fixed questions at temperature 0 must be answered word for word as at the start, and no KV
+block, process, port or shared-memory segment may be left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script, from anywhere
+    sys.path.insert(0, str(ROOT))
+
+import httpx  # noqa: E402
+import psutil  # noqa: E402
+
+from memshare.bench.report import machine, wilson  # noqa: E402
+from memshare.reasoner.problems import generate, read_answer  # noqa: E402
+from memshare.tables import table  # noqa: E402
+from tools.load import Load, Outcome, summarize  # noqa: E402
+from tools.local_cluster import (  # noqa: E402
+    ROLES,
+    Server,
+    cluster_file,
+    kill,
+    local_ray,
+    memshare_in,
+    processes,
+    start,
+    stop,
+    wait_until_whole,
+)
+from tools.runtime_env import runtime_env  # noqa: E402
+
+# Shorter than a block, so that no cached prefix changes how they are computed.
+PROBES = (
+    "The capital of France is", "Water boils at", "One, two, three, four,", "The sun rises in the",
+)  # fmt: skip
+SAMPLE_S = 10.0
+# What a client may see for so long after service is whole: it was sent into the fault.
+AFTERMATH_S = 5.0
+SEGMENTS = ("psm_", "sem.", "torch_", "vllm")  # in /dev/shm: of vLLM, torch and multiprocessing
+GROWTH_LIMIT = 0.05  # of memory, from the second quarter of a run to the last
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A part that was killed, times in seconds since the start.
+
+    Attributes:
+        role: of the process.
+        at: when.
+        whole_at: when everything was back.
+    """
+
+    role: str
+    at: float
+    whole_at: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the cluster holds at one moment.
+
+    Attributes:
+        at: seconds since the start.
+        quiet: whether nothing was running.
+        memory: proportional set size of all processes of each role, bytes.
+        total: of all processes, bytes.
+        processes: how many there are.
+        segments: in shared memory.
+        ports: that somebody of ours listens on.
+        kv_usage: fraction of all KV blocks that requests hold; nan while nobody answers.
+    """
+
+    at: float
+    quiet: bool
+    memory: dict[str, int]
+    total: int
+    processes: int
+    segments: int
+    ports: int
+    kv_usage: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question that the run answers."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass
+class Record:
+    """Everything that was seen."""
+
+    command: str
+    machine: str
+    seconds: float = 0.0
+    faults: list[Fault] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    probes: list[tuple[float, list[str]]] = field(default_factory=list)
+    counters: Counter[str] = field(default_factory=Counter)
+
+
+class Soak:
+    """One run against one server."""
+
+    def __init__(self, server: Server, args: argparse.Namespace) -> None:
+        self.server = server
+        self.args = args
+        self.record = Record(" ".join(sys.argv[1:]), machine())
+        self.began = time.monotonic()
+        body = _short if args.load else _problem
+        route = "completions" if args.load else "chat/completions"
+        self.load = Load(f"{server.url}/v1/{route}", body, args.streams)
+        self.random = random.Random(args.seed)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.began
+
+    async def run(self) -> Record:
+        """Run for as long as was asked."""
+        streams = asyncio.create_task(self.load.run())
+        sampling = asyncio.create_task(self._sample_on())
+        try:
+            await self._rest()
+            while self.now < self.args.hours * 3600:
+                if self.args.load:
+                    await asyncio.sleep(1.0)
+                    continue
+                await asyncio.sleep(self.args.every)
+                await self._break_something()
+                await self._rest()
+        finally:
+            self.load.stop()
+            await streams
+            sampling.cancel()
+        await self._rest()
+        self.record.seconds = self.now
+        self.record.outcomes = [self._since_start(o) for o in self.load.outcomes]
+        return self.record
+
+    async def _break_something(self) -> None:
+        role = self.random.choice(self.args.faults.split(","))
+        at = self.now
+        killed = kill(role)
+        taken = await asyncio.to_thread(wait_until_whole, self.server, killed)
+        self.record.faults.append(Fault(role, at, at + taken))
+        print(f"{self.now:6.0f} s: {role} killed, whole after {taken:.1f} s", flush=True)
+
+    async def _rest(self) -> None:
+        """Pause the load, and look at what must not have changed."""
+        await self.load.quiet()
+        await asyncio.sleep(1.0)
+        # Without pressure nothing is shared, so that answers must be exact.
+        answers = [await asyncio.to_thread(self._probe, prompt) for prompt in PROBES]
+        self.record.probes.append((self.now, answers))
+        self.record.samples.append(await asyncio.to_thread(self._sample, True))
+        self.load.paused = False
+
+    def _probe(self, prompt: str) -> str:
+        answer = self.server.client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=48, temperature=0
+        )
+        return answer.choices[0].text
+
+    async def _sample_on(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            self.record.samples.append(await asyncio.to_thread(self._sample, False))
+
+    def _sample(self, quiet: bool) -> Sample:
+        memory = dict.fromkeys([*ROLES, "ray"], 0)
+        ours = processes("")
+        ports = 0
+        for process in ours:
+            try:
+                title = (process.cmdline() or [""])[0]
+                role = next((r for r, begin in ROLES.items() if title.startswith(begin)), "ray")
+                memory[role] += process.memory_full_info().pss
+                ports += sum(c.status == "LISTEN" for c in process.net_connections("tcp"))
+            except psutil.Error:
+                continue
+        return Sample(
+            self.now, quiet, memory, sum(memory.values()), len(ours),
+            sum(path.name.startswith(SEGMENTS) for path in Path("/dev/shm").iterdir()), ports,
+            self._metrics(),
+        )  # fmt: skip
+
+    def _metrics(self) -> float:
+        """Take counters in; returns the KV usage, or nan while nobody answers."""
+        try:
+            text = self.server.metrics()
+        except httpx.HTTPError:  # something is broken just now
+            return float("nan")
+        usage = float("nan")
+        for line in text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name.startswith("vllm:kv_cache_usage_perc"):
+                usage = float(value)
+            for wanted in COUNTED:
+                # An engine's counters begin anew with it: the greatest value stands for its life.
+                if name.startswith(wanted) and 'result="passed"' not in name:
+                    self.record.counters[wanted] = max(
+                        self.record.counters[wanted], int(float(value))
+                    )
+        return usage
+
+    def _since_start(self, outcome: Outcome) -> Outcome:
+        outcome.sent -= self.began
+        outcome.ended -= self.began
+        if outcome.first_token is not None:
+            outcome.first_token -= self.began
+        return outcome
+
+
+NAME = "smollm2"
+COUNTED = (
+    "vllm:num_preemptions_total", "vllm:memshare_blocks_reclaimed_total",
+    "vllm:memshare_integrity_checks_total", "vllm:memshare_sharing_stopped",
+    "vllm:memshare_remap_misses_total",
+)  # fmt: skip
+
+
+def _problem(index: int) -> dict[str, Any]:
+    problem = generate("chain" if index % 2 else "recall", 10_000 + index)
+    message = {"role": "user", "content": problem.prompt}
+    return {"model": NAME, "messages": [message], "max_tokens": 1100, "temperature": 0}
+
+
+def _short(index: int) -> dict[str, Any]:
+    prompt = f"Request {index}: name a colour, an animal and a city."
+    return {"model": NAME, "prompt": prompt, "max_tokens": 16, "ignore_eos": True}
+
+
+def _is_right(outcome: Outcome) -> bool:
+    problem = generate("chain" if outcome.index % 2 else "recall", 10_000 + outcome.index)
+    return read_answer(outcome.text) == problem.answer
+
+
+def judge(record: Record, graded: bool) -> Iterator[Check]:
+    """The checks of a run."""
+    bad = [o for o in record.outcomes if o.ending == "failed" and not excused(o, record.faults)]
+    details = Counter(outcome.detail for outcome in bad).most_common(3)
+    yield Check("no request fails outside a fault", not bad, f"{len(bad)} failed {details or ''}")
+    slow = [f for f in record.faults if f.whole_at - f.at > 60]
+    yield Check(
+        "service is whole within 60 s", not slow, f"{len(slow)} of {len(record.faults)} took longer"
+    )
+    (_, first), *later = record.probes
+    changed = sum(answers != first for _, answers in later)
+    yield Check(
+        "fixed questions are answered as at the start",
+        not changed,
+        f"{changed} of {len(later)} rounds differ",
+    )
+    failures = sum(record.counters[name] for name in COUNTED[2:])
+    yield Check(
+        "bookkeeping is sound",
+        not failures,
+        f"{record.counters[COUNTED[2]]} failed integrity checks, "
+        f"{record.counters[COUNTED[4]]} remap misses",
+    )
+    quiet = [sample for sample in record.samples if sample.quiet]
+    leaked = [sample for sample in quiet if sample.kv_usage > 0]
+    yield Check(
+        "every KV block is free when nothing runs",
+        not leaked,
+        f"{len(leaked)} of {len(quiet)} times not",
+    )
+    for name in ("processes", "segments", "ports"):
+        before, after = getattr(quiet[0], name), getattr(quiet[-1], name)
+        yield Check(f"no {name} are left over", after <= before, f"{before} before, {after} after")
+    grown = growth([sample.total for sample in record.samples])
+    yield Check("memory is flat after warm-up", grown <= GROWTH_LIMIT, f"{grown:+.1%}")
+    if graded:
+        yield _accuracy(record)
+
+
+def _accuracy(record: Record) -> Check:
+    whole = [o for o in record.outcomes if o.ending == "whole"]
+    halves = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    right = [sum(map(_is_right, half)) for half in halves]
+    bounds = [
+        wilson(r, len(half)) if half else (0.0, 1.0) for r, half in zip(right, halves, strict=True)
+    ]
+    shown = ", then ".join(f"{r} of {len(half)}" for r, half in zip(right, halves, strict=True))
+    return Check("accuracy does not drift", bounds[1][1] >= bounds[0][0], f"{shown} right")
+
+
+def excused(outcome: Outcome, faults: Sequence[Fault]) -> bool:
+    """Whether a request was under way while something was broken."""
+    return any(
+        outcome.sent <= fault.whole_at + AFTERMATH_S and outcome.ended >= fault.at
+        for fault in faults
+    )
+
+
+def growth(values: Sequence[float]) -> float:
+    """From the median of the second quarter to that of the last, as a fraction; 0 of too few."""
+    quarter = len(values) // 4
+    if quarter < 2:
+        return 0.0
+    return (
+        statistics.median(values[-quarter:]) / statistics.median(values[quarter : 2 * quarter]) - 1
+    )
+
+
+def render(record: Record, checks: Sequence[Check]) -> str:
+    """The report, in Markdown."""
+    summary = summarize(record.outcomes)
+    lines = [
+        f"`tools/soak.py {record.command}`, {record.seconds / 60:.1f} minutes, {record.machine}.",
+        "",
+        table(
+            ["check", "", "found"],
+            [[c.name, "ok" if c.passed else "**no**", c.found] for c in checks],
+        ),
+        "",
+        f"Requests: {summary.endings}; {summary.requests_per_s:.2f} whole a second; first token "
+        f"p50 {summary.first_token_p50:.2f} s, p99 {summary.first_token_p99:.2f} s. Preemptions "
+        f"and blocks reclaimed, most of one engine's life: {record.counters[COUNTED[0]]}, "
+        f"{record.counters[COUNTED[1]]}.",
+    ]
+    if record.faults:
+        lines += [
+            "",
+            table(
+                [
+                    "killed",
+                    "times",
+                    "whole again, s: median (most)",
+                    "requests failed",
+                    "answered meanwhile",
+                ],
+                [_fault_row(role, record) for role in sorted({f.role for f in record.faults})],
+            ),
+        ]
+    lines += [
+        "",
+        table(
+            ["memory of", "first, MiB", "median", "last", "growth"],
+            [
+                _memory_row(role, record)
+                for role in [*ROLES, "ray"]
+                if record.samples[0].memory[role]
+            ],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _fault_row(role: str, record: Record) -> list[str]:
+    mine = [fault for fault in record.faults if fault.role == role]
+    taken = [fault.whole_at - fault.at for fault in mine]
+    failed = sum(o.ending == "failed" and excused(o, mine) for o in record.outcomes)
+    answered = sum(
+        o.ending == "whole" and any(f.at < o.ended < f.whole_at for f in mine)
+        for o in record.outcomes
+    )
+    times = f"{statistics.median(taken):.1f} ({max(taken):.1f})"
+    return [role, str(len(mine)), times, str(failed), str(answered)]
+
+
+def _memory_row(role: str, record: Record) -> list[str]:
+    values = [sample.memory[role] / (1 << 20) for sample in record.samples]
+    return [
+        role, f"{values[0]:.0f}", f"{statistics.median(values):.0f}", f"{values[-1]:.0f}",
+        f"{growth(values):+.1%}",
+    ]  # fmt: skip
+
+
+def _document(args: argparse.Namespace) -> dict[str, Any]:
+    document = cluster_file(args.config)
+    application = document["applications"][0]["args"]
+    application.update(
+        model="smollm2-135m" if args.load else args.model,
+        served_model_name=NAME,
+        replicas=args.replicas,
+    )
+    application["engine"].update(
+        num_gpu_blocks_override=args.blocks,
+        tensor_parallel_size=args.tensor_parallel,
+    )
+    memshare_in(document)["integrity"] = {"check_every": args.check_every}
+    return document
+
+
+def main() -> int:
+    """Run and report; the exit status is 1 if a check has failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--load", action="store_true", help="short streams, no faults")
+    parser.add_argument("--config", default="cluster.yaml", help="of configs/")
+    parser.add_argument("--model", default="smollm2-135m-reasoner")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="workers of a replica")
+    parser.add_argument("--replicas", type=int, help="default: 1; with --load 2")
+    parser.add_argument("--streams", type=int, help="at once; default: 8; with --load 256")
+    parser.add_argument("--blocks", type=int, help="KV blocks; default: 110; with --load 1400")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds from rest to fault")
+    parser.add_argument("--faults", default="evaluator,engine,replica,proxy", help=", ".join(ROLES))
+    parser.add_argument("--check-every", type=int, default=64, help="integrity.check_every")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument(
+        "--output", type=Path, default=Path(".run/soak"), help="folder of the report"
+    )
+    args = parser.parse_args()
+    defaults = (2, 256, 1400) if args.load else (1, 8, 110)
+    for name, value in zip(("replicas", "streams", "blocks"), defaults, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if "worker" in args.faults and args.tensor_parallel == 1:
+        parser.error("--faults worker: needs --tensor-parallel 2 or more")
+    if unknown := set(args.faults.split(",")) - set(ROLES):
+        parser.error(f"--faults {', '.join(sorted(unknown))}: choose from {', '.join(ROLES)}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    os.environ.update(runtime_env(os.environ))
+    with local_ray(), tempfile.TemporaryDirectory(prefix="memshare-soak-") as folder:
+        server = start(Path(folder), _document(args))
+        try:
+            print(f"started in {server.wait_until_it_answers():.0f} s", flush=True)
+            record = asyncio.run(Soak(server, args).run())
+        finally:
+            (args.output / "serve.log").write_bytes(server.log.read_bytes())
+            stop(server)
+    checks = list(judge(record, graded=not args.load))
+    report = render(record, checks)
+    (args.output / "report.md").write_text(report + "\n")
+    (args.output / "report.json").write_text(
+        json.dumps({"checks": [asdict(c) for c in checks], **asdict(record)}, indent=1)
+    )
+    print(report)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
