@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 
+from cluster.autoscaler import autoscaling_config
 from cluster.config import ClusterArgs, parse_cluster_args
 from cluster.evaluators import EvaluatorPool
 from cluster.exposure import require_keys_or_localhost
 from cluster.ledger import LimitLedger
 from cluster.replica import EngineReplica
+from cluster.router import router_config
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +60,35 @@ def _without_secrets(cluster: ClusterArgs) -> ClusterArgs:
     )
 
 
-def _engine(cluster: ClusterArgs) -> serve.Deployment:
-    replica = cluster.replica
+def serving(cluster: ClusterArgs, name: str) -> Callable[[type], serve.Deployment]:
+    """What makes a class a deployment that is routed to, scaled, limited and drained as configured.
+
+    Args:
+        cluster: the application's arguments.
+        name: of the deployment.
+    """
+    replica, scaling = cluster.replica, cluster.scaling
     limit = replica.max_queued_requests
-    deploy = serve.deployment(
-        name="Engine",
-        num_replicas=cluster.replicas,
+    return serve.deployment(
+        name=name,
+        num_replicas=None if scaling else cluster.replicas,
+        autoscaling_config=autoscaling_config(scaling, cluster.replicas) if scaling else None,
+        request_router_config=router_config(cluster.routing),
         max_ongoing_requests=replica.max_ongoing_requests,
         max_queued_requests=-1 if limit is None else limit,
+        backpressure_config=BackpressureConfig(
+            status_code=429, retry_after_s=replica.retry_after_s
+        ),
+        max_surge_percent=replica.max_surge_percent,
         health_check_period_s=replica.health_check_period_s,
         health_check_timeout_s=replica.health_check_timeout_s,
         graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s,
     )
+
+
+def _engine(cluster: ClusterArgs) -> serve.Deployment:
+    replica = cluster.replica
+    deploy = serving(cluster, "Engine")
     engine = deploy(serve.ingress()(EngineReplica))
     actor = {"num_cpus": replica.cpus, "runtime_env": {"env_vars": replica.env}}
     if cluster.engine.distributed_executor_backend != "ray":

@@ -9,7 +9,16 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.keys import KeySource
-from memshare.config import ConfigError, MemShareConfig, Section, explain, load_config
+from memshare.config import (
+    ConfigError,
+    Fraction,
+    MemShareConfig,
+    Real,
+    Section,
+    Whole,
+    explain,
+    load_config,
+)
 
 ExtraValue = str | int | float | bool
 
@@ -90,16 +99,23 @@ class ReplicaConfig(Section):
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that one replica works on; vLLM queues those beyond ``max_num_seqs``."""
     max_queued_requests: int | None = Field(default=1024, ge=1)
-    """Requests that wait in a proxy while every replica is full; further ones get HTTP 503. None
-    has no limit."""
+    """Requests that wait in a proxy while every replica is full; further ones get HTTP 429 or gRPC
+    ``RESOURCE_EXHAUSTED``. None has no limit."""
+    retry_after_s: float = Field(default=2.0, gt=0.0)
+    """Seconds after which a client that got HTTP 429 should try again: its ``Retry-After``."""
     health_check_period_s: float = Field(default=1.0, gt=0.0)
     """Seconds between health checks. A dead engine ends its replica at once; it is replaced at the
     next check."""
     health_check_timeout_s: float = Field(default=30.0, gt=0.0)
     """Seconds without an answer after which a health check has failed; three failures end a
     replica."""
-    graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0.0)
-    """Seconds that a stopping replica has to finish its requests, before it is killed."""
+    graceful_shutdown_timeout_s: float = Field(default=300.0, ge=0.0)
+    """Seconds that a stopping replica has to finish its requests, before it is killed. It gets no
+    new ones meanwhile, and ends as soon as it has none."""
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """Replicas that a rolling update starts before it stops as many old ones, in percent of all,
+    rounded up. They need resources of their own, or the update waits for ever. With 0, old ones
+    stop first, and requests to a single replica wait until the new one has loaded the model."""
 
     @field_validator("env", mode="before")
     @classmethod
@@ -136,6 +152,74 @@ class AuthConfig(Section):
         return KeySource(self.file, self.variable)
 
 
+class RoutingConfig(Section):
+    """Which replica a request goes to."""
+
+    sessions: bool = True
+    """Whether requests of one session, by the header ``x-session-id`` or the gRPC metadata
+    ``session_id``, go to one replica, where their prefix is cached."""
+    load: Literal["kv", "requests"] = "kv"
+    """What tells the better of two replicas: the share of its KV cache that its requests will hold,
+    or their number alone."""
+    spill_demand: Real = Field(default=1.0, ge=0.0)
+    """Load (1: all KV blocks or slots wanted) above which a session may leave its replica. Needs
+    ``load: kv``."""
+    spill_imbalance: Real = Field(default=1.5, ge=1.0)
+    """Ratio. It leaves only if its replica's load is so many times the mean of all replicas."""
+    fallbacks: Whole = Field(default=2, ge=0)
+    """Replicas. So many others may take a session, the same ones each time; further requests of it
+    go anywhere."""
+    report_period_s: Real = Field(default=2.0, gt=0.0)
+    """Seconds between two reports of a replica's load. Each goes to every proxy."""
+
+
+class ScalingConfig(Section):
+    """Replicas by KV pressure."""
+
+    min_replicas: Whole = Field(default=1, ge=1)
+    """Never fewer."""
+    max_replicas: Whole = Field(ge=1)
+    """Never more. Ray needs the resources for them."""
+    up_demand: Real = Field(default=0.85, gt=0.0)
+    """Load (1: all KV blocks or slots wanted), mean of all replicas, above which some are added."""
+    target_demand: Real = Field(default=0.65, gt=0.0)
+    """Mean load that their new number aims at."""
+    down_demand: Real = Field(default=0.5, ge=0.0)
+    """Replicas go only if the mean load stays below this with one fewer."""
+    up_waiting_share: Fraction = 0.2
+    """Fraction of requests that wait in the engines, above which replicas are added."""
+    up_preemptions_per_minute: Real = Field(default=2.0, ge=0.0)
+    """Preemptions of one replica in a minute, mean, above which replicas are added. Each recomputes
+    a request."""
+    up_delay_s: Real = Field(default=30.0, ge=0.0)
+    """Seconds that pressure must last."""
+    down_delay_s: Real = Field(default=300.0, ge=0.0)
+    """Seconds that slack must last."""
+    look_back_s: Real = Field(default=30.0, gt=0.0)
+    """Seconds over which loads are averaged. More than ``report_period_s``."""
+    report_period_s: Real = Field(default=5.0, gt=0.0)
+    """Seconds between two reports of a replica to the autoscaler."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) must not be below min_replicas "
+                f"({self.min_replicas}); raise the one or lower the other"
+            )
+        if not self.down_demand < self.target_demand < self.up_demand:
+            raise ValueError(
+                f"down_demand ({self.down_demand}) < target_demand ({self.target_demand}) < "
+                f"up_demand ({self.up_demand}) must hold, or replicas come and go without end"
+            )
+        if self.look_back_s <= self.report_period_s:
+            raise ValueError(
+                f"look_back_s ({self.look_back_s}) must be more than report_period_s "
+                f"({self.report_period_s})"
+            )
+        return self
+
+
 class ClusterArgs(Section):
     """``args`` of the application in a Ray Serve config file."""
 
@@ -144,15 +228,34 @@ class ClusterArgs(Section):
     served_model_name: str | None = Field(default=None, min_length=1)
     """Name of the model in the OpenAI API. None takes ``model``."""
     replicas: int = Field(default=1, ge=1)
-    """Copies of the engine, each with all its workers."""
+    """Copies of the engine, each with all its workers. With ``scaling``, so many at first."""
     engine: EngineConfig = EngineConfig()
     """The vLLM engine."""
     replica: ReplicaConfig = ReplicaConfig()
     """Resources and supervision of a replica."""
     auth: AuthConfig = AuthConfig()
     """Keys and tenants."""
+    routing: RoutingConfig = RoutingConfig()
+    """Which replica a request goes to."""
+    scaling: ScalingConfig | None = None
+    """Replicas by KV pressure; None keeps their number at ``replicas``."""
     memshare: MemShareConfig = MemShareConfig()
     """What MemShare does; ``mode: off`` leaves a plain vLLM, without connector and worker class."""
+
+    @model_validator(mode="after")
+    def _starts_within_bounds(self) -> ClusterArgs:
+        scaling = self.scaling
+        if scaling and not scaling.min_replicas <= self.replicas <= scaling.max_replicas:
+            raise ValueError(
+                f"replicas ({self.replicas}) must lie within scaling.min_replicas "
+                f"({scaling.min_replicas}) and scaling.max_replicas ({scaling.max_replicas})"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there may be at one time, besides those of a rolling update."""
+        return self.scaling.max_replicas if self.scaling else self.replicas
 
     @property
     def public_name(self) -> str:
@@ -167,7 +270,7 @@ class ClusterArgs(Section):
     @property
     def uses_ledger(self) -> bool:
         """Whether replicas have to agree on what tenants use."""
-        return self.auth.keys.exists and self.replicas > 1
+        return self.auth.keys.exists and self.most_replicas > 1
 
     @property
     def uses_pool(self) -> bool:
@@ -211,11 +314,11 @@ def parse_cluster_args(
     _check_executor(cluster)
     _check_gpus(cluster)
     _check_nodes(cluster)
-    if cluster.memshare.event_log is not None and cluster.replicas > 1:
+    if cluster.memshare.event_log is not None and cluster.most_replicas > 1:
         raise ConfigError(
-            f"memshare.event_log = {str(cluster.memshare.event_log)!r}: {cluster.replicas} "
+            f"memshare.event_log = {str(cluster.memshare.event_log)!r}: {cluster.most_replicas} "
             "replicas would write one file, over each other\n"
-            "    fix: leave it out, or set 'replicas' to 1"
+            "    fix: leave it out, or have one replica"
         )
     return cluster
 

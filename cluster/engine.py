@@ -23,6 +23,8 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from cluster.auth import Call, Gate, RefusedError
+from cluster.load import LoadMeter
+from cluster.load_logger import LoadLogger
 from cluster.salt import brings_salt, salted
 from memshare.request_options import RequestOptionsError, parse_request_options
 
@@ -141,20 +143,27 @@ def _require_no_salt(prompt: object) -> None:
         )
 
 
-def start_engine(options: Namespace, uses_memshare: bool, gate: Gate) -> GatedAsyncLLM:
+def start_engine(
+    options: Namespace, uses_memshare: bool, gate: Gate, meter: LoadMeter
+) -> GatedAsyncLLM:
     """Start the engine's processes and load the model. Blocks until it is loaded.
 
     Args:
         options: see :func:`cluster.engine_options.parse_engine_options`.
         uses_memshare: whether requests may have MemShare's options.
         gate: knows the caller of each request.
+        meter: is told the engine's load after every step.
     """
     engine_args = AsyncEngineArgs.from_cli_args(options)
     engine = GatedAsyncLLM.from_vllm_config(
         vllm_config=engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER),
         usage_context=UsageContext.OPENAI_API_SERVER,
         # The first writes to Ray's metrics, the second to /metrics of the HTTP port.
-        stat_loggers=[RayPrometheusStatLogger, PrometheusStatLogger],
+        stat_loggers=[
+            RayPrometheusStatLogger,
+            PrometheusStatLogger,
+            lambda vllm_config, _: LoadLogger(meter, vllm_config),
+        ],
         disable_log_stats=options.disable_log_stats,
     )
     assert isinstance(engine, GatedAsyncLLM)

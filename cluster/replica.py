@@ -26,6 +26,7 @@ from cluster.http import DisconnectOnCancel, KeyGate
 from cluster.keys import WatchedKeys
 from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
+from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
 from memshare.config import MemShareConfig
 from memshare.model import resolve_model
@@ -69,6 +70,7 @@ class EngineReplica(GrpcService):
         replica_id = serve.get_replica_context().replica_id.unique_id
         counts = ReplicaMetrics(args.public_name, replica_id)
         gate = _gate(args.auth, ledger, replica_id, counts)
+        self._meter = LoadMeter()
         self._engine: AsyncLLM | None = None
         self._watch: asyncio.Task[None] | None = None
         self._tending: asyncio.Task[None] | None = None
@@ -83,7 +85,7 @@ class EngineReplica(GrpcService):
         from cluster.generation import Generation
 
         options = parse_engine_options(args, model, _on_this_machine(args.memshare))
-        engine = self._engine = start_engine(options, args.uses_memshare, gate)
+        engine = self._engine = start_engine(options, args.uses_memshare, gate, self._meter)
         app = await openai_app(engine, options)
         self._asgi = DisconnectOnCancel(KeyGate(app, gate))
         self._start_grpc(args, gate, Generation(engine, app.state))
@@ -103,6 +105,15 @@ class EngineReplica(GrpcService):
         """
         if self._engine is None or self._engine.errored:
             raise RuntimeError("the engine has ended")
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """The replica's load for :class:`~cluster.router.KVRouter`; empty before the first step."""
+        load = self._meter.read()
+        return to_stats(load) if load else {}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The same for :class:`~cluster.autoscaler.KVPressurePolicy`."""
+        return await self.record_routing_stats()
 
     async def __del__(self) -> None:
         """Ray Serve's destructor, also after a constructor that failed: ends the engine."""

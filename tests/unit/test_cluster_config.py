@@ -14,6 +14,8 @@ from cluster.config import (
     ClusterArgs,
     EngineConfig,
     ReplicaConfig,
+    RoutingConfig,
+    ScalingConfig,
     parse_cluster_args,
 )
 from cluster.replica import core_lists
@@ -42,6 +44,8 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("", "engine", 3, "EngineConfig"),
     ("", "replica", "big", "ReplicaConfig"),
     ("", "auth", "keys.yaml", "AuthConfig"),
+    ("", "routing", "random", "RoutingConfig"),
+    ("", "scaling", "auto", "ScalingConfig"),
     ("engine", "tensor_parallel_size", 0, "greater than or equal to 1"),
     ("engine", "dtype", "int8", "'bfloat16'"),
     ("engine", "max_model_len", 0, "greater than or equal to 1"),
@@ -70,6 +74,25 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("replica", "graceful_shutdown_timeout_s", -1, "greater than or equal to 0"),
     ("auth", "file", "keys.yaml", "is not absolute"),
     ("auth", "variable", "MY KEYS", "match pattern"),
+    ("replica", "retry_after_s", 0, "greater than 0"),
+    ("replica", "max_surge_percent", 101, "less than or equal to 100"),
+    ("routing", "sessions", "perhaps", "valid boolean"),
+    ("routing", "load", "cpu", "'requests'"),
+    ("routing", "spill_demand", -1, "greater than or equal to 0"),
+    ("routing", "spill_imbalance", 0.5, "greater than or equal to 1"),
+    ("routing", "fallbacks", True, "a number is wanted"),
+    ("routing", "report_period_s", 0, "greater than 0"),
+    ("scaling", "min_replicas", 0, "greater than or equal to 1"),
+    ("scaling", "max_replicas", 0, "greater than or equal to 1"),
+    ("scaling", "up_demand", 0, "greater than 0"),
+    ("scaling", "target_demand", 0, "greater than 0"),
+    ("scaling", "down_demand", -1, "greater than or equal to 0"),
+    ("scaling", "up_waiting_share", 2, "less than or equal to 1"),
+    ("scaling", "up_preemptions_per_minute", -1, "greater than or equal to 0"),
+    ("scaling", "up_delay_s", -1, "greater than or equal to 0"),
+    ("scaling", "down_delay_s", -1, "greater than or equal to 0"),
+    ("scaling", "look_back_s", 0, "greater than 0"),
+    ("scaling", "report_period_s", 0, "greater than 0"),
     ("memshare", "mode", "shar", "'observe'"),
 ]
 
@@ -94,12 +117,17 @@ def test_every_field_has_a_wrong_value_above() -> None:
         "engine": EngineConfig,
         "replica": ReplicaConfig,
         "auth": AuthConfig,
+        "routing": RoutingConfig,
+        "scaling": ScalingConfig,
     }
     fields = {(section, field) for section, model in models.items() for field in model.model_fields}
     assert fields - tried == {("", "memshare")}, "tested where it is defined"
 
 
-@pytest.mark.parametrize("model", [ClusterArgs, EngineConfig, ReplicaConfig, AuthConfig])
+@pytest.mark.parametrize(
+    "model",
+    [ClusterArgs, EngineConfig, ReplicaConfig, AuthConfig, RoutingConfig, ScalingConfig],
+)
 def test_every_field_is_documented(model: type[BaseModel]) -> None:
     assert [n for n, field in model.model_fields.items() if not field.description] == []
 

@@ -1,0 +1,72 @@
+"""A replica without an engine, for tests of what Ray Serve does with replicas.
+
+It writes words instead of tokens, and reports the load that a file says. Everything around it is
+the product's: its router, its autoscaling policy, its limits (:func:`cluster.app.serving`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.generated.serve_pb2 import UserDefinedMessage, UserDefinedResponse
+from starlette.responses import StreamingResponse
+
+from cluster.app import serving
+from cluster.config import ClusterArgs
+from cluster.load import Load, to_stats
+
+api = FastAPI()
+
+
+@serve.ingress(api)
+class StandIn:
+    """Not an engine.
+
+    Its load is in ``load_file``: JSON, replica id (or ``all``) to the fields of a load.
+    """
+
+    def __init__(self, load_file: Path, version: str) -> None:
+        self._load_file = load_file
+        self._version = version
+        self._id = serve.get_replica_context().replica_id.unique_id
+
+    @api.get("/who")
+    def who(self) -> dict[str, str]:
+        return {"replica": self._id, "version": self._version}
+
+    @api.get("/stream")
+    def stream(self, seconds: float) -> StreamingResponse:
+        """The replica's id, a word every 50 ms, and ``end``."""
+        return StreamingResponse(self._words(seconds), media_type="text/plain")
+
+    async def __call__(self, request: UserDefinedMessage) -> UserDefinedResponse:
+        """The same over gRPC: waits for ``num`` seconds."""
+        await asyncio.sleep(request.num)
+        return UserDefinedResponse(greeting=self._id)
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        loads = json.loads(self._load_file.read_text())
+        fields = loads.get(self._id) or loads.get("all")
+        return to_stats(Load(**fields)) if fields else {}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return await self.record_routing_stats()
+
+    async def _words(self, seconds: float) -> AsyncIterator[str]:
+        yield f"{self._id}\n"
+        for _ in range(round(seconds / 0.05)):
+            await asyncio.sleep(0.05)
+            yield "word\n"
+        yield "end\n"
+
+
+def stand_in(cluster: ClusterArgs, load_file: Path, version: str = "1") -> Application:
+    """An application of stand-ins, deployed as engines are."""
+    deployment = serving(cluster, "StandIn")(StandIn)
+    return deployment.options(ray_actor_options={"num_cpus": 0}).bind(load_file, version)
