@@ -185,7 +185,8 @@ class ScalingConfig(Section):
     target_demand: Real = Field(default=0.65, gt=0.0)
     """Mean load that their new number aims at."""
     down_demand: Real = Field(default=0.5, ge=0.0)
-    """Replicas go only if the mean load stays below this with one fewer."""
+    """Replicas go only if the mean load stays below this with one fewer, and the two values below
+    are at most half their thresholds."""
     up_waiting_share: Fraction = 0.2
     """Fraction of requests that wait in the engines, above which replicas are added."""
     up_preemptions_per_minute: Real = Field(default=2.0, ge=0.0)

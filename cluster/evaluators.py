@@ -49,6 +49,13 @@ def actor_name(index: int) -> str:
     return f"memshare-evaluator-{index}"
 
 
+def seat_of(key: str, actors: int) -> int:
+    """Index of the actor that remembers the history ``key``, out of so many actors."""
+    # Alike in all bits, and repeatable, which hash() is not.
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % actors
+
+
 class Evaluator:
     """One actor of the pool: stage one for the histories that are sent to it."""
 
@@ -233,9 +240,7 @@ class RayCandidateSource:
         return f"{self._engine}/{history}"
 
     def _index(self, key: str) -> int:
-        # Alike in all bits, and repeatable, which hash() is not.
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return int.from_bytes(digest) % len(self._seats)
+        return seat_of(key, len(self._seats))
 
     def _send(self, seat: _Seat, steps: list[NewSteps]) -> None:
         if seat.fault is not None and self._clock() < seat.rests_until:

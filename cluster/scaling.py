@@ -36,30 +36,27 @@ def decide(config: ScalingConfig, loads: Sequence[Load], replicas: int) -> Decis
         return Decision(_within(config, replicas), "nothing is known of the load")
     mean = sum(load.demand for load in loads) / len(loads)
     need = math.ceil(mean * replicas / config.target_demand)
-    pressure = _pressure(config, loads, mean)
-    if pressure:
-        wanted = min(max(replicas + 1, need), _MOST_AT_ONCE * replicas)
-        return Decision(_within(config, wanted), pressure)
-    is_calm = not any(load.waiting or load.preemptions for load in loads)
-    if replicas > 1 and is_calm and mean * replicas < config.down_demand * (replicas - 1):
-        wanted = max(need, math.ceil(replicas / _MOST_AT_ONCE))
-        reason = f"load {mean:.2f}, with one replica fewer below {config.down_demand:g}"
-        return Decision(_within(config, wanted), reason)
-    return Decision(_within(config, replicas), f"load {mean:.2f}")
-
-
-def _pressure(config: ScalingConfig, loads: Sequence[Load], mean: float) -> str:
-    """Why more replicas are needed; empty if they are not."""
-    if mean > config.up_demand:
-        return f"load {mean:.2f} above {config.up_demand:g}"
     requests = sum(load.requests for load in loads)
     waiting = sum(load.waiting for load in loads) / requests if requests else 0.0
-    if waiting > config.up_waiting_share:
-        return f"{waiting:.0%} of the requests wait"
     preemptions = sum(load.preemptions for load in loads) / len(loads)
-    if preemptions > config.up_preemptions_per_minute:
-        return f"{preemptions:.1f} preemptions a minute and replica"
-    return ""
+    if mean > config.up_demand:
+        reason = f"load {mean:.2f} above {config.up_demand:g}"
+    elif waiting > config.up_waiting_share:
+        reason = f"{waiting:.0%} of the requests wait"
+    elif preemptions > config.up_preemptions_per_minute:
+        reason = f"{preemptions:.1f} preemptions a minute and replica"
+    else:
+        is_calm = (
+            waiting <= config.up_waiting_share / 2
+            and preemptions <= config.up_preemptions_per_minute / 2
+        )
+        if is_calm and mean * replicas < config.down_demand * (replicas - 1):
+            wanted = max(need, math.ceil(replicas / _MOST_AT_ONCE))
+            reason = f"load {mean:.2f}, with one replica fewer below {config.down_demand:g}"
+            return Decision(_within(config, wanted), reason)
+        return Decision(_within(config, replicas), f"load {mean:.2f}")
+    wanted = min(max(replicas + 1, need), _MOST_AT_ONCE * replicas)
+    return Decision(_within(config, wanted), reason)
 
 
 def _within(config: ScalingConfig, replicas: int) -> int:

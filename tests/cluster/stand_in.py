@@ -45,7 +45,7 @@ class StandIn:
         """The replica's id, a word every 50 ms, and ``end``."""
         return StreamingResponse(self._words(seconds), media_type="text/plain")
 
-    async def __call__(self, request: UserDefinedMessage) -> UserDefinedResponse:
+    async def Method1(self, request: UserDefinedMessage) -> UserDefinedResponse:  # noqa: N802
         """The same over gRPC: waits for ``num`` seconds."""
         await asyncio.sleep(request.num)
         return UserDefinedResponse(greeting=self._id)

@@ -75,8 +75,8 @@ class Cluster:
         metadata = [("application", name)] + ([("session_id", session)] if session else [])
         with grpc.insecure_channel(f"127.0.0.1:{self.grpc}") as channel:
             stub = serve_pb2_grpc.UserDefinedServiceStub(channel)
-            message = serve_pb2.UserDefinedMessage(name="x", num=seconds, origin="y")
-            answer: str = stub.__call__(message, metadata=metadata, timeout=WAIT_S).greeting
+            message = serve_pb2.UserDefinedMessage(name="x", num=seconds, foo="y")
+            answer: str = stub.Method1(message, metadata=metadata, timeout=WAIT_S).greeting
             return answer
 
     def running(self, name: str) -> int:

@@ -39,10 +39,11 @@ def test_preemptions_add_replicas() -> None:
     assert "2.2 preemptions" in decide(CONFIG, [load(preemptions=9), *[load()] * 3], 4).reason
 
 
-def test_slack_removes_replicas_but_not_while_anything_waits() -> None:
+def test_slack_removes_replicas_but_not_near_the_other_thresholds() -> None:
     assert wanted(*[load(0.3)] * 6) == 3
-    assert wanted(*[load(0.3, waiting=1)] * 6) == 6
-    assert wanted(*[load(0.3), load(0.3), load(preemptions=1)] * 2) == 6
+    assert wanted(*[load(0.3, waiting=10, preemptions=1)] * 6) == 3
+    assert wanted(*[load(0.3, waiting=11)] * 6) == 6
+    assert wanted(*[load(0.3, preemptions=2)] * 3, *[load(0.3, preemptions=1)] * 3) == 6
 
 
 def test_between_the_thresholds_nothing_changes() -> None:
