@@ -105,8 +105,8 @@ The same on plain vLLM, as the value of `--kv-transfer-config`:
 }
 ```
 
-`configs/` holds complete files: `cluster.yaml`, `autoscale.yaml`, `demo.yaml`, `single-gpu.yaml`, `gpu.yaml` and
-`multi-node.yaml` for Ray Serve,
+`configs/` holds complete files: `cluster.yaml`, `autoscale.yaml`, `demo.yaml`, `single-gpu.yaml`,
+`gpu.yaml` and `multi-node.yaml` for Ray Serve,
 `observe.yaml` and `paper.yaml` for `MEMSHARE_CONFIG`.
 """
 
