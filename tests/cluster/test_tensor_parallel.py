@@ -1,0 +1,119 @@
+"""Two workers that share a model, through the whole stack; and what happens when one of them dies.
+
+One server for all tests, in the order of its life. The model is SmolLM2 with heads added so that
+two ranks divide them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+import ray
+
+from tests.cluster.faults import PROMPT, Record, Stream, assert_nothing_is_left, recover
+from tools.local_cluster import (
+    Server,
+    cluster_file,
+    kill,
+    memshare_in,
+    processes,
+    start,
+    stop,
+    victims,
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
+BLOCKS = 200
+STORY = {
+    "model": "smollm2", "prompt": PROMPT, "temperature": 0,
+    "ignore_eos": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    document = cluster_file()
+    args = document["applications"][0]["args"]
+    args["model"] = "smollm2-135m-tp2"
+    args["engine"].update(tensor_parallel_size=2, num_gpu_blocks_override=BLOCKS)
+    memshare = memshare_in(document)
+    memshare.update(memshare_in(cluster_file("demo.yaml")))
+    memshare["integrity"] = {"check_every": 8}
+    server = start(tmp_path_factory.mktemp("serve"), document)
+    try:
+        server.started_s = server.wait_until_it_answers()
+        print(f"\nstarted in {server.started_s:.1f} s")
+        yield server
+    finally:
+        stop(server)
+
+
+def complete(server: Server, tokens: int) -> str:
+    answer = httpx.post(
+        f"{server.url}/v1/completions", json={**STORY, "max_tokens": tokens}, timeout=300
+    )
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def test_both_ranks_serve(server: Server) -> None:
+    assert len(victims("worker")) == 2
+    assert len(complete(server, 12).split()) > 3
+
+
+def test_blocks_are_as_check_says(server: Server) -> None:
+    """What ``memshare check`` counts for one of two ranks is what vLLM has, without an override."""
+    log = server.log.read_text()
+    (found,) = set(re.findall(r"Overriding num_gpu_blocks=(\d+) with", log))
+    # 4 KV heads on 2 ranks: 30 layers x 2 heads x 64 channels x K and V x 2 bytes x 32 tokens.
+    assert int(found) == (1 << 30) // (30 * 2 * 64 * 2 * 2 * 32)
+    (config,) = re.findall(r"vllm:cache_config_info{(.*?)}", server.metrics())
+    assert f'num_gpu_blocks="{BLOCKS}"' in config
+
+
+def share_something(server: Server) -> None:
+    """Write until blocks have been reclaimed; two ranks that spin on one core are slow."""
+    before = server.metric("vllm:memshare_blocks_reclaimed_total")
+    for _ in range(6):
+        complete(server, 160)
+        if server.metric("vllm:memshare_blocks_reclaimed_total") > before:
+            return
+    raise AssertionError("nothing is shared")
+
+
+def test_blocks_are_shared_and_every_rank_agrees(server: Server) -> None:
+    share_something(server)
+    checks = server.metrics()
+    assert re.search(r'memshare_integrity_checks_total{.*result="passed".*} [1-9]', checks)
+    assert 'result="failed"' not in checks
+    assert server.metric("vllm:memshare_remap_misses_total") == 0
+
+
+def test_a_killed_worker_takes_its_engine_along_and_all_is_replaced(
+    server: Server, record_property: Record
+) -> None:
+    old = [*victims("engine"), *victims("worker"), *victims("replica")]
+    stream = Stream(server)
+    killed = kill("worker")
+    assert stream.is_told_of_its_end()
+    recover(server, killed, record_property)
+    assert_nothing_is_left(old)
+    share_something(server)  # with a new pool of histories, on new ranks
+
+
+def test_shutdown_leaves_nothing_behind(server: Server) -> None:
+    ours = processes("VLLM::", "ray::ServeReplica", "ray::Evaluator")
+    assert len(ours) >= 4
+    port = int(server.url.rpartition(":")[2])
+    stop(server)
+    _, alive = psutil.wait_procs(ours, timeout=90)
+    assert alive == []
+    assert port not in {c.laddr.port for c in psutil.net_connections() if c.status == "LISTEN"}
+    named = ray.util.list_named_actors(all_namespaces=True)
+    assert [actor for actor in named if actor["namespace"] == "memshare"] == []
