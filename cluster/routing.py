@@ -122,14 +122,11 @@ class Routing:
         report = self._reports.get(replica)
         if report is None:
             return None
-        sent = ongoing(replica)
-        if sent is None:
-            return report.demand
+        # Never less than was reported: of what other proxies send, this one hears late.
+        requests = max(ongoing(replica) or 0, report.requests)
         if report.requests:
-            each = report.demand / report.requests
-        else:
-            each = self._demand / self._requests if self._requests else 0.0
-        return each * sent
+            return report.demand / report.requests * requests
+        return self._demand / self._requests * requests if self._requests else 0.0
 
     def _homes(self, session: str, ongoing: Ongoing) -> list[str]:
         homes = islice(self._ring.walk(session), 1 + self._config.fallbacks)

@@ -103,8 +103,9 @@ class SimulatedEngine:
         """``allocated`` at which what ends now is cached no more: the free blocks, oldest first."""
         return self.allocated + self._machine.kv_tokens - self.used
 
-    def load(self) -> Load:
+    def load(self, now: float) -> Load:
         """What the replica reports."""
+        self._advance(now)
         self._meter.record(
             used=min(1.0, self.used / self._machine.kv_tokens),
             running=self._running,

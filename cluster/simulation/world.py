@@ -143,6 +143,7 @@ class _Replica:
         self.born = now
         self.requests = 0
         self.wakes_at = math.inf  # other wake-ups are out of date
+        self.reported: Load | None = None
         self.loads: deque[Load] = deque()
 
 
@@ -287,9 +288,11 @@ class World:
     def _report(self, replica: _Replica) -> None:
         if replica.name not in self._serving:
             return
-        load = replica.engine.load()
-        for proxy in self._proxies:
-            proxy.routing.report(replica.name, load)
+        load = replica.engine.load(self._now)
+        if load != replica.reported:  # Ray Serve sends proxies what has changed
+            replica.reported = load
+            for proxy in self._proxies:
+                proxy.routing.report(replica.name, load)
         self._at(self._now + self._cluster.routing.report_period_s, partial(self._report, replica))
 
     def _wake(self, replica: _Replica) -> None:
@@ -314,7 +317,7 @@ class World:
         scaling = self._cluster.scaling
         assert scaling is not None
         for replica in self._serving.values():
-            replica.loads.append(replica.engine.load())
+            replica.loads.append(replica.engine.load(self._now))
             while len(replica.loads) * scaling.report_period_s > scaling.look_back_s:
                 replica.loads.popleft()
         loads = [_mean(replica.loads) for replica in self._serving.values()]
