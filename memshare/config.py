@@ -177,18 +177,19 @@ class RandomParams(Section):
 
 
 class TwinsParams(Section):
-    """Blocks first whose tokens the request has written again since, at whatever offset."""
+    """Blocks first whose tokens stand elsewhere in the request too, at whatever offset."""
 
     name: Literal["twins"]
     shortest_run: Whole = Field(default=4, ge=1, le=8)
-    """Tokens, rounded up to 1, 2, 4 or 8. A later token is a twin only if so many tokens up to it
-    are the same. Short runs are chance: they find more twins, and take the number in one sum for
-    that in another."""
-    age_weight: Fraction = 0.3
-    """Coverage, 0..1, that the oldest block of a request may lack against its newest and still go
-    first. 0 looks at coverage alone."""
-    min_coverage: Fraction = 0.0
-    """Coverage, 0..1. Blocks below it are never targets; with 0, memory comes before exactness."""
+    """Tokens, rounded up to 1, 2, 4 or 8. Two tokens are twins only if they stand in equal runs of
+    so many. Short runs are chance: they find more twins, and take the number in one sum for that
+    in another."""
+    age_weight: Real = Field(default=1.0, ge=0.0, le=8.0)
+    """Exponent of a block's place in its request, 0..1, in what losing it is expected to cost: what
+    has no twin, times place to this power. 0 looks at coverage alone."""
+    min_coverage: Fraction = 0.5
+    """Coverage, 0..1. Blocks below it are never targets, and vLLM preempts if memory is short all
+    the same; with 0, memory comes before exactness."""
     order: Literal["most_covered", "least_covered"] = "most_covered"
     """Which blocks go first. ``least_covered`` is the negative control of measurements. It does not
     look at age; what it costs more than ``most_covered`` is what the order is worth."""

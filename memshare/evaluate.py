@@ -70,8 +70,8 @@ class TwinLinks(NamedTuple):
     Attributes:
         request_id: the request.
         generation: its generation when the steps were sent.
-        earlier: ``[N]`` int32 token positions, rising.
-        later: ``[N]`` int32 positions of their twins, ``later > earlier``.
+        earlier: ``[N]`` int32 token positions, each at most once.
+        later: ``[N]`` int32 positions of their twins, rising, ``later > earlier``.
     """
 
     request_id: str
@@ -119,8 +119,9 @@ def _are_sound_links(links: object) -> bool:
         and all(array.dtype == np.int32 and array.ndim == 1 for array in links[2:])
         and len(links.earlier) == len(links.later)
         and bool((links.earlier >= 0).all())
-        and bool((links.earlier[1:] > links.earlier[:-1]).all())
+        and bool((links.later[1:] > links.later[:-1]).all())
         and bool((links.later > links.earlier).all())
+        and len(np.unique(links.earlier)) == len(links.earlier)
     )
 
 

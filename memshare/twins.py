@@ -1,10 +1,12 @@
-"""Stage one of the policy ``twins``: where a request's tokens occur again, at any offset.
+"""Stage one of the policy ``twins``: where a request's tokens have stood before, at any offset.
 
-A *twin* of a token is a later token of the same request with the same id. Causal attention makes
-a token's KV a function of what stands before it, so a twin is the likelier to have similar KV, and
-to mean the same, the longer the text before the two is the same. The index therefore remembers,
-for runs of 8, 4, 2 and 1 tokens, where each occurred last, and links that occurrence to the new one
-by the longest run. Runs that are too short are chance: the 5 in another sum is no copy of this one.
+Two tokens of one request are *twins* if they stand at the same place of a passage that occurs
+twice. Causal attention makes a token's KV a function of what stands before it, so twins are the
+likelier to have similar KV, and to mean the same, the longer the text before the two is the same.
+The index therefore remembers, for runs of 8, 4, 2 and 1 tokens, where each occurred last, and links
+a new token to the occurrence with the longest run. Runs that are too short are chance: the 5 in
+another sum is no copy of this one. Where a run is long enough, all of its tokens are twins, its
+first ones too.
 
 Everything is NumPy on one step's tokens at a time: O(1) a token, no Python object per token.
 """
@@ -18,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 Positions = npt.NDArray[np.int32]
+_Places = npt.NDArray[np.int64]  # in the index's own arrays
 
 _ORDERS = (1, 2, 4, 8)  # tokens; each run's hash is made of two of the order before
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, bits well spread (Fibonacci hashing)
@@ -37,13 +40,14 @@ class TwinIndex:
             shortest_run: tokens of the shortest run that makes a twin, 8 at most.
         """
         self._searched = [i for i, order in enumerate(_ORDERS) if order >= shortest_run]
+        self._shortest = _ORDERS[self._searched[0]]
         self._clear()
 
     def _clear(self) -> None:
         self._count = 0
         self._positions: Positions = np.empty(_FIRST_SIZE, np.int32)
-        # Longest run, in tokens, by which a token has been linked to its twin; 0: it has none.
-        self._quality = np.zeros(_FIRST_SIZE, np.uint8)
+        self._tokens = np.zeros(_FIRST_SIZE, np.uint64)
+        self._linked = np.zeros(_FIRST_SIZE, np.bool_)  # to an earlier token
         self._hashes = np.empty((len(_ORDERS), _FIRST_SIZE), np.uint64)
         self._make_tables()
 
@@ -60,28 +64,22 @@ class TwinIndex:
                 request has begun again (a preemption), and what was known is forgotten.
 
         Returns:
-            Positions ``[N]`` of earlier tokens, each at most once and in rising order, and ``[N]``
-            of their twins among ``tokens``. A token that had a twin gets another only if as long a
-            run before it is the same: the newest of the best stays.
+            Positions ``[N]`` of earlier tokens, each at most once, and ``[N]`` of their twins in
+            rising order, each linked once in its life. Twins are among ``tokens``, or, where a run
+            began before them, just before. A token that occurs several times in ``tokens`` makes a
+            chain.
         """
         if self._count and position <= self._positions[self._count - 1]:
             self._clear()
         start, end = self._count, self._count + len(tokens)
         self._make_room(end)
         self._positions[start:end] = np.arange(position, position + len(tokens))
+        self._tokens[start:end] = tokens
         self._count = end
-        self._hash(np.asarray(tokens, np.uint64), start, end)
-        earlier, quality = self._look_up(start, end)
-        found = np.flatnonzero(quality >= np.maximum(self._quality[earlier], 1))
-        # Of several twins for one token the last in this order stays: best run, then newest.
-        rank = found + (quality[found].astype(np.int64) << 32)
-        order = found[np.lexsort((rank, earlier[found]))]
-        is_best = np.append(earlier[order][1:] != earlier[order][:-1], len(order) > 0)[: len(order)]
-        chosen = order[is_best]
-        linked = earlier[chosen]
-        self._quality[linked] = quality[chosen]
+        self._hash(self._tokens[start:end], start, end)
+        earlier, later = self._complete_runs(*self._look_up(start, end))
         self._remember(start, end)
-        return self._positions[linked], self._positions[start + chosen]
+        return self._positions[earlier], self._positions[later]
 
     def _hash(self, tokens: npt.NDArray[np.uint64], start: int, end: int) -> None:
         """Hash the run that ends in each new token, for every order."""
@@ -96,17 +94,30 @@ class TwinIndex:
             mixed[: begin - start] += np.arange(start, begin, dtype=np.uint64)
             self._hashes[level, start:end] = mixed * _MIX
 
-    def _look_up(self, start: int, end: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        """For each new token the earlier one with the longest common run, and its length."""
-        earlier = np.zeros(end - start, np.int64)
-        quality = np.zeros(end - start, np.uint8)
+    def _look_up(self, start: int, end: int) -> tuple[_Places, _Places]:
+        """For each new token that ends a known run: where the longest one ended, and the token."""
+        earlier = np.full(end - start, -1, np.int64)
         for table, level in zip(self._tables, self._searched, strict=True):
             hashes = self._hashes[level]
             last = table[hashes[start:end] >> self._shift]
             same = (last >= 0) & (hashes[last] == hashes[start:end])
             earlier[same] = last[same]
-            quality[same] = _ORDERS[level]
-        return earlier, quality
+        found = np.flatnonzero(earlier >= 0)
+        return earlier[found], start + found
+
+    def _complete_runs(self, ended: _Places, ends: _Places) -> tuple[_Places, _Places]:
+        """Add the tokens before the last one of each shortest run, and link all of them."""
+        self._linked[ends] = True
+        earlier, later = [ended], [ends]
+        for back in range(1, self._shortest):
+            before, after = ended - back, ends - back
+            # Hashes can be equal by chance; and a token is linked only once.
+            new = (before >= 0) & ~self._linked[after]
+            new &= self._tokens[before] == self._tokens[after]
+            self._linked[after[new]] = True
+            earlier.append(before[new])
+            later.append(after[new])
+        return _chained(np.concatenate(earlier), np.concatenate(later))
 
     def _remember(self, start: int, end: int) -> None:
         places = np.arange(start, end, dtype=np.int32)
@@ -121,7 +132,8 @@ class TwinIndex:
         while size < needed:
             size *= 2
         self._positions = _grown(self._positions, size)
-        self._quality = _grown(self._quality, size)
+        self._tokens = _grown(self._tokens, size)
+        self._linked = _grown(self._linked, size)
         self._hashes = np.stack([_grown(hashes, size) for hashes in self._hashes])
         self._make_tables()
         self._remember(0, self._count)
@@ -133,7 +145,22 @@ class TwinIndex:
         self._tables = np.full((len(self._searched), 1 << bits), -1, np.int32)
 
 
-_Array = TypeVar("_Array", Positions, npt.NDArray[np.uint8], npt.NDArray[np.uint64])
+def _chained(earlier: _Places, later: _Places) -> tuple[_Places, _Places]:
+    """Sort by the later token; of several with one earlier token, each follows the one before."""
+    order = np.argsort(later)
+    earlier, later = earlier[order], later[order]
+    by_earlier = np.argsort(earlier, kind="stable")
+    again = np.flatnonzero(earlier[by_earlier][1:] == earlier[by_earlier][:-1])
+    if not len(again):
+        return earlier, later
+    earlier[by_earlier[again + 1]] = later[by_earlier[again]]
+    # Where a run began before this step, a token of that may have got two now.
+    _, first = np.unique(earlier, return_index=True)
+    first.sort()
+    return earlier[first], later[first]
+
+
+_Array = TypeVar("_Array", Positions, npt.NDArray[np.bool_], npt.NDArray[np.uint64])
 
 
 def _grown(array: _Array, size: int) -> _Array:

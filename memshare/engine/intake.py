@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from time import monotonic
 
 from memshare.bridge import EvaluatorBridge
-from memshare.config import MemShareConfig
+from memshare.config import MemShareConfig, TwinsParams
 from memshare.engine.journal import Journal
 from memshare.engine.requests import RequestState
 from memshare.evaluate import Answer, EvaluatorError, NewSteps
@@ -17,6 +17,8 @@ class Intake:
 
     def __init__(self, config: MemShareConfig, bridge: EvaluatorBridge, journal: Journal) -> None:
         self._threshold = config.steps.similarity_threshold
+        self._twins = isinstance(config.policy, TwinsParams)
+        self._settled = config.protect.recent_tokens // 2
         self._bridge = bridge
         self._journal = journal
         self._outgoing: list[NewSteps] = []
@@ -28,12 +30,21 @@ class Intake:
         start = prompt + state.fed
         if until <= start or state.segmenter is None:
             return
+        if self._twins and until < prompt + self._settled:
+            # Nothing can go before the recent window is full, so a short answer is not looked at.
+            # Half of the window leaves time for both stages.
+            return
         tokens, bounds = state.segmenter.feed(request.all_token_ids[start:until])
         state.fed += until - start
         if not tokens:
             return
         position = prompt + state.emitted
         state.emitted += len(tokens)
+        if self._twins and position == prompt and state.has_plain_prompt:
+            # The prompt is never given up: what repeats it has a copy that stays.
+            tokens = [*request.all_token_ids[:prompt], *tokens]
+            bounds = (0, *(prompt + bound for bound in bounds))
+            position = 0
         asked = state.options.memshare_step_threshold
         self._outgoing.append(
             NewSteps(

@@ -20,6 +20,8 @@ from memshare.policy.base import DemandPolicy, StagedPolicy, Victim
 from memshare.reclaim import ReclaimQueue
 from memshare.stats import DropReason
 
+_MEMORY = 0.99  # by which what earlier requests could give up counts less, with each new one
+
 
 class Reclaimer:
     """Holds verified pairs and applies remaps.
@@ -50,6 +52,8 @@ class Reclaimer:
         self._journal = journal
         self._queue: ReclaimQueue[Candidate] = ReclaimQueue()
         self._remaps: list[Remap] = []  # of the step that is being scheduled
+        # Requests in which the policy finds no further victim: blocks given up, and allowed to be.
+        self._given, self._allowed = 0.0, 0.0
 
     def __len__(self) -> int:
         """Pairs in the reclaim queue."""
@@ -69,13 +73,15 @@ class Reclaimer:
     def footprint(self, state: RequestState, tokens: int) -> int:
         """Blocks that a request of so many tokens is expected to keep.
 
-        An on-demand policy always finds a victim, so all that it may re-point is left out. Pairs of
-        a staged policy cannot be foreseen.
+        What it may re-point on demand is left out, as far as the policy has found victims in other
+        requests. Pairs of a staged policy cannot be foreseen.
         """
         blocks = -(-tokens // self._book.block_size)
         if isinstance(self._policy, StagedPolicy):
             return blocks
-        return blocks - self._roster.shareable(state, tokens // self._book.block_size)
+        shareable = self._roster.shareable(state, tokens // self._book.block_size)
+        found = self._given / self._allowed if self._allowed else 1.0
+        return blocks - int(found * shareable)
 
     def view(self, state: RequestState) -> Victims:
         """The request's blocks as an on-demand policy sees them; it must hold some."""
@@ -211,6 +217,7 @@ class Reclaimer:
             view = views[i]
             victim = chosen.pop(i, None) or policy.choose(view)
             if victim is None:
+                self._note_exhausted(view)
                 continue
             turn = view.shared_fraction - victim.quality
             if heap and turn > heap[0][0]:
@@ -221,6 +228,11 @@ class Reclaimer:
             if view.has_budget:
                 heapq.heappush(heap, (view.shared_fraction - policy.promise(view), i))
         return freed
+
+    def _note_exhausted(self, view: Victims) -> None:
+        """The policy keeps the rest of the request: others are expected to keep as much."""
+        self._given = _MEMORY * self._given + view.shared_fraction * view.full
+        self._allowed = _MEMORY * self._allowed + min(view.budget, view.end - view.first)
 
     def _must_wait(self, state: RequestState) -> bool:
         """Whether a remap of this request must wait for another step.
@@ -253,7 +265,7 @@ class Reclaimer:
 class Victims:
     """One request as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`)."""
 
-    __slots__ = ("_blocks", "_state", "_twins", "budget", "end", "first", "full")
+    __slots__ = ("_blocks", "_copies", "_state", "budget", "end", "first", "full")
 
     def __init__(
         self, roster: Roster, book: BlockBook, survey: Survey | None, state: RequestState
@@ -262,7 +274,7 @@ class Victims:
         assert table is not None, "the caller has looked"
         self._blocks = table
         self._state = state
-        self._twins = survey.map_of(state) if survey is not None else None
+        self._copies = survey.copies_of(state) if survey is not None else None
         self.first = roster.first_target(state)
         self.end = min(roster.end_target(state), len(table))
         self.full = min(state.full, len(table))
@@ -282,7 +294,7 @@ class Victims:
         """See :meth:`VictimView.is_target`."""
         if index in self._state.repointed or self._blocks[index].ref_cnt != 1:
             return False
-        return self._twins is None or not self._twins.last_copies[index]
+        return self._copies is None or not self._copies.last_copies[index]
 
     def is_own(self, index: int) -> bool:
         """See :meth:`VictimView.is_own`."""
@@ -295,9 +307,9 @@ class Victims:
     @property
     def coverage(self) -> npt.NDArray[np.float32]:
         """See :attr:`VictimView.coverage`."""
-        if self._twins is None:
+        if self._copies is None:
             return np.zeros(self.full, np.float32)
-        return self._twins.coverage[: self.full]
+        return self._copies.coverage[: self.full]
 
     @property
     def block_threshold(self) -> float | None:

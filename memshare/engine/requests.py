@@ -60,6 +60,12 @@ class RequestState:
         """Its table, of so many entries, is about to shrink or to be remapped."""
         self.peak_blocks = max(self.peak_blocks, entries - len(self.repointed))
 
+    @property
+    def has_plain_prompt(self) -> bool:
+        """Whether the prompt's token ids say what its blocks hold: not where placeholders stand for
+        images, nor where embeddings were sent."""
+        return not self.request.mm_features and self.request.prompt_embeds is None
+
     def start_generation(self, segmenter: StepSegmenter | None) -> None:
         """Forget everything about blocks that no longer exist."""
         self.generation += 1

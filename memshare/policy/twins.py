@@ -1,4 +1,4 @@
-"""``twins``: blocks go first that hold little which is not written again later in the request."""
+"""``twins``: blocks go first that hold little which does not stand elsewhere in the request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _BLOCKS_A_SHARER = 8
 
 
 class TwinsPolicy(DemandPolicy):
-    """Takes the best covered block, with a bonus for age; the donor is the next that stays.
+    """Takes the block whose loss is expected to cost least; the donor is the next that stays.
+
+    The cost is what has no twin, times how much attention the block gets: the older, the less.
 
     On real traces (tools/study_policies.py) the nearest later block that is unlikely to go itself
     has been a better donor than the block that holds most of the target's twins, than the newest
@@ -38,11 +40,11 @@ class TwinsPolicy(DemandPolicy):
         targets = [
             i for i in range(view.first, view.end) if coverage[i] >= least and view.is_target(i)
         ]
-        age = self._params.age_weight * np.array(targets) / max(view.full, 1)
+        lost = 1.0 - coverage[targets]
+        age = ((np.array(targets) + 1.0) / max(view.full, 1)) ** self._params.age_weight
         # The control looks at coverage alone: with age it would do well for another reason.
-        reverse = self._params.order == "least_covered"
-        score = -coverage[targets] if reverse else coverage[targets] - age
-        ranked = [targets[i] for i in np.argsort(-score, kind="stable")]
+        cost = -lost if self._params.order == "least_covered" else lost * age
+        ranked = [targets[i] for i in np.argsort(cost, kind="stable")]
         likely_next = set(ranked[: view.budget])
         for target in ranked:
             later = [j for j in range(target + 1, view.full) if view.is_own(j)]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from memshare.config import DistanceConfig, PolicyParams, StepConfig, TwinsParams
+from memshare.copies import CopyLists
 from memshare.distance import TokenScale, spread_layers, token_similarity_sums
-from memshare.engine.survey import TwinMap
 from memshare.policy import load_policy
 from memshare.policy.base import DemandPolicy
 from memshare.replay.damage import measure
@@ -76,7 +76,7 @@ class Prefix:
     end: int
     full: int
     budget: int
-    twins: TwinMap | None
+    twins: CopyLists | None
     donor_of: dict[int, int] = field(default_factory=dict)
     block_threshold: float | None = None
 
@@ -200,18 +200,13 @@ class Reader:
         while len(prefix.donor_of) < prefix.budget and (victim := policy.choose(prefix)):
             prefix.donor_of[victim.target] = victim.donor
             if twins is not None:
-                self._hand_on(reading, prefix, twins, victim.target)
+                self._hand_on(reading, twins, victim.target)
         return prefix
 
-    def _hand_on(self, reading: Reading, prefix: Prefix, twins: TwinMap, index: int) -> None:
-        """Block ``index`` is gone: tokens whose twins were there get the twins of those."""
-        orphans, heirs = twins.give_up(index)
-        own = [
-            prefix.is_own(p // self._block_size) and prefix.is_own(q // self._block_size)
-            for p, q in zip(orphans.tolist(), heirs.tolist(), strict=True)
-        ]
-        orphans, heirs = orphans[own], heirs[own]
-        twins.learn(orphans, heirs, reading.similarity(orphans, heirs))
+    def _hand_on(self, reading: Reading, twins: CopyLists, index: int) -> None:
+        """Block ``index`` is gone: its tokens' neighbours are neighbours now."""
+        earlier, later = twins.give_up(index)
+        twins.learn(earlier, later, reading.similarity(earlier, later))
 
     def steps(self, reading: Reading) -> list[int]:
         """Bounds of the prefix's finished steps, as positions."""
@@ -219,12 +214,12 @@ class Reader:
         _, bounds = StepSegmenter(self._automaton, *self._steps).feed(output)
         return [reading.prompt + bound for bound in bounds]
 
-    def _twins(self, reading: Reading, params: TwinsParams) -> TwinMap:
+    def _twins(self, reading: Reading, params: TwinsParams) -> CopyLists:
         """Both stages over the whole prefix."""
-        known = TwinMap(self._block_size)
+        known = CopyLists(self._block_size)
         known.grow(reading.prefix // self._block_size)
         index = TwinIndex(params.shortest_run)
-        for first, last in pairwise(self.steps(reading)):
+        for first, last in pairwise([0, *self.steps(reading)]):
             earlier, later = index.add(reading.tokens[first:last].tolist(), first)
             apart = earlier // self._block_size != later // self._block_size
             earlier, later = earlier[apart], later[apart]

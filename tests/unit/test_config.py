@@ -34,7 +34,7 @@ BAD: dict[str, list[object]] = {
     "policy.name": ["x", "", 1, ["paper"], None],
     "policy[paper].survivor": NO_WORDS,
     "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
-    "policy[twins].age_weight": NO_FRACTIONS,
+    "policy[twins].age_weight": [-0.01, 8.01, *NO_NUMBERS],
     "policy[twins].shortest_run": [0, 9, 1.5, *NO_NUMBERS],
     "policy[twins].min_coverage": NO_FRACTIONS,
     "policy[twins].order": ["best", "", 1, None],

@@ -67,7 +67,10 @@ def views(draw: st.DrawFn) -> View:
 DEMAND = st.one_of(
     st.builds(lambda: load_policy(OldestParams(name="oldest"))),
     st.builds(lambda s: load_policy(RandomParams(name="random", seed=s)), st.integers(0, 99)),
-    st.builds(lambda age: load_policy(TwinsParams(name="twins", age_weight=age)), st.floats(0, 1)),
+    st.builds(
+        lambda age: load_policy(TwinsParams(name="twins", age_weight=age, min_coverage=0.0)),
+        st.floats(0, 8),
+    ),
 )
 
 
@@ -108,16 +111,17 @@ def twins(**params: float) -> TwinsPolicy:
 
 def test_twins_takes_the_best_covered_first() -> None:
     view = View(1, 6, 8, 3, covered=(1.0, 0.1, 0.5, 0.9, 0.2, 0.3, 1.0, 1.0))
-    targets = [victim.target for victim in choices(twins(age_weight=0.0), view, 10)]
+    policy = twins(age_weight=0.0, min_coverage=0.0)
+    targets = [victim.target for victim in choices(policy, view, 10)]
     assert targets == [3, 2, 5, 4, 1]
 
 
 def test_twins_prefers_old_blocks_by_its_weight() -> None:
     def first(age_weight: float) -> int:
         view = View(0, 6, 8, 3, covered=(0.4, 0.5, 0.5, 0.5, 0.5, 0.6))
-        return choices(twins(age_weight=age_weight), view, 1)[0].target
+        return choices(twins(age_weight=age_weight, min_coverage=0.0), view, 1)[0].target
 
-    assert [first(w) for w in (0.0, 0.3, 1.0)] == [5, 1, 0]
+    assert [first(w) for w in (0.0, 0.25, 1.0)] == [5, 1, 0]
 
 
 def test_twins_leaves_blocks_alone_that_are_covered_too_little() -> None:

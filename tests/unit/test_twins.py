@@ -22,13 +22,17 @@ def cut(tokens: list[int], sizes: list[int]) -> list[tuple[int, list[int]]]:
 
 
 def links_of(index: TwinIndex, steps: list[tuple[int, list[int]]]) -> dict[int, int]:
+    """Earlier token of each later one."""
     links: dict[int, int] = {}
     for position, tokens in steps:
         earlier, later = index.add(tokens, position)
         assert earlier.dtype == later.dtype == np.int32
-        assert (np.diff(earlier) > 0).all()
-        assert ((position <= later) & (later < position + len(tokens))).all()
-        links.update(zip(earlier.tolist(), later.tolist(), strict=True))
+        assert (np.diff(later) > 0).all()
+        assert len(set(earlier.tolist())) == len(earlier)
+        assert (later < position + len(tokens)).all()
+        new = dict(zip(later.tolist(), earlier.tolist(), strict=True))
+        assert not set(new) & set(links), "a token is linked once"
+        links |= new
     return links
 
 
@@ -36,26 +40,28 @@ def slow_links(
     tokens: list[int], steps: list[tuple[int, list[int]]], shortest_run: int
 ) -> dict[int, int]:
     links: dict[int, int] = {}
-    quality: dict[int, int] = {}
     for position, step in steps:
-        found = []
+        ends: dict[int, int] = {}
         for q in range(position, position + len(step)):
             for order in (8, 4, 2, 1):
-                if order < shortest_run:
-                    break
                 run = tokens[q + 1 - order : q + 1] if q + 1 >= order else None
-                ends = [
+                known = [
                     p
                     for p in range(order - 1, position)
                     if run is not None and tokens[p + 1 - order : p + 1] == run
                 ]
-                if ends:
-                    found.append((order, q, ends[-1]))
+                if known and order >= shortest_run:
+                    ends[q] = known[-1]
                     break
-        before = dict(quality)
-        for order, q, p in sorted(found):
-            if order >= before.get(p, 0):
-                links[p], quality[p] = q, order
+        new = dict(ends)
+        for back in range(1, shortest_run):
+            for q, p in ends.items():
+                if q - back not in new and q - back not in links:
+                    new[q - back] = p - back
+        latest: dict[int, int] = {}  # token behind an earlier one: the next of its copies follows
+        for q in sorted(new):
+            new[q], latest[new[q]] = latest.get(new[q], new[q]), q
+        links |= new
     return links
 
 
@@ -70,36 +76,39 @@ def test_the_search_finds_what_the_definition_says(
     steps = cut(tokens, sizes)
     found = links_of(TwinIndex(shortest_run), steps)
     expected = slow_links(tokens, steps, shortest_run)
-    # Runs that share a place in a table hide older ones: rare, and only a longer run is missed.
-    same = sum(found.get(p) == q for p, q in expected.items())
-    assert same >= 0.9 * len(expected) - 1
-    assert all(tokens[p] == tokens[q] and p < q for p, q in found.items())
+    # Runs that share a place in a table hide older ones, and a token has one copy behind it only:
+    # both are rare.
+    same = sum(found.get(q) == p for q, p in expected.items())
+    assert same >= 0.9 * len(expected) - 2
+    assert all(tokens[p] == tokens[q] and p < q for q, p in found.items())
 
 
 def test_a_passage_written_again_is_linked_token_by_token_at_any_offset() -> None:
     passage = list(range(100, 140))
     tokens = [*range(7), *passage, *range(20, 33), *passage, 99]
     links = links_of(TwinIndex(), [(0, tokens[:47]), (47, tokens[47:])])
-    assert links == {7 + i: 60 + i for i in range(40)}
+    assert links == {60 + i: 7 + i for i in range(40)}
 
 
-def test_the_longest_common_run_wins_and_stays() -> None:
-    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+def test_the_longest_common_run_wins() -> None:
+    index = TwinIndex(shortest_run=2)
+    steps = [(0, [1, 2, 3, 4, 5]), (5, [70, 4, 5, 71])]
+    assert links_of(index, steps) == {6: 3, 7: 4}
+    assert links_of(index, [(9, [2, 3, 4, 5, 72])]) == {9: 1, 10: 2, 11: 3, 12: 4}
+
+
+def test_copies_within_one_step_make_a_chain() -> None:
     index = TwinIndex()
-    index.add(tokens, 0)
-    again = index.add([50, 9, 51, *tokens], 9)
-    assert dict(zip(*map(list, again), strict=True))[8] == 20, "not the 9 that stands alone"
-    # A shorter run does not take the place of a longer one; as long a one, of the newest, does.
-    links = links_of(index, [(21, [52, 9])])
-    assert 8 not in links
-    assert links == {20: 22}
+    assert links_of(index, [(0, [9]), (1, [9, 8, 9, 8, 9])]) == {1: 0, 3: 1, 5: 3}
 
 
-def test_a_repetition_that_is_too_short_makes_no_twin() -> None:
+def test_a_run_has_twins_from_its_first_token_on_if_it_is_long_enough() -> None:
     index = TwinIndex(shortest_run=4)
     index.add([1, 2, 3, 4, 5, 60], 0)
-    assert links_of(index, [(6, [9, 2, 3, 4, 8, 60])]) == {}
-    assert links_of(index, [(12, [2, 3, 4, 5, 61])]) == {4: 15}, "only where the fourth is the same"
+    assert links_of(index, [(6, [9, 2, 3, 4, 8, 60])]) == {}, "three are chance"
+    assert links_of(index, [(12, [2, 3, 4, 5, 61])]) == {12: 1, 13: 2, 14: 3, 15: 4}
+    # Where a step ends within a run, the rest of that is in the next one.
+    assert links_of(index, [(17, [7, 1, 2]), (20, [3, 4, 62])]) == {18: 0, 19: 1, 20: 2, 21: 3}
 
 
 def test_it_grows_and_keeps_what_it_knows() -> None:
@@ -112,8 +121,8 @@ def test_it_grows_and_keeps_what_it_knows() -> None:
         index.add(rng.integers(0, 50000, 200).tolist(), position)
         position += 200
     earlier, later = index.add(passage, position)
-    linked = dict(zip(earlier.tolist(), later.tolist(), strict=True))
-    assert sum(linked.get(i) == position + i for i in range(64)) >= 60
+    linked = dict(zip(later.tolist(), earlier.tolist(), strict=True))
+    assert sum(linked.get(position + i) == i for i in range(64)) >= 60
     assert len(index) == position + 64
 
 
@@ -157,7 +166,8 @@ GOOD = TwinLinks("a", 0, np.array([1, 4], np.int32), np.array([6, 9], np.int32))
         GOOD._replace(earlier=[1, 4]),
         GOOD._replace(earlier=GOOD.earlier.astype(np.int64)),
         GOOD._replace(earlier=GOOD.earlier[:1]),
-        GOOD._replace(earlier=GOOD.earlier[::-1]),
+        GOOD._replace(earlier=np.array([4, 4], np.int32)),
+        GOOD._replace(later=GOOD.later[::-1]),
         GOOD._replace(earlier=np.array([-1, 4], np.int32)),
         GOOD._replace(earlier=GOOD.earlier[:, None], later=GOOD.later[:, None]),
         GOOD._replace(later=np.array([6, 4], np.int32)),
