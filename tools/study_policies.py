@@ -44,12 +44,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "oldest": {"name": "oldest"},
     "twins": {"name": "twins"},
     "twins age 0": {"name": "twins", "age_weight": 0.0},
-    "twins age 0.15": {"name": "twins", "age_weight": 0.15},
     "twins age 0.5": {"name": "twins", "age_weight": 0.5},
+    "twins age 2": {"name": "twins", "age_weight": 2.0},
     "twins run 1": {"name": "twins", "shortest_run": 1},
     "twins run 2": {"name": "twins", "shortest_run": 2},
     "twins run 8": {"name": "twins", "shortest_run": 8},
-    "control": {"name": "twins", "order": "least_covered"},
+    "twins no floor": {"name": "twins", "min_coverage": 0.0},
+    "twins floor 0.35": {"name": "twins", "min_coverage": 0.35},
+    "twins floor 0.65": {"name": "twins", "min_coverage": 0.65},
+    "control": {"name": "twins", "order": "least_covered", "min_coverage": 0.0},
 }
 
 

@@ -20,7 +20,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random": {"policy": {"name": "random"}},
     "paper": _PAPER,
     # Negative control: what `twins` would keep goes first.
-    "control": {"policy": {"name": "twins", "order": "least_covered"}},
+    "control": {"policy": {"name": "twins", "order": "least_covered", "min_coverage": 0.0}},
+    # Memory before exactness.
+    "twins-no-floor": {"policy": {"name": "twins", "min_coverage": 0.0}},
 }
 """MemShare's options of every arm that gives up blocks."""
 

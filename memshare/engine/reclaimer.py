@@ -20,8 +20,6 @@ from memshare.policy.base import DemandPolicy, StagedPolicy, Victim
 from memshare.reclaim import ReclaimQueue
 from memshare.stats import DropReason
 
-_MEMORY = 0.99  # by which what earlier requests could give up counts less, with each new one
-
 
 class Reclaimer:
     """Holds verified pairs and applies remaps.
@@ -52,8 +50,6 @@ class Reclaimer:
         self._journal = journal
         self._queue: ReclaimQueue[Candidate] = ReclaimQueue()
         self._remaps: list[Remap] = []  # of the step that is being scheduled
-        # Requests in which the policy finds no further victim: blocks given up, and allowed to be.
-        self._given, self._allowed = 0.0, 0.0
 
     def __len__(self) -> int:
         """Pairs in the reclaim queue."""
@@ -73,15 +69,13 @@ class Reclaimer:
     def footprint(self, state: RequestState, tokens: int) -> int:
         """Blocks that a request of so many tokens is expected to keep.
 
-        What it may re-point on demand is left out, as far as the policy has found victims in other
-        requests. Pairs of a staged policy cannot be foreseen.
+        All that it may re-point on demand is left out, though a policy may keep some of that. Pairs
+        of a staged policy cannot be foreseen.
         """
         blocks = -(-tokens // self._book.block_size)
         if isinstance(self._policy, StagedPolicy):
             return blocks
-        shareable = self._roster.shareable(state, tokens // self._book.block_size)
-        found = self._given / self._allowed if self._allowed else 1.0
-        return blocks - int(found * shareable)
+        return blocks - self._roster.shareable(state, tokens // self._book.block_size)
 
     def view(self, state: RequestState) -> Victims:
         """The request's blocks as an on-demand policy sees them; it must hold some."""
@@ -217,7 +211,6 @@ class Reclaimer:
             view = views[i]
             victim = chosen.pop(i, None) or policy.choose(view)
             if victim is None:
-                self._note_exhausted(view)
                 continue
             turn = view.shared_fraction - victim.quality
             if heap and turn > heap[0][0]:
@@ -228,11 +221,6 @@ class Reclaimer:
             if view.has_budget:
                 heapq.heappush(heap, (view.shared_fraction - policy.promise(view), i))
         return freed
-
-    def _note_exhausted(self, view: Victims) -> None:
-        """The policy keeps the rest of the request: others are expected to keep as much."""
-        self._given = _MEMORY * self._given + view.shared_fraction * view.full
-        self._allowed = _MEMORY * self._allowed + min(view.budget, view.end - view.first)
 
     def _must_wait(self, state: RequestState) -> bool:
         """Whether a remap of this request must wait for another step.

@@ -23,7 +23,7 @@ LOOSE = {
 POLICIES: dict[str, dict[str, Any]] = {
     "oldest": CHECKED | {"policy": {"name": "oldest"}},
     "random": CHECKED | {"policy": {"name": "random"}},
-    "twins": CHECKED | {"policy": {"name": "twins"}, "steps": LOOSE["steps"]},
+    "twins": CHECKED | {"policy": {"name": "twins", "min_coverage": 0.0}, "steps": LOOSE["steps"]},
     "paper": CHECKED | LOOSE | {"policy": {"name": "paper"}},
     "paper, newest, eager": CHECKED
     | LOOSE
