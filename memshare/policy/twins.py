@@ -9,7 +9,7 @@ from memshare.policy.base import DemandPolicy, Victim, VictimView
 
 # A re-pointed block adds log(multiplicity) to its donor's attention logits. So much further away,
 # in blocks, may a donor be to have one sharer less.
-_BLOCKS_A_SHARER = 4
+_BLOCKS_A_SHARER = 8
 
 
 class TwinsPolicy(DemandPolicy):
