@@ -11,6 +11,7 @@ others used of the CPU meanwhile is told.
 | --- | --- |
 | ``bare`` | vLLM's own OpenAI server, without MemShare |
 | ``http`` | ``serve run`` of ``--config``, OpenAI HTTP |
+| ``grpc`` | the same server, by gRPC |
 | ``rival`` | ``ray.serve.llm`` (tools/rival_serve_llm.py), from an environment of its own |
 """
 
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,15 @@ import psutil  # noqa: E402
 from memshare.bench.report import machine  # noqa: E402
 from memshare.model import resolve_model  # noqa: E402
 from memshare.tables import table  # noqa: E402
-from tools.load import Load, Summary, summarize  # noqa: E402
-from tools.local_cluster import START_S, cluster_file, free_port, start, stop  # noqa: E402
+from tools.load import (  # noqa: E402
+    Load,
+    Send,
+    Summary,
+    grpc_streams,
+    http_streams,
+    summarize,
+)
+from tools.local_cluster import START_S, Server, cluster_file, free_port, start, stop  # noqa: E402
 from tools.runtime_env import runtime_env  # noqa: E402
 
 PROMPT = "Write about the lighthouse keeper, number {index}, who counts the ships of the day:"
@@ -61,13 +69,13 @@ class Arm:
 
     Attributes:
         name: as on the command line.
-        url: of its OpenAI API, without ``/v1``.
+        address: of its OpenAI API, without ``/v1``, or of its gRPC.
         pid: the process that everything of it descends from.
         rounds: what was measured.
     """
 
     name: str
-    url: str
+    address: str
     pid: int
     rounds: list[Round] = field(default_factory=list)
 
@@ -106,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arms", default="bare,http")
+    parser.add_argument("--arms", default="bare,http,grpc")
     parser.add_argument("--config", default="cluster.yaml", help="of configs/, for http")
     parser.add_argument("--mode", choices=("off", "observe", "share"), help="MemShare's, for http")
     parser.add_argument("--rounds", type=int, default=5)
@@ -120,17 +128,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
     args = parser.parse_args()
     names = args.arms.split(",")
-    starters: dict[str, Callable[[], Any]] = {
-        "bare": _bare,
-        "http": lambda: _ours(args.config, args.mode),
-        "rival": lambda: _rival(args.rival_python),
-    }
-    if unknown := set(names) - set(starters):
-        parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(starters)}")
+    known = ("bare", "http", "grpc", "rival")
+    if unknown := set(names) - set(known):
+        parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if "rival" in names and not args.rival_python:
         parser.error("arm rival needs --rival-python")
     with ExitStack() as servers:
-        arms = [servers.enter_context(starters[name]()) for name in names]
+        found: dict[str, Arm] = {}
+        if "bare" in names:
+            found["bare"] = servers.enter_context(_bare())
+        if "rival" in names:
+            found["rival"] = servers.enter_context(_rival(args.rival_python))
+        if {"http", "grpc"} & set(names):
+            server = servers.enter_context(_ours(args.config, args.mode))
+            found["http"] = Arm("http", server.url, server.process.pid)
+            found["grpc"] = Arm("grpc", server.grpc_address, server.process.pid)
+        arms = [found[name] for name in names]
         for arm in arms:  # every code path once, and prefix caches filled alike
             _ask(arm, 4, 8, 8)
         for number in range(args.rounds):
@@ -140,7 +153,7 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps([asdict(arm) for arm in arms], indent=1))
         if args.profile:
-            _profile(next(arm for arm in arms if arm.name == "http"), args)
+            _profile(found["http"], args)
     print(
         f"{args.streams} streams at once, {args.rounds} rounds of {args.requests} requests of "
         f"{args.tokens} tokens; {len(os.sched_getaffinity(0))} core(s); {machine()}.\n"
@@ -150,7 +163,7 @@ def main() -> None:
 
 def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
     alone = _ask(arm, 1, 8, 8)
-    others = [other for other in arms if other is not arm]
+    others = list({other.pid: other for other in arms if other.pid != arm.pid}.values())
     idle, used, began = _cpu(others), arm.cpu_seconds(), time.monotonic()
     busy = _ask(arm, args.streams, args.requests, args.tokens)
     seconds = time.monotonic() - began
@@ -162,11 +175,19 @@ def _cpu(arms: list[Arm]) -> float:
 
 
 def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
-    def body(index: int) -> dict[str, Any]:
-        prompt = PROMPT.format(index=index)
-        return {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+    def prompt(index: int) -> str:
+        return PROMPT.format(index=index)
 
-    load = Load(f"{arm.url}/v1/completions", body, streams)
+    def body(index: int) -> dict[str, Any]:
+        options = {"max_tokens": tokens, "ignore_eos": True}
+        return {"model": NAME, "prompt": prompt(index), **options}
+
+    def senders() -> AbstractAsyncContextManager[Send]:
+        if arm.name == "grpc":
+            return grpc_streams(arm.address, prompt, tokens)
+        return http_streams(f"{arm.address}/v1/completions", body)
+
+    load = Load(senders, streams)
     asyncio.run(load.run(requests))
     found = summarize(load.outcomes)
     if found.endings != {"whole": requests}:
@@ -235,7 +256,7 @@ def _rival(python: str) -> Iterator[Arm]:
 
 
 @contextmanager
-def _ours(config: str, mode: str | None) -> Iterator[Arm]:
+def _ours(config: str, mode: str | None) -> Iterator[Server]:
     document = cluster_file(config)
     args = document["applications"][0]["args"]
     args["engine"].update(ENGINE)
@@ -246,7 +267,7 @@ def _ours(config: str, mode: str | None) -> Iterator[Arm]:
         server = start(Path(folder), document)
         try:
             server.wait_until_it_answers()
-            yield Arm("http", server.url, server.process.pid)
+            yield server
         finally:
             stop(server)
 

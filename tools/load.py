@@ -7,11 +7,14 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
+
+from memshare.client import AsyncClient, CallError, OverloadedError, Sampling
 
 Ending = Literal["whole", "refused", "failed"]
 Body = dict[str, Any]
@@ -51,8 +54,56 @@ class Outcome:
         return self.first_token - self.sent
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: Body, index: int) -> Outcome:
-    """Send one streamed completion or chat and read it to its end. Never raises for a failure."""
+Send = Callable[[int], Awaitable[Outcome]]
+"""Sends the request of a number and reads its stream to the end; never raises for a failure."""
+
+
+@asynccontextmanager
+async def http_streams(url: str, body: Callable[[int], Body]) -> AsyncIterator[Send]:
+    """Streamed completions or chats by OpenAI's HTTP.
+
+    Args:
+        url: of the route.
+        body: makes the request of a number.
+    """
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        yield lambda index: _http(session, url, body(index), index)
+
+
+@asynccontextmanager
+async def grpc_streams(
+    address: str, prompt: Callable[[int], str], tokens: int
+) -> AsyncIterator[Send]:
+    """Streamed completions of ``tokens`` tokens by gRPC."""
+    async with AsyncClient(address, retries=0) as client:
+        yield lambda index: _grpc(client, prompt(index), tokens, index)
+
+
+async def _grpc(client: AsyncClient, prompt: str, tokens: int, index: int) -> Outcome:
+    outcome = Outcome(index, time.monotonic())
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+    pieces = []
+    try:
+        async for chunk in client.generate_stream(prompt, sampling, timeout=300):
+            if chunk.text:
+                outcome.first_token = outcome.first_token or time.monotonic()
+                outcome.chunks += 1
+                pieces.append(chunk.text)
+            if chunk.HasField("finish"):
+                outcome.ending = "whole"
+    except OverloadedError as error:
+        outcome.ending, outcome.detail = "refused", str(error)[:200]
+        await asyncio.sleep(_WAIT_S)
+    except CallError as error:
+        outcome.ending, outcome.detail = "failed", str(error)[:200]
+    outcome.text = "".join(pieces)
+    outcome.ended = time.monotonic()
+    return outcome
+
+
+async def _http(session: aiohttp.ClientSession, url: str, body: Body, index: int) -> Outcome:
     outcome = Outcome(index, time.monotonic())
     try:
         async with session.post(url, json={**body, "stream": True}) as answer:
@@ -97,15 +148,13 @@ class Load:
     """Streams that run until they are told to stop, a fixed number at once.
 
     Attributes:
-        url: of the route.
-        body: makes the request of a number.
+        senders: opens what sends requests.
         at_once: streams.
         outcomes: of all that ended.
         paused: while set, no new request is sent.
     """
 
-    url: str
-    body: Callable[[int], Body]
+    senders: Callable[[], AbstractAsyncContextManager[Send]]
     at_once: int
 
     def __post_init__(self) -> None:
@@ -117,12 +166,8 @@ class Load:
 
     async def run(self, requests: int | None = None) -> None:
         """Run until :meth:`stop`, or until so many requests were sent."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            await asyncio.gather(
-                *(self._one_by_one(session, requests) for _ in range(self.at_once))
-            )
+        async with self.senders() as send:
+            await asyncio.gather(*(self._one_by_one(send, requests) for _ in range(self.at_once)))
 
     def stop(self) -> None:
         """Send no more; what runs may end."""
@@ -134,7 +179,7 @@ class Load:
         while self._running:
             await asyncio.sleep(0.05)
 
-    async def _one_by_one(self, session: aiohttp.ClientSession, requests: int | None) -> None:
+    async def _one_by_one(self, send: Send, requests: int | None) -> None:
         while not self._stopping and (requests is None or self._next < requests):
             if self.paused:
                 await asyncio.sleep(0.05)
@@ -143,7 +188,7 @@ class Load:
             self._next += 1
             self._running += 1
             try:
-                outcome = await stream(session, self.url, self.body(index), index)
+                outcome = await send(index)
             finally:
                 self._running -= 1
             self.outcomes.append(outcome)

@@ -37,7 +37,7 @@ import psutil  # noqa: E402
 from memshare.bench.report import machine, wilson  # noqa: E402
 from memshare.reasoner.problems import generate, read_answer  # noqa: E402
 from memshare.tables import table  # noqa: E402
-from tools.load import Load, Outcome, summarize  # noqa: E402
+from tools.load import Load, Outcome, http_streams, summarize  # noqa: E402
 from tools.local_cluster import (  # noqa: E402
     ROLES,
     Server,
@@ -136,7 +136,8 @@ class Soak:
         self.began = time.monotonic()
         body = _short if args.load else _problem
         route = "completions" if args.load else "chat/completions"
-        self.load = Load(f"{server.url}/v1/{route}", body, args.streams)
+        url = f"{server.url}/v1/{route}"
+        self.load = Load(lambda: http_streams(url, body), args.streams)
         self.random = random.Random(args.seed)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tools.load import Load, Outcome, summarize
+from tools.load import Load, Outcome, http_streams, summarize
 from tools.soak import COUNTED, Fault, Record, Sample, excused, growth, judge, render
 
 Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
@@ -64,7 +64,8 @@ async def ask(
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = runner.addresses[0][1]
-    load = Load(f"http://127.0.0.1:{port}/", lambda index: {"n": index}, at_once)
+    url = f"http://127.0.0.1:{port}/"
+    load = Load(lambda: http_streams(url, lambda index: {"n": index}), at_once)
     try:
         await load.run(requests)
     finally:
