@@ -43,16 +43,19 @@ from memshare.client import (
     Sampling,
     TimedOutError,
 )
+from tests.cluster.faults import Record, Stream, assert_nothing_is_left, recover
 from tests.protobuf import messages
 from tools.local_cluster import (
     ROOT,
     START_S,
     Server,
     cluster_file,
+    kill,
     memshare_in,
     processes,
     start,
     stop,
+    victims,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
@@ -391,6 +394,30 @@ def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> No
         assert time.monotonic() < end, "stage one does not resume"
         read()
     assert failures == []
+
+
+def test_a_killed_proxy_comes_back_and_engines_do_not_notice(
+    server: Server, record_property: Record
+) -> None:
+    engine = victims("engine")
+    stream = Stream(server)
+    killed = kill("proxy")
+    assert stream.is_told_of_its_end()
+    recover(server, killed, record_property)
+    assert victims("engine") == engine
+    server.wait_until_idle(timeout_s=30)  # nobody reads that answer: it ends
+
+
+def test_a_killed_replica_is_replaced_and_sharing_resumes(
+    server: Server, record_property: Record
+) -> None:
+    old = [*victims("engine"), *victims("replica")]
+    stream = Stream(server)
+    killed = kill("replica")
+    assert stream.is_told_of_its_end()
+    recover(server, killed, record_property)
+    assert_nothing_is_left(old)
+    test_a_chat_shows_blocks_found_verified_and_reclaimed(server)
 
 
 def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None:
