@@ -6,7 +6,7 @@ reasoning apart, so that the answer is the one that the HTTP app would give.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -81,13 +81,16 @@ class Generation:
             message = f"model: there is no {name!r}; served: {', '.join(served)}"
             raise http_status(HTTPStatus.NOT_FOUND, message)
 
-    async def complete(self, body: Mapping[str, Any], request_id: str) -> AsyncIterator[Piece]:
+    async def complete(
+        self, body: Mapping[str, Any], request_id: str, metadata: Mapping[str, str]
+    ) -> AsyncGenerator[Piece, None]:
         """Continue a prompt.
 
         Args:
             body: of a request to ``/v1/completions`` with one prompt. Its ``stream`` tells whether
                 there is one piece or many.
             request_id: of the engine; no other request may have it.
+            metadata: of the call: ``traceparent`` and ``session_id`` go on to the engine.
 
         Raises:
             StatusError: the request is refused.
@@ -97,16 +100,21 @@ class Generation:
         self.require_model(request.model or "")
         prompt = _only(await self._completion.render_completion_request(request))
         meter = _Meter()
-        async for output in self._outputs(self._completion, request, prompt, request_id):
-            completion = meter.read(output)
-            yield _piece(completion, completion.text, "", meter.cost(output))
+        outputs = self._outputs(self._completion, request, prompt, request_id, metadata)
+        async with aclosing(outputs):
+            async for output in outputs:
+                completion = meter.read(output)
+                yield _piece(completion, completion.text, "", meter.cost(output))
 
-    async def chat(self, body: Mapping[str, Any], request_id: str) -> AsyncIterator[Piece]:
+    async def chat(
+        self, body: Mapping[str, Any], request_id: str, metadata: Mapping[str, str]
+    ) -> AsyncGenerator[Piece, None]:
         """Answer a conversation.
 
         Args:
             body: of a request to ``/v1/chat/completions``, without tools.
             request_id: as for :meth:`complete`.
+            metadata: as for :meth:`complete`.
 
         Raises:
             StatusError: the request is refused.
@@ -123,10 +131,12 @@ class Generation:
         token_ids = extract_prompt_components(self._engine.model_config, prompt).token_ids
         reasoning = self._chat._engine_reasoning_kwargs(request, parser, kwargs, token_ids)
         meter = _Meter(parser)
-        async for output in self._outputs(self._chat, request, prompt, request_id, **reasoning):
-            completion = meter.read(output)
-            text, thought = _told_apart(request, parser, completion, meter.prompt)
-            yield _piece(completion, text, thought, meter.cost(output))
+        outputs = self._outputs(self._chat, request, prompt, request_id, metadata, **reasoning)
+        async with aclosing(outputs):
+            async for output in outputs:
+                completion = meter.read(output)
+                text, thought = _told_apart(request, parser, completion, meter.prompt)
+                yield _piece(completion, text, thought, meter.cost(output))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last piece."""
@@ -144,8 +154,9 @@ class Generation:
         request: CompletionRequest | ChatCompletionRequest,
         prompt: EngineInput,
         request_id: str,
+        metadata: Mapping[str, str],
         **options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs: one, or one for each step if the request is streamed."""
         config = self._engine.model_config
         max_tokens = get_max_tokens(

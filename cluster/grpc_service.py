@@ -8,10 +8,10 @@ cancelled here, too, which aborts the request in the engine.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -47,6 +47,15 @@ class RequestKey:
     request_id: str
 
 
+class _Started(NamedTuple):
+    """A request that runs."""
+
+    request_id: str
+    """As the caller knows it."""
+    model: str
+    pieces: AsyncIterator[messages.Piece]
+
+
 class GrpcService:
     """To be mixed into the replica's class, which calls :meth:`_start_grpc` when it is ready."""
 
@@ -62,55 +71,42 @@ class GrpcService:
         self, request: pb.GenerateRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.GenerateResponse:
         """Continue a prompt."""
-        async with self._admitted(grpc_context) as owner:
-            asked = _parsed(request, pb.GenerateRequest)
-            body = messages.completion_body(asked, stream=False)
-            with self._registered(owner, messages.request_id(asked)) as (name, engine_id):
-                piece = await _last(self._generation.complete(body, engine_id))
-                return messages.generate_response(name, self._model(asked.model), piece)
+        async with self._started(request, grpc_context, stream=False) as started:
+            piece = await _last(started.pieces)
+            return messages.generate_response(started.request_id, started.model, piece)
 
     async def GenerateStream(  # noqa: N802
         self, request: pb.GenerateRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateChunk]:
         """Continue a prompt, piece by piece."""
-        async with self._admitted(grpc_context) as owner:
-            asked = _parsed(request, pb.GenerateRequest)
-            body = messages.completion_body(asked, stream=True)
-            with self._registered(owner, messages.request_id(asked)) as (name, engine_id):
-                async for piece in self._generation.complete(body, engine_id):
-                    yield messages.generate_chunk(name, piece)
+        async with self._started(request, grpc_context, stream=True) as started:
+            async for piece in started.pieces:
+                yield messages.generate_chunk(started.request_id, piece)
 
     async def Chat(  # noqa: N802
         self, request: pb.ChatRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.ChatResponse:
         """Answer a conversation."""
-        async with self._admitted(grpc_context) as owner:
-            asked = _parsed(request, pb.ChatRequest)
-            body = messages.chat_body(asked, stream=False)
-            with self._registered(owner, messages.request_id(asked)) as (name, engine_id):
-                piece = await _last(self._generation.chat(body, engine_id))
-                role = self._generation.role
-                return messages.chat_response(name, self._model(asked.model), role, piece)
+        async with self._started(request, grpc_context, stream=False) as started:
+            piece, role = await _last(started.pieces), self._generation.role
+            return messages.chat_response(started.request_id, started.model, role, piece)
 
     async def ChatStream(  # noqa: N802
         self, request: pb.ChatRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.ChatChunk]:
         """Answer a conversation, piece by piece."""
-        async with self._admitted(grpc_context) as owner:
-            asked = _parsed(request, pb.ChatRequest)
-            body = messages.chat_body(asked, stream=True)
+        async with self._started(request, grpc_context, stream=True) as started:
             role = self._generation.role
-            with self._registered(owner, messages.request_id(asked)) as (name, engine_id):
-                async for piece in self._generation.chat(body, engine_id):
-                    yield messages.chat_chunk(name, role, piece)
-                    role = ""
+            async for piece in started.pieces:
+                yield messages.chat_chunk(started.request_id, role, piece)
+                role = ""
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.AbortResponse:
         """End a request of the same caller, on whichever replica it runs."""
         with self._identified(grpc_context) as caller:
-            asked = _parsed(request, pb.AbortRequest)
+            asked = _parsed(request)
             if not asked.request_id:
                 raise invalid("request_id", "is empty; give the id of a running request")
             key = RequestKey(caller.tenant, asked.request_id)
@@ -138,16 +134,18 @@ class GrpcService:
     ) -> pb.GetModelInfoResponse:
         """Describe the model and how it is served."""
         with self._identified(grpc_context):
-            asked = _parsed(request, pb.GetModelInfoRequest)
+            asked = _parsed(request)
             self._generation.require_model(asked.model)
-            return model_info(self._args, self._generation, self._model(asked.model))
+            return model_info(
+                self._args, self._generation, asked.model or self._generation.model_name
+            )
 
     async def GetStats(  # noqa: N802
         self, request: pb.GetStatsRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.GetStatsResponse:
         """Say what this replica is doing and has done."""
         with self._identified(grpc_context) as caller:
-            _parsed(request, pb.GetStatsRequest)
+            _parsed(request)
             self._gate.require_operator(caller, "GetStats")
             return stats(serve.get_replica_context().replica_id.unique_id)
 
@@ -160,7 +158,7 @@ class GrpcService:
     ) -> health_pb2.HealthCheckResponse:
         """Say whether a service is served."""
         with statuses(grpc_context):
-            service = _parsed(request, health_pb2.HealthCheckRequest).service
+            service = _parsed(request).service
             if service not in _HEALTH_OF:
                 raise StatusError(
                     grpc.StatusCode.NOT_FOUND, f"service: there is no {service!r} here"
@@ -172,7 +170,7 @@ class GrpcService:
     ) -> health_pb2.HealthListResponse:
         """Say the same of all services."""
         with statuses(grpc_context):
-            _parsed(request, health_pb2.HealthListRequest)
+            _parsed(request)
             status = health_pb2.HealthCheckResponse(status=self._health())
             return health_pb2.HealthListResponse(statuses=dict.fromkeys(_HEALTH_OF, status))
 
@@ -216,6 +214,27 @@ class GrpcService:
             if failure is not None:
                 raise failure
 
+    @asynccontextmanager
+    async def _started(
+        self,
+        request: pb.GenerateRequest | pb.ChatRequest | Malformed,
+        context: RayServegRPCContext,
+        stream: bool,
+    ) -> AsyncIterator[_Started]:
+        """Around a method that generates: the request, checked and on its way."""
+        async with self._admitted(context) as owner:
+            asked = _parsed(request)
+            metadata = dict(context.invocation_metadata())
+            with self._registered(owner, messages.request_id(asked)) as (request_id, engine_id):
+                if isinstance(asked, pb.ChatRequest):
+                    body = messages.chat_body(asked, stream)
+                    pieces = self._generation.chat(body, engine_id, metadata)
+                else:
+                    body = messages.completion_body(asked, stream)
+                    pieces = self._generation.complete(body, engine_id, metadata)
+                async with aclosing(pieces):  # whoever stops reading aborts
+                    yield _Started(request_id, asked.model or self._generation.model_name, pieces)
+
     @contextmanager
     def _registered(self, owner: str, request_id: str | None) -> Iterator[tuple[str, str]]:
         """A request that can be aborted for as long as it runs.
@@ -236,11 +255,8 @@ class GrpcService:
         finally:
             del self._running[key]
 
-    def _model(self, asked: str) -> str:
-        return asked or self._generation.model_name
 
-
-def _parsed(request: M | Malformed, message: Callable[..., M]) -> M:
+def _parsed(request: M | Malformed) -> M:
     """The request, if the proxy could parse it.
 
     Raises:

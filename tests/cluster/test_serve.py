@@ -276,6 +276,9 @@ def test_wrong_grpc_requests_are_told_what_is_wrong(server: Server) -> None:
             list(client.generate_stream([1] * 5000))
         with pytest.raises(InvalidRequestError, match="out of"):
             client.generate([4_000_000_000], GREEDY)
+        for kwargs in ({"tokenize": True}, {"conversation": []}, {"chat_template": "x"}):
+            with contextlib.suppress(InvalidRequestError):  # it may also do no harm
+                client.chat([("user", "Hello")], GREEDY, template_kwargs=kwargs)
         with pytest.raises(NotFoundError, match="there is no 'gpt'"):
             list(client.chat_stream([("user", "Hello")], model="gpt"))
 

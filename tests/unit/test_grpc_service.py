@@ -6,8 +6,9 @@ A server of grpcio takes the place of Ray Serve's proxy: it calls the methods in
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.auth import Gate
 from cluster.config import ClusterArgs
 from cluster.grpc_ingress import add_health, add_memshare
-from cluster.grpc_messages import Cost, Piece
 from cluster.grpc_service import GrpcService
 from cluster.grpc_stats import stats
 from cluster.grpc_status import StatusError, invalid
@@ -39,55 +39,10 @@ from memshare.client import (
     UnavailableError,
 )
 from memshare.client.options import channel_options
+from tests.stand_in import StandIn
 from tests.unit.test_auth import counted, gate_for, open_gate
 
-COST = Cost(3, 0, 2, 0, {"blocks_shared": 0, "peak_kv_blocks": 1, "preemptions": 0})
-WORDS = ["one ", "two ", "three"]
-
-
-class StandIn:
-    """In place of cluster.generation.Generation: says three words, or goes on until aborted."""
-
-    model_name = "m"
-    adapters = ("an-adapter",)
-    role = "assistant"
-
-    def __init__(self) -> None:
-        self.has_died = False
-        self.bodies: list[Mapping[str, Any]] = []
-        self.running: dict[str, asyncio.Event] = {}
-        self.closed = asyncio.Event()
-        self.failures: list[Exception] = []
-
-    def require_model(self, name: str) -> None:
-        if name not in ("", "m", "an-adapter"):
-            raise StatusError(grpc.StatusCode.NOT_FOUND, f"model: there is no {name!r}")
-
-    async def abort(self, request_id: str) -> None:
-        self.running[request_id].set()
-
-    async def complete(self, body: Mapping[str, Any], request_id: str) -> AsyncIterator[Piece]:
-        self.bodies.append(body)
-        if self.failures:
-            raise self.failures.pop(0)
-        self.require_model(body.get("model", ""))
-        aborted = self.running[request_id] = asyncio.Event()
-        try:
-            if body.get("ignore_eos"):
-                yield Piece("one ", [0])
-                await aborted.wait()
-                yield Piece("", [], finish_reason="abort", cost=COST)
-            elif body["stream"]:
-                for i, word in enumerate(WORDS[:-1]):
-                    yield Piece(word, [i])
-                yield Piece(WORDS[-1], [2], finish_reason="stop", cost=COST)
-            else:
-                yield Piece("".join(WORDS), [0, 1, 2], finish_reason="stop", cost=COST)
-        finally:
-            del self.running[request_id]
-            self.closed.set()
-
-    chat = complete
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
@@ -142,6 +97,27 @@ async def test_streams_and_whole_replies_say_the_same(server: Server) -> None:
     prompts = [body.get("prompt", body.get("messages")) for body in server.engine.bodies]
     assert prompts[:2] == ["Count", [1, 2, 3]]
     assert [message["content"] for message in prompts[2]] == ["Count", "again"]
+
+
+async def test_a_session_and_an_application_are_named_in_the_metadata(server: Server) -> None:
+    async with server.client(session="s", app="a") as client:
+        await client.generate("x")
+    assert server.engine.metadata["session_id"] == "s"
+    assert server.engine.metadata["application"] == "a"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/grpc.md"])
+async def test_the_examples_in_the_documentation_run(server: Server, page: str) -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+    examples = [block for block in blocks if "memshare.client" in block]
+    assert examples
+    for example in examples:
+        assert "127.0.0.1:9000" in example
+        code = example.replace("127.0.0.1:9000", server.address)
+        await asyncio.to_thread(exec, compile(code, page, "exec"), {})
+    assert server.engine.bodies
 
 
 async def test_the_client_for_ordinary_code_does_the_same(server: Server) -> None:

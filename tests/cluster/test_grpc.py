@@ -1,0 +1,124 @@
+"""gRPC through Ray Serve's own proxy to two replicas. Only the engines are stand-ins.
+
+What needs a real engine is in test_serve.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from ray import serve
+from vllm.utils.network_utils import get_open_port
+
+from cluster.auth import Gate
+from cluster.config import ClusterArgs
+from cluster.grpc_service import GrpcService
+from cluster.limits import Ledger, Limiter, LocalDesk
+from memshare.client import Client, FinishReason, NotFoundError, Sampling, TimedOutError
+from tests.stand_in import StandIn
+
+pytestmark = pytest.mark.cluster
+
+ENDLESS = Sampling(ignore_eos=True)
+
+
+class Counts:
+    """Counts nothing."""
+
+    def add(self, name: str, *values: str, by: int = 1) -> None:
+        pass
+
+
+class Replica(GrpcService):
+    """A replica without an engine."""
+
+    def __init__(self) -> None:
+        gate = Gate(None, Limiter(LocalDesk(Ledger()), "r"), Counts())
+        self.engine = StandIn()
+        self._start_grpc(
+            ClusterArgs(model="m", replicas=2),
+            gate,
+            self.engine,  # type: ignore[arg-type]
+        )
+
+    async def running(self) -> int:
+        return len(self.engine.running)
+
+
+@pytest.fixture(scope="module")
+def address(ray_address: str) -> Iterator[str]:
+    port = get_open_port()
+    services = ["cluster.grpc_ingress.add_memshare", "cluster.grpc_ingress.add_health"]
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": get_open_port()},
+        grpc_options={"port": port, "grpc_servicer_functions": services},
+    )
+    deployment = serve.deployment(
+        Replica, num_replicas=2, max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
+    )
+    serve.run(deployment.bind(), name="grpc")
+    yield f"127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def running() -> int:
+    handle = serve.get_deployment_handle("Replica", "grpc")
+    return sum(handle.broadcast("running").results(timeout_s=30))
+
+
+def wait_until_idle() -> None:
+    end = time.monotonic() + 20
+    while running() > 0:
+        assert time.monotonic() < end, "a request runs on for nobody"
+        time.sleep(0.05)
+
+
+def test_abort_finds_a_request_on_any_replica(address: str) -> None:
+    with Client(address) as client:
+        streams = [iter(client.generate_stream("x", ENDLESS, request_id=f"r{i}")) for i in range(8)]
+        for stream in streams:
+            next(stream)
+        assert running() == 8
+        assert not client.abort("nobody")
+        assert all(client.abort(f"r{i}") for i in range(8))
+        for stream in streams:
+            *_, last = stream
+            assert last.finish.reason == FinishReason.FINISH_REASON_ABORT
+    wait_until_idle()
+
+
+def test_who_leaves_or_is_late_frees_the_replica(address: str) -> None:
+    with Client(address) as client:
+        with client.chat_stream([("user", "x")], ENDLESS) as stream:
+            next(iter(stream))
+            assert running() == 1
+        wait_until_idle()
+        with pytest.raises(TimedOutError):
+            client.generate("x", ENDLESS, timeout=0.5)
+        wait_until_idle()
+
+
+async def test_a_refusal_reaches_the_caller_as_it_was_said(address: str) -> None:
+    def refused() -> str:
+        with Client(address) as client, pytest.raises(NotFoundError) as caught:
+            client.generate("x", model="y")
+        return caught.value.details
+
+    assert await asyncio.to_thread(refused) == "model: there is no 'y'"
+    async with grpc.aio.insecure_channel(address) as channel:
+        for method in ("Generate", "Abort", "GetStats"):
+            with pytest.raises(grpc.aio.AioRpcError) as broken:
+                await channel.unary_unary(f"/memshare.v1.MemShare/{method}")(b"\xff\xff\xff")
+            assert broken.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_both_replicas_answer(address: str) -> None:
+    with Client(address) as client:
+        seen = set()
+        for _ in range(50):
+            seen.add(client.stats().replica_id)
+        assert len(seen) == 2
