@@ -223,8 +223,9 @@ class GrpcService:
     ) -> AsyncIterator[_Started]:
         """Around a method that generates: the request, checked and on its way."""
         async with self._admitted(context) as owner:
-            asked = _parsed(request)
-            metadata = dict(context.invocation_metadata())
+            if isinstance(request, Malformed):
+                raise _malformed(request)
+            asked, metadata = request, dict(context.invocation_metadata())
             with self._registered(owner, messages.request_id(asked)) as (request_id, engine_id):
                 if isinstance(asked, pb.ChatRequest):
                     body = messages.chat_body(asked, stream)
@@ -263,8 +264,12 @@ def _parsed(request: M | Malformed) -> M:
         StatusError: INVALID_ARGUMENT.
     """
     if isinstance(request, Malformed):
-        raise invalid("request", f"its bytes are no {request.message}")
+        raise _malformed(request)
     return request
+
+
+def _malformed(request: Malformed) -> StatusError:
+    return invalid("request", f"its bytes are no {request.message}")
 
 
 def _refuse_to_watch() -> None:
