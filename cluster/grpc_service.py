@@ -112,7 +112,7 @@ class GrpcService:
             key = RequestKey(caller.tenant, asked.request_id)
             if await self.abort_here(key):
                 return pb.AbortResponse(found=True)
-            if self._args.replicas == 1:
+            if self._args.most_replicas == 1:
                 return pb.AbortResponse(found=False)
             context = serve.get_replica_context()
             replicas = serve.get_deployment_handle(context.deployment, context.app_name)
