@@ -12,49 +12,22 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from ray import serve
-from vllm.utils.network_utils import get_open_port
 
-from cluster.auth import Gate
-from cluster.config import ClusterArgs
-from cluster.grpc_service import GrpcService
-from cluster.limits import Ledger, Limiter, LocalDesk
 from memshare.client import Client, FinishReason, NotFoundError, Sampling, TimedOutError
-from tests.stand_in import StandIn
+from tests.cluster.grpc_replica import Replica
+from tools.local_cluster import free_port
 
 pytestmark = pytest.mark.cluster
 
 ENDLESS = Sampling(ignore_eos=True)
 
 
-class Counts:
-    """Counts nothing."""
-
-    def add(self, name: str, *values: str, by: int = 1) -> None:
-        pass
-
-
-class Replica(GrpcService):
-    """A replica without an engine."""
-
-    def __init__(self) -> None:
-        gate = Gate(None, Limiter(LocalDesk(Ledger()), "r"), Counts())
-        self.engine = StandIn()
-        self._start_grpc(
-            ClusterArgs(model="m", replicas=2),
-            gate,
-            self.engine,  # type: ignore[arg-type]
-        )
-
-    async def running(self) -> int:
-        return len(self.engine.running)
-
-
 @pytest.fixture(scope="module")
 def address(ray_address: str) -> Iterator[str]:
-    port = get_open_port()
+    port = free_port()
     services = ["cluster.grpc_ingress.add_memshare", "cluster.grpc_ingress.add_health"]
     serve.start(
-        http_options={"host": "127.0.0.1", "port": get_open_port()},
+        http_options={"host": "127.0.0.1", "port": free_port()},
         grpc_options={"port": port, "grpc_servicer_functions": services},
     )
     deployment = serve.deployment(

@@ -1,0 +1,32 @@
+"""A replica with the gRPC methods and no engine, for Ray Serve's processes to import."""
+
+from __future__ import annotations
+
+from cluster.auth import Gate
+from cluster.config import ClusterArgs
+from cluster.grpc_service import GrpcService
+from cluster.limits import Ledger, Limiter, LocalDesk
+from tests.stand_in import StandIn
+
+
+class Counts:
+    """Counts nothing."""
+
+    def add(self, name: str, *values: str, by: int = 1) -> None:
+        pass
+
+
+class Replica(GrpcService):
+    """A replica without an engine."""
+
+    def __init__(self) -> None:
+        gate = Gate(None, Limiter(LocalDesk(Ledger()), "r"), Counts())
+        self.engine = StandIn()
+        self._start_grpc(
+            ClusterArgs(model="m", replicas=2),
+            gate,
+            self.engine,  # type: ignore[arg-type]
+        )
+
+    async def running(self) -> int:
+        return len(self.engine.running)
