@@ -22,13 +22,24 @@ _SCALARS: dict[int, st.SearchStrategy[Any]] = {
 
 
 def messages(descriptor: Descriptor, depth: int = 3) -> st.SearchStrategy[Message]:
-    """Messages with any of their fields set to anything that their types allow."""
+    """Messages with a few fields set to anything that their types allow.
+
+    Few, as a single wrong one is enough to have a request refused before others are looked at.
+    """
     fields = {
         field.name: _values(field, depth)
         for field in descriptor.fields
         if depth > 0 or field.cpp_type != FieldDescriptor.CPPTYPE_MESSAGE
     }
-    return st.fixed_dictionaries({}, optional=fields).map(lambda set_: _made(descriptor, set_))
+    names = (
+        st.lists(st.sampled_from(sorted(fields)), max_size=3, unique=True)
+        if fields
+        else st.just([])
+    )
+    chosen = names.flatmap(
+        lambda some: st.fixed_dictionaries({name: fields[name] for name in some})
+    )
+    return chosen.map(lambda values: _made(descriptor, values))
 
 
 def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
@@ -60,4 +71,21 @@ def _made(descriptor: Descriptor, fields: dict[str, Any]) -> Message:
             target.CopyFrom(value)
         else:
             setattr(message, name, value)
+    return message
+
+
+@st.composite
+def requests(draw: st.DrawFn, descriptor: Descriptor) -> Any:
+    """Messages that ask for tokens, most of which are not refused for what is missing, and for few
+    tokens, as far as they may be right."""
+    message: Any = draw(messages(descriptor))
+    if draw(st.integers(0, 3)):
+        message.model = ""
+    if draw(st.integers(0, 3)):
+        if "messages" in descriptor.fields_by_name:
+            message.messages.add(role="user", content="Hello")
+        elif message.WhichOneof("prompt") is None:
+            message.text = "Hello"
+    if message.sampling.max_tokens not in (-1, 1, 2, 3):
+        message.sampling.max_tokens = 2
     return message

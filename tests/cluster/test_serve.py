@@ -44,7 +44,7 @@ from memshare.client import (
     TimedOutError,
 )
 from tests.cluster.faults import Record, Stream, assert_nothing_is_left, recover
-from tests.protobuf import messages
+from tests.protobuf import requests
 from tools.local_cluster import (
     ROOT,
     START_S,
@@ -139,17 +139,19 @@ def test_metrics_are_on_the_http_port(server: Server) -> None:
 def test_a_chat_shows_blocks_found_verified_and_reclaimed(server: Server) -> None:
     client = server.client
     for _ in range(4):
-        client.chat.completions.create(
+        answer = client.chat.completions.create(
             model="smollm2",
             messages=QUESTION,
             max_tokens=400,
             temperature=0,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "vllm_xargs": {"memshare_usage": "on"}},
         )
-        if server.metric("vllm:memshare_blocks_reclaimed_total"):
+        usage = (answer.model_extra or {})["kv_transfer_params"]["memshare"]
+        if usage["blocks_shared"]:
             break
     for what in ("candidates", "verified", "applied", "blocks_reclaimed"):
         assert server.metric(f"vllm:memshare_{what}_total") > 0, what
+    assert 0 < usage["peak_kv_blocks"] <= -(-(400 + 40) // 32)
 
 
 def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:
@@ -219,15 +221,8 @@ def test_grpc_chat_is_the_chat_over_http(server: Server) -> None:
     assert whole.finish.reason == FinishReason.FINISH_REASON_LENGTH
 
 
-def test_usage_tells_of_blocks_shared(server: Server) -> None:
+def test_usage_over_grpc(server: Server) -> None:
     with server.grpc_client() as client:
-        for _ in range(4):
-            reply = client.generate(
-                PROMPT, Sampling(temperature=0, max_tokens=400, ignore_eos=True)
-            )
-            if reply.usage.memshare.blocks_shared:
-                break
-        assert reply.usage.memshare.blocks_shared > 0
         exact = client.generate(PROMPT, GREEDY, memshare=MemShareOptions(enabled=False))
         assert exact.usage.memshare.blocks_shared == 0
         assert exact.usage.memshare.peak_kv_blocks > 0
@@ -299,16 +294,13 @@ def test_any_grpc_message_is_answered_or_refused(server: Server) -> None:
         assert code in FAIR, f"{name} {data!r}: {code} {replies.details()}"
         codes[code] += 1
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(st.data())
     def fuzz(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(["Generate", "GenerateStream", "Chat", "ChatStream"]))
-        message: Any = data.draw(messages(methods[name].input_type))
-        if data.draw(st.booleans()):
-            message.model = ""
-        if message.sampling.max_tokens not in range(-3, 4) or not message.sampling.max_tokens:
-            message.sampling.max_tokens = 2
-        call(channel, name, message.SerializeToString())
+        call(channel, name, data.draw(requests(methods[name].input_type)).SerializeToString())
 
     with grpc.insecure_channel(server.grpc_address) as channel:
         fuzz()
@@ -316,7 +308,7 @@ def test_any_grpc_message_is_answered_or_refused(server: Server) -> None:
             for garbage in (b"\xff" * 9, b"\x0a\xff", os.urandom(64)):
                 call(channel, name, garbage)
     print(f"\n{dict(codes)}")
-    assert codes[grpc.StatusCode.OK] > 3, "some are right by chance"
+    assert codes[grpc.StatusCode.OK] > 5, "some are right by chance"
     assert codes[grpc.StatusCode.INVALID_ARGUMENT] > 10
     server.wait_until_idle(timeout_s=20)
     assert server.completes()
