@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from cluster.auth import Counts, Gate
+from cluster.body import StrictBody
 from cluster.config import AuthConfig, ClusterArgs
 from cluster.exposure import require_keys_or_localhost
 from cluster.grpc_service import GrpcService
@@ -87,7 +88,8 @@ class EngineReplica(GrpcService):
         options = parse_engine_options(args, model, _on_this_machine(args.memshare))
         engine = self._engine = start_engine(options, args.uses_memshare, gate, self._meter)
         app = await openai_app(engine, options)
-        self._asgi = DisconnectOnCancel(KeyGate(app, gate))
+        strict = StrictBody(app, args.replica.max_body_bytes)
+        self._asgi = DisconnectOnCancel(KeyGate(strict, gate))
         self._start_grpc(args, gate, Generation(engine, app.state))
         self._watch = asyncio.create_task(_exit_with(engine))
         self._tending = asyncio.create_task(gate.tend())

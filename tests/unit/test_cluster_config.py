@@ -69,6 +69,7 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("replica", "env", {"DEBUG": True}, "DEBUG = True is not text; put it in quotes"),
     ("replica", "max_ongoing_requests", 0, "greater than or equal to 1"),
     ("replica", "max_queued_requests", 0, "greater than or equal to 1"),
+    ("replica", "max_body_bytes", 0, "greater than or equal to 1024"),
     ("replica", "health_check_period_s", 0, "greater than 0"),
     ("replica", "health_check_timeout_s", 0, "greater than 0"),
     ("replica", "graceful_shutdown_timeout_s", -1, "greater than or equal to 0"),
