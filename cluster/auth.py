@@ -35,7 +35,7 @@ Why = Literal[
 ]
 """Why something was refused; a metric label."""
 
-Outcome = Literal["served", "failed", "aborted"]
+Outcome = Literal["served", "refused", "failed", "aborted"]
 
 _NOBODY = "-"  # where the tenant is not known; no tenant can be called so
 
@@ -99,7 +99,12 @@ class Call:
         self.usages: list[Usage] = []
         """What runs for it in the engine."""
         self.outcome: Outcome = "served"
-        """How it ended, if the front end knows better than by an exception."""
+        """How it ended."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Say how it ended; that it was refused has been said before, if it was."""
+        if self.outcome != "refused":
+            self.outcome = outcome
 
 
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -161,17 +166,18 @@ class Gate:
                 "not_operator", f"{what} is for operators; use a key of theirs", caller.tenant
             )
 
-    def require_model(self, caller: Caller, model: str) -> None:
+    def require_model(self, call: Call, model: str) -> None:
         """Check that the caller may use ``model``, by its name in the API.
 
         Raises:
             RefusedError: forbidden.
         """
-        if caller.models is not None and model not in caller.models:
-            raise self._refusal(
+        models = call.caller.models
+        if models is not None and model not in models:
+            raise self._refusal_within(
+                call,
                 "model",
-                f"the key is not for the model {model!r}; use one of: {', '.join(caller.models)}",
-                caller.tenant,
+                f"the key is not for the model {model!r}; use one of: {', '.join(models)}",
             )
 
     @asynccontextmanager
@@ -193,10 +199,10 @@ class Gate:
         try:
             yield call
         except (asyncio.CancelledError, GeneratorExit):
-            call.outcome = "aborted"
+            call.end("aborted")
             raise
         except BaseException:
-            call.outcome = "failed"
+            call.end("failed")
             raise
         finally:
             self._note(call)
@@ -219,8 +225,8 @@ class Gate:
 
     def refuse_options(self, call: Call, name: str) -> RefusedError:
         """The refusal of a MemShare option that the caller may not use."""
-        return self._refusal(
-            "memshare", f"the key does not allow {name}; leave it out", call.caller.tenant
+        return self._refusal_within(
+            call, "memshare", f"the key does not allow {name}; leave it out"
         )
 
     async def tend(self) -> None:
@@ -255,6 +261,12 @@ class Gate:
 
     def _salt(self, tenant: str) -> str:
         return hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest()
+
+    def _refusal_within(self, call: Call, why: Why, message: str) -> RefusedError:
+        """Of a call that was admitted, and will be counted when it ends."""
+        call.outcome = "refused"
+        self._counts.add("tenant_refusals", call.caller.tenant, why)
+        return RefusedError(why, message)
 
     def _refusal(
         self, why: Why, message: str, tenant: str = _NOBODY, retry_after_s: int | None = None

@@ -1,17 +1,18 @@
 """Request bodies that vLLM's app would stumble over are refused before they get there.
 
-vLLM answers most bad input with 400. It does not foresee these, each of which ends in 500 or worse:
+vLLM 0.32 answers bad input with 400, but for these:
 
-- text that is no Unicode (half of a surrogate pair, in JSON ``"\\ud800"``): an answer or an error
-  message that repeats it can't be encoded;
-- ``NaN`` and ``Infinity``, which Python's parser takes though JSON has no such numbers: every
-  comparison with NaN is false, so that it passes all checks of limits;
+- text that is no Unicode (half of a surrogate pair, in JSON ``"\\ud800"``): as a stop string it
+  can't be sent to the engine, and the answer is 500;
+- numbers that are not finite, which Python's parser takes though JSON has none: as a logit bias
+  they reach the sampler;
 - bodies of any size, which are parsed on the event loop, while every other request waits.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import NoReturn
 
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Cheap signs that a body needs a closer look: nearly none has one.
-_SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|NaN|Infinity")
+_SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|NaN|Infinity|[eE]\+?\d{3}|\d{309}")
 
 
 class BodyError(ValueError):
@@ -91,7 +92,7 @@ def require_strict(body: bytes) -> None:
     if _SUSPECT.search(body) is None:
         return
     try:
-        value = json.loads(body, parse_constant=_no_number)
+        value = json.loads(body, parse_constant=_no_number, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()
     except BodyError:
         raise
@@ -102,8 +103,13 @@ def require_strict(body: bytes) -> None:
         return
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
 def _no_number(constant: str) -> NoReturn:
-    raise BodyError(400, f"{constant} is not a number in JSON; send a finite one, or null")
+    raise BodyError(400, f"{constant} is no finite number; send one, or null")
 
 
 def _refuse(error: BodyError) -> JSONResponse:

@@ -113,7 +113,7 @@ class GatedAsyncLLM(AsyncLLM):
     def _require_model(self, call: Call, adapter: LoRARequest | None) -> None:
         try:
             self.gate.require_model(
-                call.caller, self.public_name if adapter is None else adapter.lora_name
+                call, self.public_name if adapter is None else adapter.lora_name
             )
         except RefusedError as refusal:
             raise GracefulHTTPError(str(refusal), HTTPStatus.FORBIDDEN) from None

@@ -210,7 +210,7 @@ class GrpcService:
                 except Exception as error:
                     # Kept from the gate, which would count a refused request as our failure.
                     failure = error
-                    call.outcome = "failed" if status_of(error).is_ours else "served"
+                    call.end("failed" if status_of(error).is_ours else "served")
             if failure is not None:
                 raise failure
 

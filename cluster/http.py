@@ -80,7 +80,7 @@ class KeyGate:
             async with self._gate.admit(caller) as call:
                 exchange = _Exchange(receive, send)
                 await self._app(scope, exchange.receive, exchange.send)
-                call.outcome = exchange.outcome
+                call.end(exchange.outcome)
         except RefusedError as refusal:
             await _refuse(refusal, scope, receive, send)
 

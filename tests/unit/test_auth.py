@@ -260,10 +260,16 @@ async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Pa
 
 async def test_models_are_checked_by_name(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={"models": ["small"]}, bravo={})
-    gate.require_model(gate.identify("acme", None), "small")
-    gate.require_model(gate.identify("bravo", None), "large")
-    with pytest.raises(RefusedError, match="use one of: small"):
-        gate.require_model(gate.identify("acme", None), "large")
+    async with gate.admit(gate.identify("bravo", None)) as call:
+        gate.require_model(call, "large")
+    async with gate.admit(gate.identify("acme", None)) as call:
+        gate.require_model(call, "small")
+        with pytest.raises(RefusedError, match="use one of: small") as caught:
+            gate.require_model(call, "large")
+    assert caught.value.kind == "forbidden"
+    assert counted(gate, "tenant_requests", "bravo", "served") == 1
+    assert counted(gate, "tenant_requests", "acme", "refused") == 1, "and not served as well"
+    assert counted(gate, "tenant_refusals", "acme", "model") == 1
 
 
 async def test_what_runs_for_a_call_knows_it(tmp_path: Path) -> None:

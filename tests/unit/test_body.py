@@ -66,9 +66,17 @@ def test_bytes_that_are_no_json_are_left_to_the_app(body: bytes) -> None:
         require_strict(body)
 
 
-@pytest.mark.parametrize("body", [b"x NaN \\ud800", b"[" * 100_000 + b"NaN", b'"NaN', b""])
+@pytest.mark.parametrize(
+    "body", [b"1e300", b"1e100", b"x NaN \\ud800", b"[" * 100_000 + b"NaN", b'"NaN', b""]
+)
 def test_signs_alone_are_no_reason(body: bytes) -> None:
     require_strict(body)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1E+400", "[1e12, 1e1234]", "1" * 400 + ".5"])
+def test_numbers_beyond_all_bounds_are_refused(number: str) -> None:
+    with pytest.raises(BodyError, match="no finite number"):
+        require_strict(f'{{"logit_bias": {number}}}'.encode())
 
 
 @pytest.mark.parametrize(
