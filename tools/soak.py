@@ -57,6 +57,7 @@ PROBES = (
     "The capital of France is", "Water boils at", "One, two, three, four,", "The sun rises in the",
 )  # fmt: skip
 SAMPLE_S = 10.0
+SETTLE_S = 1.0  # from the last answer to the look at what is left
 # What a client may see for so long after service is whole: it was sent into the fault.
 AFTERMATH_S = 5.0
 SEGMENTS = ("psm_", "sem.", "torch_", "vllm")  # in /dev/shm: of vLLM, torch and multiprocessing
@@ -139,6 +140,7 @@ class Soak:
         url = f"{server.url}/v1/{route}"
         self.load = Load(lambda: http_streams(url, body), args.streams)
         self.random = random.Random(args.seed)
+        self.turns: list[str] = []
 
     @property
     def now(self) -> float:
@@ -168,7 +170,10 @@ class Soak:
         return self.record
 
     async def _break_something(self) -> None:
-        role = self.random.choice(self.args.faults.split(","))
+        if not self.turns:  # at random, but everybody gets a turn
+            roles = self.args.faults.split(",")
+            self.turns = self.random.sample(roles, len(roles))
+        role = self.turns.pop()
         at = self.now
         killed = kill(role)
         taken = await asyncio.to_thread(wait_until_whole, self.server, killed)
@@ -178,7 +183,7 @@ class Soak:
     async def _rest(self) -> None:
         """Pause the load, and look at what must not have changed."""
         await self.load.quiet()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(SETTLE_S)
         # Without pressure nothing is shared, so that answers must be exact.
         answers = [await asyncio.to_thread(self._probe, prompt) for prompt in PROBES]
         self.record.probes.append((self.now, answers))
@@ -198,7 +203,9 @@ class Soak:
 
     def _sample(self, quiet: bool) -> Sample:
         memory = dict.fromkeys([*ROLES, "ray"], 0)
-        ours = processes("")
+        # Ray keeps a few idle workers, more or fewer of them.
+        idle = {process.pid for process in processes("ray::IDLE")}
+        ours = [process for process in processes("") if process.pid not in idle]
         ports = 0
         for process in ours:
             try:
@@ -328,9 +335,11 @@ def growth(values: Sequence[float]) -> float:
     quarter = len(values) // 4
     if quarter < 2:
         return 0.0
-    return (
-        statistics.median(values[-quarter:]) / statistics.median(values[quarter : 2 * quarter]) - 1
+    before, after = (
+        statistics.median(values[quarter : 2 * quarter]),
+        statistics.median(values[-quarter:]),
     )
+    return after / before - 1 if before else 0.0
 
 
 def render(record: Record, checks: Sequence[Check]) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from tools import soak
 from tools.load import Load, Outcome, http_streams, summarize
+from tools.local_cluster import Killed, Server
 from tools.soak import COUNTED, Fault, Record, Sample, excused, growth, judge, render
 
 Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
@@ -103,6 +108,85 @@ async def test_what_is_not_whole_is_told(
     assert outcome.ending == ending
     assert detail in outcome.detail
     assert summarize([outcome]).requests_per_s == 0
+
+
+class StandIn:
+    """A server that answers at once, in place of tools/local_cluster.py's."""
+
+    def __init__(self) -> None:
+        self.questions = 0
+        self.tokens = 0
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body.get("stream"):
+            self.tokens += 3
+            answer = web.StreamResponse()
+            await answer.prepare(request)
+            await whole(request, answer)
+            return answer
+        self.questions += 1
+        choice = {"text": body["prompt"], "index": 0, "finish_reason": "length"}
+        return web.json_response(
+            {
+                "id": "1",
+                "object": "text_completion",
+                "created": 1,
+                "model": "m",
+                "choices": [choice],
+            }
+        )
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        lines = [
+            'vllm:kv_cache_usage_perc{engine="0"} 0.0',
+            'vllm:num_preemptions_total{engine="0"} 7.0',
+            'vllm:memshare_integrity_checks_total{engine="0",result="passed"} 5.0',
+        ]
+        return web.Response(text="\n".join(lines))
+
+
+async def test_a_soak_run_breaks_rests_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run itself; server, faults and their end are stand-ins."""
+    stand_in = StandIn()
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", stand_in.answer)
+    app.router.add_post("/v1/completions", stand_in.answer)
+    app.router.add_get("/metrics", stand_in.metrics)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    killed: list[str] = []
+
+    def kill(role: str) -> Killed:
+        killed.append(role)
+        return Killed(role, 1, 0.0, {})
+
+    monkeypatch.setattr(soak, "kill", kill)
+    monkeypatch.setattr(soak, "wait_until_whole", lambda server, fault: 0.5)
+    monkeypatch.setattr(soak, "SAMPLE_S", 0.2)
+    monkeypatch.setattr(soak, "SETTLE_S", 0.05)
+    args = argparse.Namespace(
+        load=False, streams=3, hours=4 / 3600, every=0.1, faults="engine,proxy", seed=1
+    )
+    server: Any = Server(subprocess.Popen(["true"]), url, "", Path())
+    try:
+        run = await soak.Soak(server, args).run()
+    finally:
+        await runner.cleanup()
+    assert [fault.role for fault in run.faults] == killed
+    assert set(killed) == {"engine", "proxy"}
+    assert len(run.probes) == len(killed) + 2, "before, after each, and at the end"
+    assert stand_in.questions == len(run.probes) * len(soak.PROBES)
+    assert len(run.outcomes) * 3 == stand_in.tokens
+    assert len(run.samples) > len(run.probes), "also while it runs"
+    assert run.counters["vllm:num_preemptions_total"] == 7
+    assert run.counters["vllm:memshare_integrity_checks_total"] == 0, "only failures count"
+    checks = list(judge(run, graded=True))
+    wrong = {check.name for check in checks if not check.passed}
+    assert wrong <= {"memory is flat after warm-up"}, "nothing of this process is the server's"
+    assert "| engine |" in render(run, checks)
 
 
 def outcome(sent: float, ended: float, ending: Any = "failed") -> Outcome:
