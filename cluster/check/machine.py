@@ -64,13 +64,13 @@ class Needs:
 
 
 def needs_of(cluster: ClusterArgs, ports: dict[str, tuple[str, int]]) -> Needs:
-    """What a Ray Serve application reserves."""
+    """What a Ray Serve application reserves when it is at its largest."""
     ranks, replica = cluster.engine.tensor_parallel_size, cluster.replica
     evaluator = cluster.memshare.evaluator
     by_ray = cluster.engine.distributed_executor_backend == "ray"
     gpus = ranks if by_ray else round(replica.gpus)
     return Needs(
-        replicas=cluster.replicas * replica.nodes,
+        replicas=cluster.most_replicas * replica.nodes,
         cpus=replica.cpus / replica.nodes,
         gpus=-(-gpus // replica.nodes),
         extra_cpus=evaluator.actors * evaluator.cpus_per_actor if cluster.uses_pool else 0.0,

@@ -105,7 +105,8 @@ def _ports(schema: Any) -> dict[str, tuple[str, int]]:
 def _size(cluster: ClusterArgs) -> str:
     ranks = cluster.engine.tensor_parallel_size
     workers = f" of {ranks} workers" if ranks > 1 else ""
-    return f"{cluster.replicas} replica{'s' * (cluster.replicas != 1)}{workers}"
+    replicas = f"{cluster.replicas} replica{'s' * (cluster.replicas != 1)}{workers}"
+    return f"{replicas}, at most {cluster.most_replicas}" if cluster.scaling else replicas
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def test_needs_follow_the_application() -> None:
     assert needs(engine=tp, replica={"gpus": 2}).gpus == 2
     ray = {**tp, "distributed_executor_backend": "ray"}
     assert needs(engine=ray, replica={"gpus": 1}).gpus == 2
+    assert needs(scaling={"max_replicas": 4}).replicas == 4
     spread = needs(engine={**ray, "tensor_parallel_size": 8}, replica={"gpus": 8, "nodes": 2})
     assert (spread.replicas, spread.gpus) == (2, 4)
 
