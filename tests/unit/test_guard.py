@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # Stands for a replica: guards itself, starts an "engine", tells its process id, and waits.
 REPLICA = """
 import subprocess, time
+from multiprocessing.shared_memory import SharedMemory
 from cluster.guard import leave_no_orphans
 leave_no_orphans()
-print(subprocess.Popen(["sleep", "3600"]).pid, flush=True)
+memory = SharedMemory(create=True, size=4096)
+print(subprocess.Popen(["sleep", "3600"]).pid, memory.name, flush=True)
 {then}
 """
 
@@ -41,12 +43,15 @@ def test_the_engine_ends_with_the_replica(end: str) -> None:
         text=True,
     )
     assert replica.stdout is not None
-    engine = int(replica.stdout.readline())
+    pid, segment = replica.stdout.readline().split()
+    engine, segment_file = int(pid), Path("/dev/shm") / segment
+    assert segment_file.exists()
     if end != "by itself":
         assert is_running(engine)
         os.kill(replica.pid, signal.Signals[end])
     replica.wait(timeout=20)
     deadline = time.monotonic() + 20
-    while is_running(engine) and time.monotonic() < deadline:
+    while (is_running(engine) or segment_file.exists()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_running(engine)
+    assert not segment_file.exists(), "shared memory outlives everybody"
