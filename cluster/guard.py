@@ -6,8 +6,8 @@ import os
 
 # `read` blocks on standard input, which ends with the process at its other end, even by SIGKILL.
 # Python's resource trackers are spared: with nobody left to serve they remove the shared memory
-# that the killed left behind, hundreds of MB for each engine, and end. Killing goes on until nobody is
-# left, as the killed may have started others meanwhile.
+# that the killed left behind, hundreds of MB for each engine, and end. Killing goes on until nobody
+# is left, as the killed may have started others meanwhile.
 _SCRIPT = r"""
 group=$1
 exec 2>/dev/null
