@@ -30,9 +30,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageParam
+from ray import serve
 
 from cluster.evaluators import actor_name
 from cluster.grpc_ingress import SERVICE
+from cluster.load import Load, from_stats
 from memshare.cli import main
 from memshare.client import (
     CallError,
@@ -152,6 +154,32 @@ def test_a_chat_shows_blocks_found_verified_and_reclaimed(server: Server) -> Non
     for what in ("candidates", "verified", "applied", "blocks_reclaimed"):
         assert server.metric(f"vllm:memshare_{what}_total") > 0, what
     assert 0 < usage["peak_kv_blocks"] <= -(-(400 + 40) // 32)
+
+
+def test_a_replica_reports_its_load(server: Server) -> None:
+    engine = serve.get_deployment_handle("Engine", "memshare")
+
+    def load() -> Load:
+        reported = from_stats(engine.record_autoscaling_stats.remote().result(timeout_s=60))
+        assert reported is not None
+        return reported
+
+    with contextlib.closing(
+        server.client.completions.create(
+            model="smollm2",
+            prompt="Hello",
+            max_tokens=2000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    ) as stream:
+        for _ in zip(range(4), stream, strict=False):
+            pass
+        busy = load()
+    assert (busy.running, busy.waiting, busy.slots) == (1, 0, 32)
+    assert 0 < busy.used < busy.demand < 0.1
+    server.wait_until_idle(timeout_s=20)
+    assert load().requests == 0
 
 
 def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:
