@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -34,7 +36,7 @@ from memshare.tables import table_head, table_row  # noqa: E402
 
 Steps = list[list[int]]  # token ids of the steps of one text
 HEADS = [
-    "stage one", "replicas", "steps/s", "engine's thread p50 / p99, ms", "lag p50 / p99, ms",
+    "stage one", "steps/s", "engine's thread p50 / p99, ms", "lag p50 / p99, ms",
     "lost", "CPU of a replica for it", "CPU of all evaluators", "their memory, MB",
 ]  # fmt: skip
 
@@ -75,6 +77,23 @@ class Report:
     cpu_s: float = 0.0
 
 
+@dataclass
+class Arm:
+    """A way of stage one, and what was seen of it.
+
+    Attributes:
+        config: None has no stage one.
+        evaluators: processes of the pool.
+        reports: of all replicas and rounds.
+        pool_cpu_s: CPU seconds of the evaluators.
+    """
+
+    config: MemShareConfig | None
+    evaluators: list[psutil.Process] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+    pool_cpu_s: float = 0.0
+
+
 def replica(
     number: int, config: MemShareConfig | None, texts: list[Steps], pace: Pace, ready: Any, out: Any
 ) -> None:
@@ -99,10 +118,11 @@ def replica(
                     report.lost += 1
                 else:
                     report.lags.append(time.monotonic() - answer.sent_at)
-            for stream in streams:
-                if stream.ended:
+        for stream in streams:
+            if stream.ended:
+                if bridge is not None:
                     bridge.forget(stream.request_id, stream.request_id)
-                    stream.again()
+                stream.again()
         began = time.perf_counter()
         _compute(round(pace.work_s / unit_s))
         report.work.append(time.perf_counter() - began)
@@ -177,7 +197,7 @@ def run(
     for process in processes:
         process.start()
     ready.wait(timeout=120)
-    reports = [out.get(timeout=pace.seconds + 120) for _ in processes]
+    reports = [out.get(timeout=pace.seconds + 30) for _ in processes]
     for process in processes:
         process.join(timeout=30)
     return reports
@@ -202,8 +222,8 @@ class Pool:
         self._address = ray.get_runtime_context().gcs_address
         self._made: list[Any] = []
 
-    def config(self, policy: str, actors: int) -> MemShareConfig:
-        """Make so many evaluators; the configuration that finds them."""
+    def make(self, policy: str, actors: int) -> tuple[MemShareConfig, list[psutil.Process]]:
+        """Make so many evaluators; the configuration that finds them, and their processes."""
         import ray
 
         from cluster.evaluators import ActorDirectory
@@ -212,19 +232,10 @@ class Pool:
             policy, source="ray", actors=actors, address=self._address, namespace=f"bench{actors}"
         )
         directory = ActorDirectory(config)
-        self._made = [directory.find(index) for index in range(actors)]
-        ray.get([actor.ready.remote() for actor in self._made])
-        return config
-
-    def usage(self) -> tuple[float, float]:
-        """CPU seconds and MB of all evaluators so far."""
-        import psutil
-        import ray
-
-        pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in self._made])
-        found = [psutil.Process(pid) for pid in pids]
-        cpu = sum(sum(process.cpu_times()[:2]) for process in found)
-        return cpu, sum(process.memory_info().rss for process in found) / 2**20
+        made = [directory.find(index) for index in range(actors)]
+        self._made += made
+        pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in made])
+        return config, [psutil.Process(pid) for pid in pids]
 
     def end(self) -> None:
         """Stop Ray."""
@@ -263,7 +274,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="of each replica")
     parser.add_argument("--step-ms", type=float, default=100.0, help="of one token of all requests")
     parser.add_argument("--work-ms", type=float, default=3.0, help="Python in each, of the engine")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each arm")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each arm and round")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--evaluators", default="1,2,4", help="sizes of the pool; may be empty")
     parser.add_argument("--policy", choices=["twins", "paper"], default="twins")
     options = parser.parse_args()
@@ -271,44 +283,48 @@ def main() -> None:
     pace = Pace(options.requests, options.step_ms / 1e3, options.work_ms / 1e3, options.seconds)
     tokens = options.replicas * pace.requests / pace.step_s
     print(f"{options.replicas} replicas, {tokens:,.0f} tokens/s together, {options.policy}\n")
-    print(table_head(HEADS))
-    for name, config in (("none", None), ("in process", _config(options.policy))):
-        reports = run(config, options.replicas, texts, pace)
-        print(table_row(_cells(name, reports, pace, (0.0, 0.0))), flush=True)
-    if not options.evaluators:
-        return
-    pool = Pool()
+    sizes = [int(size) for size in options.evaluators.split(",") if size]
+    arms: dict[str, Arm] = {"none": Arm(None), "in process": Arm(_config(options.policy))}
+    pool = Pool() if sizes else None
     try:
-        for actors in map(int, options.evaluators.split(",")):
-            config = pool.config(options.policy, actors)
-            before, _ = pool.usage()
-            reports = run(config, options.replicas, texts, pace)
-            after, memory = pool.usage()
-            name = f"{actors} evaluators"
-            print(table_row(_cells(name, reports, pace, (after - before, memory))), flush=True)
+        for size in sizes:
+            assert pool is not None
+            arms[f"{size} evaluators"] = Arm(*pool.make(options.policy, size))
+        for _ in range(options.rounds):  # in alternation: the machine changes
+            for arm in arms.values():
+                before = _cpu_s(arm.evaluators)
+                arm.reports += run(arm.config, options.replicas, texts, pace)
+                arm.pool_cpu_s += _cpu_s(arm.evaluators) - before
+        print(table_head(HEADS))
+        for name, arm in arms.items():
+            print(table_row(_cells(name, arm, pace, options.rounds)))
     finally:
-        pool.end()
+        if pool is not None:
+            pool.end()
 
 
-def _cells(
-    name: str, reports: Sequence[Report], pace: Pace, pool: tuple[float, float]
-) -> list[str]:
+def _cells(name: str, arm: Arm, pace: Pace, rounds: int) -> list[str]:
+    reports, seconds = arm.reports, rounds * pace.seconds
     work = [value for report in reports for value in report.work]
     lags = [value for report in reports for value in report.lags]
     steps = sum(report.steps for report in reports)
     lost = sum(report.lost for report in reports)
     cpu = sum(report.cpu_s for report in reports) / len(reports) / pace.seconds
+    memory = sum(process.memory_info().rss for process in arm.evaluators) / 2**20
     return [
         name,
-        str(len(reports)),
-        f"{steps / pace.seconds:.0f}",
+        f"{steps / seconds:.0f}",
         f"{_ms(work, 0.5)} / {_ms(work, 0.99)}",
         f"{_ms(lags, 0.5)} / {_ms(lags, 0.99)}" if lags else "-",
         f"{lost / steps:.1%}" if steps else "-",
         f"{cpu:.1%}",
-        f"{pool[0] / pace.seconds:.1%}" if pool[1] else "-",
-        f"{pool[1]:.0f}" if pool[1] else "-",
+        f"{arm.pool_cpu_s / seconds:.1%}" if arm.evaluators else "-",
+        f"{memory:.0f}" if arm.evaluators else "-",
     ]
+
+
+def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+    return float(sum(sum(process.cpu_times()[:2]) for process in processes))
 
 
 def _ms(values: Sequence[float], quantile: float) -> str:
