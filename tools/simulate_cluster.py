@@ -7,7 +7,7 @@ One line for each size and each way of routing: how good the choices were, and w
     python tools/simulate_cluster.py --replicas 40 --scaling
 
 The same seed gives the same events. Without engines and without Ray Serve's own work: it shows the
-decisions, not what a proxy, a controller or a GPU can do.
+decisions, not what a proxy, a controller or a GPU can do. Costs are CPU time of one core.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=600, help="sessions start within it, s")
     parser.add_argument("--kv-tokens", type=int, default=60_000, help="of each replica")
     parser.add_argument("--documents", type=float, default=0.0, help="fraction of long prompts")
+    parser.add_argument("--proxies", type=int, default=4)
     parser.add_argument("--evaluators", type=int, default=4, help="actors for 100 replicas")
     parser.add_argument("--routing", help=f"one of {', '.join(ROUTINGS)}; all if left out")
     parser.add_argument("--scaling", action="store_true", help="start with a quarter and scale")
@@ -68,6 +69,7 @@ def main() -> None:
                     routing=routing,
                     scaling=ScalingConfig(max_replicas=replicas) if options.scaling else None,
                     machine=Machine(kv_tokens=options.kv_tokens),
+                    proxies=options.proxies,
                     evaluators=max(1, options.evaluators * replicas // 100),
                 )
                 outcome = World(cluster, workload, options.seed).run()
@@ -97,8 +99,8 @@ def _cells(
         f"{100 * outcome.preemptions / outcome.requests:.1f}",
         f"{1e3 * outcome.latency(0.5):.1f}",
         f"{1e3 * outcome.latency(0.99):.1f}",
-        f"{outcome.events / outcome.wall_s:,.0f}",
-        f"{outcome.wall_s:.1f}",
+        f"{outcome.events / outcome.cpu_s:,.0f}",
+        f"{outcome.cpu_s:.1f}",
         f"{memory:.0f}",
     ]
 
