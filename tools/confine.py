@@ -33,7 +33,9 @@ def inside(command: list[str], mounts: list[tuple[Path, Path]], scratch: Path, u
     _mount("-t", "tmpfs", "tmpfs", scratch / "overlay")
     # Held first: they may lie in a folder that is hidden next.
     mounts = [(_keep(source, scratch), target) for source, target in mounts]
-    locked = list(_hide_private_folders([ROOT, Path(sys.prefix), Path(sys.base_prefix)], scratch))
+    needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix)]
+    _show(needed, scratch / "tmp")
+    locked = list(_hide_private_folders(needed, scratch))
     targets = [*(target for _, target in mounts), HOME]
     for top in sorted({Path("/", target.parts[1]) for target in targets if not target.exists()}):
         locked.append(_extend(top, scratch / "overlay"))
@@ -49,7 +51,7 @@ def inside(command: list[str], mounts: list[tuple[Path, Path]], scratch: Path, u
     for path in (*locked, Path("/")):
         _mount("-o", "remount,bind,ro", path)
     for source, target in ((scratch / "home", HOME), (scratch / "tmp", Path("/tmp"))):
-        _mount("--bind", source, target)
+        _mount("--rbind", source, target)
         _mount("-o", "remount,bind,rw", target)
     os.environ.update(HOME=str(HOME), TMPDIR="/tmp", USER="memshare")
     number = str(user)
@@ -61,6 +63,16 @@ def inside(command: list[str], mounts: list[tuple[Path, Path]], scratch: Path, u
             *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", *command),
         ],
     )
+
+
+def _show(needed: Iterable[Path], tmp: Path) -> None:
+    """Let what lies in /tmp be seen, and not written, in the folder that is about to hide it."""
+    for path in needed:
+        shown = tmp / path.relative_to("/tmp") if path.is_relative_to("/tmp") else None
+        if shown is not None and not shown.exists():
+            shown.mkdir(parents=True)
+            _mount("--bind", path, shown)
+            _mount("-o", "remount,bind,ro", shown)
 
 
 def _hide_private_folders(needed: Iterable[Path], scratch: Path) -> Iterator[Path]:
