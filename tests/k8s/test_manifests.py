@@ -173,6 +173,12 @@ def one_host(m: Manifests) -> None:
     m.cluster["workerGroupSpecs"][0]["numOfHosts"] = 1
 
 
+def too_few_pods(m: Manifests) -> None:
+    config = m.serve_config
+    config["applications"][0]["args"]["scaling"] = {"max_replicas": 8}
+    m.rayservice["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+
+
 def missing_secret(m: Manifests) -> None:
     m.rayservice["metadata"]["annotations"].pop("memshare/needs-keys")
 
@@ -339,6 +345,7 @@ MISTAKES: list[tuple[Callable[[Manifests], None], str, str, str]] = [
     (engines_on_the_head, "single-gpu", "resources", "num-cpus is not 0"),
     (room_for_evaluators, "single-gpu", "resources", "evaluators would disturb an engine"),
     (one_host, "multi-node-tp", "resources", "numOfHosts is 1, replica.nodes is 2"),
+    (too_few_pods, "single-gpu", "resources", "up to 8 replicas on 4 pods at most"),
     (missing_secret, "single-gpu", "references", "there is no secret 'memshare-keys'"),
     (missing_redis_secret, "ha", "references", "there is no secret 'memshare-redis'"),
     (missing_certificate, "gateway", "references", "there is no secret 'tls'"),

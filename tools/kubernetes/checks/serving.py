@@ -64,16 +64,18 @@ def resources(manifests: Manifests) -> Found:
         request = engines.spec["containers"][0]["resources"]["requests"]["cpu"]
         if _cores(request) < cpus:
             yield "engines", f"Ray may use {cpus:g} CPUs, the pod requests {request}"
-        replicas = manifests.cluster["workerGroupSpecs"][0]["replicas"]
-        if replicas < args.replicas:
-            yield "engines", f"{args.replicas} replicas on {replicas} pods"
+        groups = {group["groupName"]: group for group in manifests.cluster["workerGroupSpecs"]}
+        if groups["engines"]["replicas"] < args.replicas:
+            yield "engines", f"{args.replicas} replicas on {groups['engines']['replicas']} pods"
+        if groups["engines"]["maxReplicas"] < args.most_replicas:
+            most = groups["engines"]["maxReplicas"]
+            yield "engines", f"up to {args.most_replicas} replicas on {most} pods at most"
         if not args.uses_pool:
             continue
         pool = args.memshare.evaluator
         spare = cpus - replica.cpus
         if spare >= pool.cpus_per_actor and engines.hosts == 1:
             yield "engines", f"{spare:g} CPUs are left, where evaluators would disturb an engine"
-        groups = {group["groupName"]: group for group in manifests.cluster["workerGroupSpecs"]}
         most = groups["evaluators"]["maxReplicas"] * _ray_cpus(evaluators)
         if pool.actors * pool.cpus_per_actor > most:
             yield "evaluators", f"{pool.actors} actors need more than {most:g} CPUs"
