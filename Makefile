@@ -19,7 +19,7 @@ RUN := $(BIN)/python tools/runtime_env.py
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv model serve test lint format test-unit test-engine test-cluster test-long soak load bench-serving gpu-acceptance clean distclean
+.PHONY: help venv model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load bench-serving gpu-acceptance browser clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ serve: venv ## Serve a real model (CONFIG=configs/cluster.yaml); Ctrl-C stops it
 	@$(RUN) memshare model
 	@$(RUN) python tools/serve_local.py $(CONFIG)
 
-test: venv model lint test-unit test-engine test-cluster ## Run every check and test
+test: venv model browser lint test-unit test-browser test-engine test-cluster ## Run every check and test
 
 lint: venv ## Check style and types
 	$(BIN)/ruff check .
@@ -46,8 +46,14 @@ format: venv ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-unit: venv ## Fast tests: no engine, no Ray
-	$(RUN) pytest -m "not engine and not cluster"
+test-unit: venv ## Fast tests: no engine, no Ray, no browser
+	$(RUN) pytest -m "not engine and not cluster and not browser"
+
+browser: venv ## Find a Chromium for tests of the live page, or install Debian's (as root)
+	@$(RUN) python tools/setup_browser.py
+
+test-browser: venv browser ## Tests of the live page in a real browser
+	$(RUN) pytest -m "browser and not cluster"
 
 test-engine: venv model ## Tests that start a real vLLM engine
 	$(RUN) pytest -m "engine and not cluster" --timeout 600

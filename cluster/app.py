@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 
 from ray import serve
@@ -11,7 +10,8 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from cluster.autoscaler import autoscaling_config
-from cluster.config import ClusterArgs, parse_cluster_args
+from cluster.config import ClusterArgs, PageConfig, parse_cluster_args, without_secrets
+from cluster.dashboard.board import Board
 from cluster.evaluators import EvaluatorPool
 from cluster.exposure import require_keys_or_localhost
 from cluster.ledger import LimitLedger
@@ -20,7 +20,7 @@ from cluster.router import router_config
 
 logger = logging.getLogger(__name__)
 
-_POOL_HEALTH_PERIOD_S = 2.0  # how long an evaluator that was killed for good may be missing
+_HEALTH_PERIOD_S = 2.0  # how long an evaluator, or the page's board, may be missing
 
 
 def build(args: Mapping[str, object]) -> Application:
@@ -39,25 +39,11 @@ def build(args: Mapping[str, object]) -> Application:
 
         check_engine_options(cluster)
     require_keys_or_localhost(cluster.auth)
-    logger.info("MemShare cluster: %s", _without_secrets(cluster).model_dump_json())
+    logger.info("MemShare cluster: %s", without_secrets(cluster).model_dump_json())
     pool = _pool(cluster) if cluster.uses_pool else None
     ledger = _ledger() if cluster.uses_ledger else None
-    return _engine(cluster).bind(cluster, pool, ledger)
-
-
-def _without_secrets(cluster: ClusterArgs) -> ClusterArgs:
-    """The arguments as they may be logged: what may be a key or a token shows as ``***``."""
-    env = dict.fromkeys(cluster.replica.env, "***")
-    extra = {
-        name: "***" if re.search("key|token|secret|password", name, re.IGNORECASE) else value
-        for name, value in cluster.engine.extra.items()
-    }
-    return cluster.model_copy(
-        update={
-            "replica": cluster.replica.model_copy(update={"env": env}),
-            "engine": cluster.engine.model_copy(update={"extra": extra}),
-        }
-    )
+    board = _board(cluster.page) if cluster.page.enabled else None
+    return _engine(cluster).bind(cluster, pool, ledger, board)
 
 
 def serving(cluster: ClusterArgs, name: str) -> Callable[[type], serve.Deployment]:
@@ -107,7 +93,7 @@ def _pool(cluster: ClusterArgs) -> Application:
     deploy = serve.deployment(
         name="EvaluatorPool",
         num_replicas=1,
-        health_check_period_s=_POOL_HEALTH_PERIOD_S,
+        health_check_period_s=_HEALTH_PERIOD_S,
         ray_actor_options={"num_cpus": 0},
     )
     return deploy(EvaluatorPool).bind(cluster.memshare)
@@ -121,3 +107,14 @@ def _ledger() -> Application:
         ray_actor_options={"num_cpus": 0},
     )
     return deploy(LimitLedger).bind()
+
+
+def _board(page: PageConfig) -> Application:
+    deploy = serve.deployment(
+        name="Board",
+        num_replicas=1,
+        max_ongoing_requests=1024,  # who waits for a trace must not keep reports out
+        health_check_period_s=_HEALTH_PERIOD_S,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deploy(Board).bind(page)

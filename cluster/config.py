@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -223,6 +224,20 @@ class ScalingConfig(Section):
         return self
 
 
+class PageConfig(Section):
+    """The live page, served at ``/memshare/``."""
+
+    enabled: bool = True
+    """Whether it is served, and its board started."""
+    interval_s: float = Field(default=1.0, ge=0.2)
+    """Seconds between two samples of a replica."""
+    minutes: float = Field(default=10.0, ge=1.0, le=120.0)
+    """Minutes that are remembered, and that a replica which is gone stays visible."""
+    show_text: bool = False
+    """Whether a request's trace shows its prompt and output. Whoever may see the page may read
+    them then, for as long as a request runs and for the last few that have ended."""
+
+
 class ClusterArgs(Section):
     """``args`` of the application in a Ray Serve config file."""
 
@@ -244,6 +259,8 @@ class ClusterArgs(Section):
     """Replicas by KV pressure; None keeps their number at ``replicas``."""
     memshare: MemShareConfig = MemShareConfig()
     """What MemShare does; ``mode: off`` leaves a plain vLLM, without connector and worker class."""
+    page: PageConfig = PageConfig()
+    """The live page."""
 
     @model_validator(mode="after")
     def _starts_within_bounds(self) -> ClusterArgs:
@@ -283,6 +300,21 @@ class ClusterArgs(Section):
             and self.memshare.uses_stages
             and self.memshare.evaluator.source == "ray"
         )
+
+
+def without_secrets(cluster: ClusterArgs) -> ClusterArgs:
+    """The arguments as they may be shown: what may be a key or a token is ``***``."""
+    env = dict.fromkeys(cluster.replica.env, "***")
+    extra = {
+        name: "***" if re.search("key|token|secret|password", name, re.IGNORECASE) else value
+        for name, value in cluster.engine.extra.items()
+    }
+    return cluster.model_copy(
+        update={
+            "replica": cluster.replica.model_copy(update={"env": env}),
+            "engine": cluster.engine.model_copy(update={"extra": extra}),
+        }
+    )
 
 
 def parse_cluster_args(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +23,11 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from cluster.auth import Call, Gate, RefusedError
+from cluster.feed import StepFeed
 from cluster.load import LoadMeter
 from cluster.load_logger import LoadLogger
 from cluster.salt import brings_salt, salted
+from cluster.tracing import RequestSpans
 from memshare.request_options import RequestOptionsError, parse_request_options
 
 
@@ -52,6 +54,7 @@ class GatedAsyncLLM(AsyncLLM):
     gate: Gate
     public_name: str
     uses_memshare: bool
+    spans: RequestSpans | None = None  # only if `otlp_traces_endpoint` is set
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -78,7 +81,16 @@ class GatedAsyncLLM(AsyncLLM):
             )
         if self.uses_memshare:
             sampling_params.extra_args = self._memshare_options(call, sampling_params.extra_args)
-        return super().generate(prompt, sampling_params, request_id, **options)
+        if self.spans is None:
+            return super().generate(prompt, sampling_params, request_id, **options)
+        generate = super().generate
+
+        def start(context: Mapping[str, str]) -> AsyncGenerator[RequestOutput, None]:
+            return generate(
+                prompt, sampling_params, request_id, **{**options, "trace_headers": context}
+            )
+
+        return self.spans.follow(request_id, options.get("trace_headers"), start)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
@@ -144,7 +156,7 @@ def _require_no_salt(prompt: object) -> None:
 
 
 def start_engine(
-    options: Namespace, uses_memshare: bool, gate: Gate, meter: LoadMeter
+    options: Namespace, uses_memshare: bool, gate: Gate, meter: LoadMeter, feed: StepFeed
 ) -> GatedAsyncLLM:
     """Start the engine's processes and load the model. Blocks until it is loaded.
 
@@ -153,6 +165,7 @@ def start_engine(
         uses_memshare: whether requests may have MemShare's options.
         gate: knows the caller of each request.
         meter: is told the engine's load after every step.
+        feed: gets what every engine step reports.
     """
     engine_args = AsyncEngineArgs.from_cli_args(options)
     engine = GatedAsyncLLM.from_vllm_config(
@@ -163,6 +176,7 @@ def start_engine(
             RayPrometheusStatLogger,
             PrometheusStatLogger,
             lambda vllm_config, _: LoadLogger(meter, vllm_config),
+            feed.logger,
         ],
         disable_log_stats=options.disable_log_stats,
     )
@@ -170,6 +184,12 @@ def start_engine(
     engine.gate = gate
     engine.public_name = options.served_model_name[0]
     engine.uses_memshare = uses_memshare
+    if options.otlp_traces_endpoint is not None:
+        live = engine.output_processor.request_states
+        engine.spans = RequestSpans(
+            lambda request: live[request].external_req_id if request in live else None
+        )
+        feed.listeners.append(engine.spans.record)
     return engine
 
 

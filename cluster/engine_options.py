@@ -37,6 +37,10 @@ _ELSEWHERE = {
 }
 
 
+# Options of vLLM that say how it logs; without them it follows `memshare.logs`.
+_OWN_LOGGING = {"logging_config", "log_config_file"}
+
+
 class _RefusedError(ValueError):
     """vLLM's parser refused an argument."""
 
@@ -139,9 +143,15 @@ def engine_words(args: ClusterArgs, model: str, config: MemShareConfig) -> list[
         argv += _flag(name, value)
     for name, value in args.engine.extra.items():
         argv += _flag(name.removeprefix("--"), value)
+    if config.logs.format == "json" and _names(args).isdisjoint(_OWN_LOGGING):
+        argv.append("--logging-config.formatter=json")
     if args.uses_memshare:
         argv += ["--kv-transfer-config", _connector(config), "--worker-cls", WORKER_CLASS]
     return argv
+
+
+def _names(args: ClusterArgs) -> set[str]:
+    return {name.removeprefix("--").replace("-", "_") for name in args.engine.extra}
 
 
 def _flag(name: str, value: ExtraValue) -> list[str]:

@@ -9,11 +9,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.auth import Gate, Outcome, RefusedError, key_of
+from cluster.dashboard.routes import OPEN_PATHS as PAGE_FILES
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
-# For probes: they say whether the server lives, and nothing else.
-OPEN_PATHS = frozenset({"/health", "/ping"})
+# For probes, which learn whether the server lives, and the files of the live page, without data.
+OPEN_PATHS = frozenset({"/health", "/ping"}) | PAGE_FILES
 # For every key, and nothing is computed.
 FREE_PATHS = frozenset({"/v1/models", "/version"})
 # For every key. Whatever is not listed here is for operators, so that a route that another version

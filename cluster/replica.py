@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,7 +21,9 @@ from starlette.types import ASGIApp
 
 from cluster.auth import Counts, Gate
 from cluster.body import StrictBody
-from cluster.config import AuthConfig, ClusterArgs
+from cluster.config import AuthConfig, ClusterArgs, without_secrets
+from cluster.dashboard.agent import Agent
+from cluster.dashboard.routes import PREFIX, page_app
 from cluster.exposure import require_keys_or_localhost
 from cluster.grpc_service import GrpcService
 from cluster.guard import leave_no_orphans
@@ -30,6 +34,7 @@ from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
 from memshare.config import MemShareConfig
+from memshare.logs import set_up_logging
 from memshare.model import resolve_model
 
 if TYPE_CHECKING:
@@ -55,6 +60,7 @@ class EngineReplica(GrpcService):
         args: ClusterArgs,
         pool: DeploymentHandle[Any] | None,
         ledger: DeploymentHandle[Any] | None,
+        board: DeploymentHandle[Any] | None,
     ) -> None:
         """Start the engine. Takes as long as loading the model does.
 
@@ -62,11 +68,13 @@ class EngineReplica(GrpcService):
             args: the application's arguments.
             pool: the :class:`~cluster.evaluators.EvaluatorPool`, if stage one runs on it.
             ledger: the :class:`~cluster.ledger.LimitLedger`, if there are other replicas.
+            board: the :class:`~cluster.dashboard.board.Board`, if there is a live page.
 
         Raises:
             ConfigError: the key table is wrong, or missing where others can reach the server.
         """
         leave_no_orphans()
+        set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
         replica_id = serve.get_replica_context().replica_id.unique_id
         counts = ReplicaMetrics(args.public_name, replica_id)
@@ -75,19 +83,31 @@ class EngineReplica(GrpcService):
         self._engine: AsyncLLM | None = None
         self._watch: asyncio.Task[None] | None = None
         self._tending: asyncio.Task[None] | None = None
+        self._page: Agent | None = None
         if args.replica.pin_cpus:
             _pin(args)
         if pool is not None:
             await _await_pool(pool)
         model = await asyncio.to_thread(resolve_model, args.model)
 
+        from cluster.dashboard.front_end import watch_engine
         from cluster.engine import openai_app, start_engine
         from cluster.engine_options import parse_engine_options
+        from cluster.feed import StepFeed
         from cluster.generation import Generation
 
         options = parse_engine_options(args, model, _on_this_machine(args.memshare))
-        engine = self._engine = start_engine(options, args.uses_memshare, gate, self._meter)
+        count_fault = partial(counts.add, "monitoring_faults")
+        feed = StepFeed(count_fault)
+        engine = self._engine = start_engine(options, args.uses_memshare, gate, self._meter, feed)
         app = await openai_app(engine, options)
+        if board is not None:
+            watch = watch_engine(engine, replica_id, platform.node(), args.page.show_text)
+            feed.listeners.append(watch.record)
+            self._page = Agent(watch, board, args.page.interval_s, count_fault)
+            self._page.start()
+            shown = without_secrets(args).model_dump(mode="json")
+            app.mount(PREFIX, page_app(board, shown, count_fault))
         strict = StrictBody(app, args.replica.max_body_bytes)
         self._asgi = DisconnectOnCancel(KeyGate(strict, gate))
         self._start_grpc(args, gate, Generation(engine, app.state))
@@ -122,6 +142,8 @@ class EngineReplica(GrpcService):
         for task in (self._watch, self._tending):
             if task is not None:
                 task.cancel()
+        if self._page is not None:
+            self._page.stop()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
 

@@ -341,6 +341,24 @@ REPLICA = _named(
         "them alone",
         home="replica",
     ),
+    Metric(
+        "monitoring_faults",
+        "counter",
+        "faults",
+        "faults of the [live page](page.md) and of tracing; serving goes on",
+        (
+            Label(
+                "part",
+                {
+                    "record": "a step of the engine could not be read",
+                    "report": "the board did not take a replica's samples; they wait for it",
+                    "trace": "a request's trace could not be made or delivered",
+                    "answer": "the board did not answer a browser",
+                },
+            ),
+        ),
+        home="replica",
+    ),
 )
 """Counters of a Ray Serve replica."""
 

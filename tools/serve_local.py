@@ -67,7 +67,7 @@ Ask over gRPC, and see what it cost in KV memory:
 {memshare} chat --address 127.0.0.1:{port} "What is the capital of France?"
 """
 RUNNING = """
-Metrics: {url}/metrics     Log: {log}
+Page: {url}/memshare/     Metrics: {url}/metrics     Log: {log}
 Ctrl-C stops the cluster.
 """
 

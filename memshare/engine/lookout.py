@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import nlargest
 
 import numpy as np
+import numpy.typing as npt
 
 from memshare.config import ReportConfig
 from memshare.engine.blocks import BlockBook
@@ -15,12 +16,17 @@ from memshare.engine.roster import Roster
 from memshare.stats import RequestRow, Tally
 
 _SHARE_OF_TIME = 0.001  # that looks may take of the engine's thread
+_SLICE_S = 0.0005  # of a look in one engine step; what is left comes in the next ones
 # In rising order: a block that several entries point to counts as the highest.
 _KINDS = ("free", "other", "recent", "prompt", "shared")
 
 
 class Lookout:
-    """Looks every ``report.every_s`` seconds, less often where a look takes long."""
+    """Looks every ``report.every_s`` seconds, less often where a look takes long.
+
+    A look at many requests is spread over several engine steps, so that none is held up. What
+    moves in between is seen half before and half after.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,8 @@ class Lookout:
         self._tally = tally
         self._clock = clock
         self._next = clock()
+        self._look: Iterator[None] | None = None  # one that is under way
+        self._cost = 0.0  # of it so far, seconds
         self._saw_requests = False
 
     def look(self) -> None:
@@ -44,17 +52,26 @@ class Lookout:
             return
         began = self._clock()
         idle = next(iter(self._roster), None) is None
-        if began < self._next and not (idle and self._saw_requests):
-            return
+        if idle and self._saw_requests:
+            self._look, self._cost = self._survey(), 0.0
+        elif self._look is None:
+            if began < self._next:
+                return
+            self._look, self._cost = self._survey(), 0.0
+        done = object()
+        while next(self._look, done) is not done:
+            if self._clock() - began > _SLICE_S:
+                self._cost += self._clock() - began
+                return
+        self._look = None
         self._saw_requests = not idle
-        self._tally.note_blocks(self._blocks(), self._requests())
-        cost = self._clock() - began
-        self._next = began + max(self._config.every_s, cost / _SHARE_OF_TIME)
+        self._cost += self._clock() - began
+        self._next = began + max(self._config.every_s, self._cost / _SHARE_OF_TIME)
 
-    def _blocks(self) -> dict[str, int]:
-        """Blocks by kind. They add up to all."""
+    def _survey(self) -> Iterator[None]:
+        """One look; gives way after each request."""
         kinds = np.zeros(self._book.total + 1, np.int8)  # by block id; 0 is the null block
-        for state in self._roster:
+        for state in list(self._roster):
             table = self._book.table(state.request_id)
             if table is None:
                 continue
@@ -62,12 +79,21 @@ class Lookout:
             own = np.ones(len(table), np.int8)
             own[self._roster.end_target(state) :] = 2
             own[: self._roster.first_target(state)] = 3
-            own[[i for i in state.repointed if i < len(table)]] = 4
-            np.maximum.at(kinds, ids, own)
+            kinds[ids] = np.maximum(kinds[ids], own)
+            kinds[ids[[i for i in state.repointed if i < len(table)]]] = 4
+            yield
+        self._tally.note_blocks(self._counts(kinds), self._requests())
+
+    def _counts(self, kinds: npt.NDArray[np.int8]) -> dict[str, int]:
+        """Blocks by kind. They add up to all."""
         counts = dict(zip(_KINDS, np.bincount(kinds[1:], minlength=5).tolist(), strict=True))
-        # Not seen above: blocks of requests that are not followed.
-        counts["other"] += counts["free"] - self._book.free
+        # Blocks of requests that are not followed were not seen; others were freed since.
+        unseen = counts["free"] - self._book.free
         counts["free"] = self._book.free
+        for kind in ("other", "recent", "prompt", "shared"):
+            taken = max(unseen, -counts[kind])
+            counts[kind] += taken
+            unseen -= taken
         return counts
 
     def _requests(self) -> list[RequestRow]:

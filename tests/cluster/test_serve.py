@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -45,7 +46,10 @@ from memshare.client import (
     Sampling,
     TimedOutError,
 )
+from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
+from tests.cluster.collector import Collector
 from tests.cluster.faults import Record, Stream, assert_nothing_is_left, recover
+from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
 from tests.protobuf import requests
 from tools.local_cluster import (
     ROOT,
@@ -68,9 +72,22 @@ QUESTION: list[ChatCompletionMessageParam] = [
 
 
 @pytest.fixture(scope="module")
-def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.stop()
+
+
+@pytest.fixture(scope="module")
+def server(
+    ray_address: str, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     document = cluster_file()
     memshare_in(document).update(memshare_in(cluster_file("demo.yaml")))
+    memshare_in(document)["logs"] = {"format": "json", "explain_every_s": 1.0}
+    arguments = document["applications"][0]["args"]
+    arguments["page"] = {"show_text": True}
+    arguments["engine"]["extra"] = {"otlp_traces_endpoint": collector.url}
     server = start(tmp_path_factory.mktemp("serve"), document)
     try:
         server.started_s = server.wait_until_it_answers()
@@ -180,6 +197,79 @@ def test_a_replica_reports_its_load(server: Server) -> None:
     assert 0 < busy.used < busy.demand < 0.1
     server.wait_until_idle(timeout_s=20)
     assert load().requests == 0
+
+
+def test_the_page_shows_what_a_replica_does(server: Server, chromium: str, tmp_path: Path) -> None:
+    request = {"model": "smollm2", "messages": QUESTION, "max_tokens": 3000, "temperature": 0}
+    with writing(server.client, **request, extra_body={"ignore_eos": True}):
+        look_at_page(server.url, chromium, tmp_path, "lighthouse")
+
+
+def test_metrics_have_both_spellings_and_the_policy(server: Server) -> None:
+    http, node = httpx.get(f"{server.url}/metrics", timeout=60).text, node_metrics()
+    for metric in (*COUNTERS.values(), *GAUGES.values(), *HISTOGRAMS.values(), BLOCKS):
+        suffix = "_count" if metric.kind == "histogram" else ""
+        shown = re.findall(rf"^{metric.prometheus}{suffix}\{{(.*)\}} ", http, re.MULTILINE)
+        assert shown, metric.prometheus
+        assert all('policy="paper"' in labels for labels in shown)
+    used = ("applied", "blocks_reclaimed", "free_blocks", "blocks")
+    for name in used:  # Ray exports a metric once it has been counted
+        spelled = next(metric.ray for metric in METRICS if metric.name == name)
+        shown = re.findall(rf"^{spelled}\{{(.*)\}} ", node, re.MULTILINE)
+        assert shown, f"{spelled} is not on the node's port"
+        assert all("ReplicaId=" in labels for labels in shown)
+
+
+def test_spans_show_a_requests_way_and_its_reclaims(server: Server, collector: Collector) -> None:
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    server.client.chat.completions.create(
+        model="smollm2",
+        messages=QUESTION,
+        max_tokens=300,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+        extra_headers={"traceparent": f"00-{trace}-{parent}-01"},
+    )
+    names = {f"memshare.{part}" for part in ("request", "queue", "prefill", "decode")}
+    spans = wait_for(
+        "all spans",
+        lambda: (got := collector.spans(trace)).keys() >= {*names, "llm_request"} and got,
+    )
+    request = spans["memshare.request"]
+    assert request.parent_span_id.hex() == parent
+    for name in (*(names - {"memshare.request"}), "llm_request"):
+        assert spans[name].parent_span_id == request.span_id, name
+    assert any(event.name == "memshare.reclaimed" for event in request.events)
+    seconds = {n: (s.end_time_unix_nano - s.start_time_unix_nano) / 1e9 for n, s in spans.items()}
+    assert seconds["memshare.prefill"] + seconds["memshare.decode"] < seconds["memshare.request"]
+    assert seconds["memshare.decode"] > 0.5 * seconds["memshare.request"]
+
+
+def test_reclaims_are_explained_in_json_lines(server: Server) -> None:
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    lines = wait_for(
+        "a line that explains reclaims",
+        lambda: [line for line in json_lines(session) if line.get("event") == "reclaimed"],
+    )
+    assert all(sum(line["requests"].values()) == line["blocks"] > 0 for line in lines)
+    assert any("the trigger is eager" in line["causes"] for line in lines)
+
+
+def test_a_board_that_dies_stops_nothing_and_comes_back(server: Server) -> None:
+    (board,) = processes("ray::ServeReplica:memshare:Board")
+    board.kill()
+    assert server.completes()
+
+    def state() -> Any:
+        try:
+            answer = httpx.get(f"{server.url}/memshare/api/state", timeout=30)
+        except httpx.TransportError:
+            return None
+        return answer.status_code == 200 and answer.json()["replicas"]
+
+    (replica,) = wait_for("the page", state, 120)
+    assert replica["samples"], "what was missed came later"
+    assert server.completes()
 
 
 def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:

@@ -98,7 +98,8 @@ async def test_a_key_opens_inference(tmp_path: Path, headers: dict[str, str]) ->
 async def test_what_is_no_inference_is_for_operators(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={}, root={"operator": True})
     client = client_of(gate, ok)
-    for path in ("/metrics", "/openapi.json", "/v1/load_lora_adapter", "//v1/chat/completions"):
+    closed = ("/metrics", "/openapi.json", "/memshare/api/state", "//v1/chat/completions")
+    for path in closed:
         answer = await client.post(f"http://server{path}", headers=bearer("acme"))
         assert answer.status_code == 403, path
         assert "for operators" in answer.json()["error"]["message"]

@@ -13,6 +13,7 @@ from cluster.config import (
     AuthConfig,
     ClusterArgs,
     EngineConfig,
+    PageConfig,
     ReplicaConfig,
     RoutingConfig,
     ScalingConfig,
@@ -94,6 +95,12 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("scaling", "down_delay_s", -1, "greater than or equal to 0"),
     ("scaling", "look_back_s", 0, "greater than 0"),
     ("scaling", "report_period_s", 0, "greater than 0"),
+    ("", "page", "on", "PageConfig"),
+    ("page", "enabled", "perhaps", "valid boolean"),
+    ("page", "interval_s", 0.1, "greater than or equal to 0.2"),
+    ("page", "minutes", 0.5, "greater than or equal to 1"),
+    ("page", "minutes", 121, "less than or equal to 120"),
+    ("page", "show_text", "perhaps", "valid boolean"),
     ("memshare", "mode", "shar", "'observe'"),
 ]
 
@@ -120,6 +127,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
         "auth": AuthConfig,
         "routing": RoutingConfig,
         "scaling": ScalingConfig,
+        "page": PageConfig,
     }
     fields = {(section, field) for section, model in models.items() for field in model.model_fields}
     assert fields - tried == {("", "memshare")}, "tested where it is defined"
@@ -127,7 +135,15 @@ def test_every_field_has_a_wrong_value_above() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [ClusterArgs, EngineConfig, ReplicaConfig, AuthConfig, RoutingConfig, ScalingConfig],
+    [
+        ClusterArgs,
+        EngineConfig,
+        ReplicaConfig,
+        AuthConfig,
+        RoutingConfig,
+        ScalingConfig,
+        PageConfig,
+    ],
 )
 def test_every_field_is_documented(model: type[BaseModel]) -> None:
     assert [n for n, field in model.model_fields.items() if not field.description] == []
@@ -308,8 +324,7 @@ def test_the_paper_file_is_the_paper() -> None:
 
 
 def test_what_may_be_a_key_is_not_logged() -> None:
-    from cluster.app import _without_secrets
-    from cluster.config import ClusterArgs
+    from cluster.config import ClusterArgs, without_secrets
 
     cluster = ClusterArgs.model_validate(
         {
@@ -318,7 +333,7 @@ def test_what_may_be_a_key_is_not_logged() -> None:
             "engine": {"extra": {"api_key": "sk-1", "max_logprobs": 5}},
         }
     )
-    logged = _without_secrets(cluster).model_dump_json()
+    logged = without_secrets(cluster).model_dump_json()
     assert "hf_1" not in logged
     assert "sk-1" not in logged
     assert "HF_TOKEN" in logged

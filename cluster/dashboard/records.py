@@ -1,0 +1,100 @@
+"""What replicas, board and browser say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from memshare.stats import RequestRow
+
+
+class Sample(NamedTuple):
+    """What one replica did in one interval. A browser gets them as arrays, in this order.
+
+    Attributes:
+        time: end of the interval, seconds since the epoch.
+        usage: KV blocks in use at that time, 0..1 of all.
+        running: requests that hold KV.
+        waiting: requests that don't.
+        tokens: generated in the interval.
+        preempted: preemptions in the interval, of all requests (vLLM's count).
+        reclaimed: blocks returned to the free pool by remaps.
+        avoided: preemptions avoided.
+        shared: table entries that are re-pointed now.
+        queued: verified pairs in the reclaim queue now.
+        lag: longest time from a step to its candidates in the interval, seconds; None if none came.
+    """
+
+    time: float
+    usage: float
+    running: int
+    waiting: int
+    tokens: int
+    preempted: int
+    reclaimed: int
+    avoided: int
+    shared: int
+    queued: int
+    lag: float | None
+
+
+class Reuse(NamedTuple):
+    """A block of a request that was given up, and the block that is read instead.
+
+    ``donor_request`` is None if that is one of the same request.
+    """
+
+    target: int
+    donor: int
+    donor_request: str | None
+    time: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What became of one request's blocks.
+
+    Attributes:
+        request: the engine's id of it.
+        live: whether it still runs or waits.
+        block_size: token slots in a block.
+        prompt_tokens: tokens of its prompt.
+        tokens: of prompt and output, so far.
+        reused: blocks that were given up since its last preemption.
+        preempted: when it was preempted, seconds since the epoch.
+        texts: the text of each block; None unless the operator allows it.
+    """
+
+    request: str
+    live: bool
+    block_size: int
+    prompt_tokens: int
+    tokens: int
+    reused: list[Reuse]
+    preempted: list[float]
+    texts: list[str] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replica tells the board, once in an interval.
+
+    Attributes:
+        replica: Ray Serve's id of it.
+        node: the machine.
+        started: when its engine was ready, seconds since the epoch.
+        blocks: KV blocks in all; 0 if unknown.
+        samples: new ones, in order.
+        kinds: KV blocks by kind (``memshare.metrics.BLOCKS``); empty if not known.
+        requests: those with most blocks, as last looked at.
+        ended: requests that have ended lately and whose trace can still be asked for.
+    """
+
+    replica: str
+    node: str
+    started: float
+    blocks: int
+    samples: list[Sample]
+    kinds: dict[str, int]
+    requests: list[RequestRow]
+    ended: list[str] = field(default_factory=list)

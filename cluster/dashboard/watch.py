@@ -1,0 +1,222 @@
+"""What a replica's engine reports with every step, folded into samples and traces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from memshare.stats import Payload, PreemptionNote, RemapNote, RequestRow
+
+_ENDED = 32  # requests that have ended and whose trace is kept
+_UNSENT = 120  # samples that are kept while the board can't be reached
+
+
+class LiveRequest(Protocol):
+    """A request in the front end."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids of the prompt."""
+
+    @property
+    def output(self) -> Sequence[int]:
+        """Token ids of the output so far."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an engine step reports, as the front end of vLLM gets it."""
+
+    usage: float
+    running: int
+    waiting: int
+    tokens: int
+    preempted: int
+    payload: Payload | None
+
+
+@dataclass
+class _Followed:
+    """What is known of a request whose blocks were touched."""
+
+    request: LiveRequest
+    reused: dict[int, Reuse] = field(default_factory=dict)  # by target
+    preempted: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Interval:
+    """What adds up until the next sample."""
+
+    tokens: int = 0
+    preempted: int = 0
+    reclaimed: int = 0
+    avoided: int = 0
+    lag: float | None = None
+
+
+class Watch:
+    """Folds engine steps. Everything is called on the front end's event loop, and is short."""
+
+    def __init__(
+        self,
+        replica: str,
+        node: str,
+        blocks: int,
+        block_size: int,
+        find: Callable[[str], LiveRequest | None],
+        unfinished: Callable[[], int],
+        decode: Callable[[Sequence[int]], str] | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            replica: Ray Serve's id.
+            node: the machine.
+            blocks: KV blocks in all; 0 if unknown.
+            block_size: token slots in a block.
+            find: the live request of an engine's id; None if there is none.
+            unfinished: how many requests there are now. An engine that does nothing reports
+                nothing, so this tells that its last report is out of date.
+            decode: token ids to text, called in another thread; None keeps texts to the replica.
+            clock: seconds since the epoch.
+        """
+        self._replica = replica
+        self._node = node
+        self._blocks = blocks
+        self._block_size = block_size
+        self._find = find
+        self._unfinished = unfinished
+        self._decode = decode
+        self._clock = clock
+        self._started = clock()
+        self._last = Step(0.0, 0, 0, 0, 0, None)
+        self._interval = _Interval()
+        self._gauges: dict[str, float] = {}
+        self._kinds: dict[str, int] = {}
+        self._requests: list[RequestRow] = []
+        self._unsent: deque[Sample] = deque(maxlen=_UNSENT)
+        self._followed: dict[str, _Followed] = {}
+        self._ended: OrderedDict[str, _Followed] = OrderedDict()
+
+    def record(self, step: Step) -> None:
+        """Take an engine step's report. Keeps nothing of the payload that vLLM may change later."""
+        self._last = step
+        interval = self._interval
+        interval.tokens += step.tokens
+        interval.preempted += step.preempted
+        payload = step.payload
+        if payload is None:
+            return
+        interval.reclaimed += payload["counters"].get("blocks_reclaimed", 0)
+        interval.avoided += payload["counters"].get("preemptions_avoided", 0)
+        if payload["lags"]:
+            interval.lag = max(interval.lag or 0.0, *payload["lags"])
+        self._gauges.update(payload["gauges"])
+        if payload["blocks"]:
+            self._kinds = dict(payload["blocks"])
+            self._requests = list(payload["requests"])
+        for preempted in map(PreemptionNote._make, payload["preempted"]):
+            followed = self._follow(preempted.request)
+            if followed is not None:
+                followed.reused.clear()
+                followed.preempted.append(preempted.time)
+        for remap in map(RemapNote._make, payload["remaps"]):
+            followed = self._follow(remap.request)
+            if followed is not None:
+                donor = None if remap.donor_request == remap.request else remap.donor_request
+                followed.reused[remap.target] = Reuse(remap.target, remap.donor, donor, remap.time)
+
+    def sample(self) -> None:
+        """End the interval."""
+        last, interval, idle = self._last, self._interval, self._unfinished() == 0
+        self._interval = _Interval()
+        self._retire()
+        if idle and self._kinds:
+            self._kinds = {**dict.fromkeys(self._kinds, 0), "free": sum(self._kinds.values())}
+            self._requests = []
+        self._unsent.append(
+            Sample(
+                time=round(self._clock(), 2),
+                usage=0.0 if idle else round(last.usage, 4),
+                running=0 if idle else last.running,
+                waiting=0 if idle else last.waiting,
+                tokens=interval.tokens,
+                preempted=interval.preempted,
+                reclaimed=interval.reclaimed,
+                avoided=interval.avoided,
+                shared=0 if idle else int(self._gauges.get("shared_entries", 0)),
+                queued=0 if idle else int(self._gauges.get("queue_length", 0)),
+                lag=None if interval.lag is None else round(interval.lag, 4),
+            )
+        )
+
+    def report(self) -> Report:
+        """What the board has not been told yet."""
+        return Report(
+            replica=self._replica,
+            node=self._node,
+            started=self._started,
+            blocks=sum(self._kinds.values()) or self._blocks,
+            samples=list(self._unsent),
+            kinds=self._kinds,
+            requests=self._requests,
+            ended=list(self._ended),
+        )
+
+    def sent(self, report: Report) -> None:
+        """The board has got it."""
+        for sample in report.samples:
+            if self._unsent and self._unsent[0] is sample:
+                self._unsent.popleft()
+
+    async def trace(self, request: str) -> Trace | None:
+        """What became of a request's blocks; None if it is not known."""
+        followed = self._followed.get(request) or self._ended.get(request)
+        if followed is None:
+            found = self._find(request)
+            if found is None:
+                return None
+            followed = _Followed(found)
+        prompt = followed.request.prompt
+        tokens = [*prompt, *followed.request.output]
+        trace = Trace(
+            request=request,
+            live=self._find(request) is not None,
+            block_size=self._block_size,
+            prompt_tokens=len(prompt),
+            tokens=len(tokens),
+            reused=sorted(followed.reused.values()),
+            preempted=list(followed.preempted),
+            texts=None,
+        )
+        if self._decode is None:
+            return trace
+        # Milliseconds, which tokens of other requests would wait for.
+        return replace(trace, texts=await asyncio.to_thread(self._texts, self._decode, tokens))
+
+    def _texts(self, decode: Callable[[Sequence[int]], str], tokens: list[int]) -> list[str]:
+        size = self._block_size
+        return [decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+
+    def _follow(self, request: str) -> _Followed | None:
+        followed = self._followed.get(request)
+        if followed is None:
+            found = self._find(request)
+            if found is None:
+                return None  # it ended in the same step
+            followed = self._followed[request] = _Followed(found)
+        return followed
+
+    def _retire(self) -> None:
+        """Put aside what has ended, and forget what ended long ago."""
+        for request in [name for name in self._followed if self._find(name) is None]:
+            self._ended[request] = self._followed.pop(request)
+        while len(self._ended) > _ENDED:
+            self._ended.popitem(last=False)
