@@ -88,7 +88,7 @@ def without_the_workers_edit(engine: Engine) -> list[tuple[int, ...]]:
     """The negative control: the scheduler remaps, but no worker's table is edited."""
     worker = engine.core.model_executor.driver_worker.worker
     before_step = worker._memshare.before_step
-    checks = engine.side._config.integrity.__dict__
+    checks = engine.side.config.integrity.__dict__
     worker._memshare.before_step = lambda message: before_step(
         type(message)(batches=message.batches)
     )
