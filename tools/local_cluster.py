@@ -141,6 +141,17 @@ def stop(server: Server) -> None:
         raise AssertionError(f"does not stop:\n{server.log.read_text()[-4000:]}")
     finally:
         server.process.kill()
+        _forget_controller()
+
+
+def _forget_controller() -> None:
+    """Ray Serve remembers in this process the controller that has just ended: the next server has
+    another one."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        serve.shutdown()
 
 
 def cluster_file(name: str = "cluster.yaml") -> dict[str, Any]:

@@ -67,7 +67,8 @@ def test_abort_finds_a_request_on_any_replica(address: str) -> None:
 def test_who_leaves_or_is_late_frees_the_replica(address: str) -> None:
     with Client(address) as client:
         with client.chat_stream([("user", "x")], ENDLESS) as stream:
-            next(iter(stream))
+            replies = iter(stream)  # held: a stream that nobody holds is cancelled
+            next(replies)
             assert running() == 1
         wait_until_idle()
         with pytest.raises(TimedOutError):
