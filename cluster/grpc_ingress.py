@@ -5,7 +5,8 @@ Kept light, and free of vLLM: a proxy that cannot import this does not start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,7 @@ def add_health(servicer: Any, server: grpc.Server) -> None:
 
 
 def _add(service: ServiceDescriptor, servicer: Any, server: grpc.Server) -> None:
-    """As generated code does it, but for requests that can't be parsed.
-
-    gRPC would end those with UNKNOWN, and a traceback in the proxy's log.
-    """
+    """As generated code does it, but for the two things that :class:`_Methods` sees to."""
     handlers = {}
     for method in service.methods:
         make = (
@@ -55,11 +53,15 @@ def _add(service: ServiceDescriptor, servicer: Any, server: grpc.Server) -> None
             request_deserializer=_parser(GetMessageClass(method.input_type)),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
-    handler = grpc.method_handlers_generic_handler(service.full_name, handlers)
-    server.add_generic_rpc_handlers((handler,))
+    server.add_generic_rpc_handlers((_Methods(service.full_name, handlers),))
 
 
 def _parser(message: type[Message]) -> Callable[[bytes], Message | Malformed]:
+    """Lets a request that can't be parsed through to the replica.
+
+    gRPC would end it with UNKNOWN, and a traceback in the proxy's log.
+    """
+
     def parse(data: bytes) -> Message | Malformed:
         try:
             return message.FromString(data)
@@ -67,3 +69,56 @@ def _parser(message: type[Message]) -> Callable[[bytes], Message | Malformed]:
             return Malformed(message.DESCRIPTOR.full_name)
 
     return parse
+
+
+class _Methods(grpc.ServiceRpcHandler):
+    """The methods of a service, whose streams end at the replica whenever they end here.
+
+    Ray Serve cancels the call to the replica if the client leaves while the proxy waits for the
+    replica's next message. If it leaves while the proxy writes one, Serve forgets the call, and the
+    replica generates to the end for nobody (``send_request_to_replica`` in
+    ``ray/serve/_private/proxy.py``).
+    """
+
+    def __init__(self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self._service = service
+        # By this name Serve replaces them with its own when we are added to its server, as it does
+        # with generated code's (``gRPCGenericServer`` in ``ray/serve/_private/grpc_util.py``).
+        self._method_handlers = {
+            f"/{service}/{name}": handler for name, handler in handlers.items()
+        }
+
+    def service_name(self) -> str:
+        return self._service
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = self._method_handlers.get(handler_call_details.method)
+        if handler is None or not handler.response_streaming:
+            return handler
+        return grpc.unary_stream_rpc_method_handler(
+            _ending(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+        )
+
+
+def _ending(read: Any) -> Any:
+    """A stream whose reading is always cancelled while it waits for a message."""
+
+    async def stream(request: Any, context: Any) -> None:
+        messages: AsyncGenerator[bytes, None] = read(request, context)
+        async for message in messages:
+            try:
+                await context.write(message)
+            except BaseException:
+                await _cancel(messages)
+                raise
+
+    return stream
+
+
+async def _cancel(messages: AsyncGenerator[bytes, None]) -> None:
+    """Read on, and be cancelled at it."""
+    reading: asyncio.Future[bytes] = asyncio.ensure_future(anext(messages))
+    await asyncio.sleep(0)  # it waits now
+    reading.cancel()
+    await asyncio.wait((reading,))
+    await messages.aclose()

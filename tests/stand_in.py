@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -48,8 +49,10 @@ class StandIn:
         aborted = self.running[request_id] = asyncio.Event()
         try:
             if body.get("ignore_eos"):
-                yield Piece("one ", [0])
-                await aborted.wait()
+                while not aborted.is_set():
+                    yield Piece("one ", [0])
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(aborted.wait(), 0.002)
                 yield Piece("", [], finish_reason="abort", cost=COST)
             elif body["stream"]:
                 for i, word in enumerate(WORDS[:-1]):

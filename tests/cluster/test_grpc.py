@@ -76,6 +76,19 @@ def test_who_leaves_or_is_late_frees_the_replica(address: str) -> None:
         wait_until_idle()
 
 
+def test_whenever_a_stream_is_left_the_replica_is_freed(address: str) -> None:
+    """Also while the proxy writes a message, when Ray Serve by itself forgets the replica."""
+    with Client(address) as client:
+        for round_ in range(60):
+            streams = [client.chat_stream([("user", "x")], ENDLESS) for _ in range(4)]
+            for number, stream in enumerate(streams):
+                for _ in zip(range(1 + (7 * round_ + number) % 13), stream, strict=False):
+                    pass
+            for stream in streams:
+                stream.cancel()
+    wait_until_idle()
+
+
 async def test_a_refusal_reaches_the_caller_as_it_was_said(address: str) -> None:
     def refused() -> str:
         with Client(address) as client, pytest.raises(NotFoundError) as caught:

@@ -212,10 +212,8 @@ async def test_abort_ends_a_request_with_what_it_has_written(server: Server) -> 
         with pytest.raises(InvalidRequestError, match="request_id: 'r' is running"):
             await client.generate("x", request_id="r")
         assert await client.abort("r")
-        last = await anext(pieces)
+        *_, last = [piece async for piece in pieces]
         assert last.finish.reason == FinishReason.FINISH_REASON_ABORT
-        with pytest.raises(StopAsyncIteration):
-            await anext(pieces)
         assert not await client.abort("r"), "it has ended"
         assert (await client.generate("x", request_id="r")).text == "one two three"
         with pytest.raises(InvalidRequestError, match="request_id: is empty"):
