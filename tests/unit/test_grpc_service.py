@@ -239,6 +239,8 @@ async def test_keys(tmp_path: Path) -> None:
             with pytest.raises(NotAllowedError, match=r"PERMISSION_DENIED.*operators"):
                 await rival.stats()
             assert await acme.abort("r")
+            *_, last = [piece async for piece in running]
+            assert last.finish.reason == FinishReason.FINISH_REASON_ABORT
         assert server.engine.running == {}
 
 
