@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from memshare.engine.reclaimer import Victims
 
 Fate = Literal[
-    "prompt", "recent window", "given up", "stands for others", "last copy", "no similar block",
+    "prompt", "recent window", "given up", "in other tables", "last copy", "no similar block",
     "badly covered", "over budget", "not asked for",
 ]  # fmt: skip
 FATES: tuple[Fate, ...] = get_args(Fate)
@@ -31,8 +31,8 @@ def _fate(view: Victims, index: int, config: MemShareConfig) -> Fate:
         return "given up"
     if index >= view.end:
         return "recent window"
-    if view.sharers(index) > 0:
-        return "stands for others"
+    if not view.is_alone(index):
+        return "in other tables"
     if not view.is_target(index):
         return "last copy"
     if isinstance(policy, PaperParams):

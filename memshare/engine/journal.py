@@ -41,8 +41,8 @@ class Journal:
         self.tally.add_labelled("dropped", reason)
         self.pair("dropped", pair, reason=reason)
 
-    def remapped(self, pair: Candidate, freed: int, cause: Cause) -> None:
-        """A remap has been applied and has freed so many blocks."""
+    def remapped(self, pair: Candidate, freed: int, cause: Cause, moved: int) -> None:
+        """A remap has been applied, has freed so many blocks and moved so many earlier sharers."""
         target, donor = pair.target, pair.donor
         request = target.state.request_id
         self.tally.add("applied")
@@ -51,7 +51,7 @@ class Journal:
             RemapNote(time.time(), request, target.index, donor.state.request_id, donor.index)
         )
         self.explainer.reclaimed(request, freed, cause)
-        self.pair("applied", pair, damage=round(pair.damage, 4), freed=freed)
+        self.pair("applied", pair, damage=round(pair.damage, 4), freed=freed, moved=moved)
 
     def preempted(self, state: RequestState) -> None:
         """vLLM has taken the request's blocks."""

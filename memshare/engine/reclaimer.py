@@ -174,7 +174,7 @@ class Reclaimer:
             state = candidate.target.state
             if not self._roster.is_current(candidate):
                 self._journal.drop(candidate, "stale")
-            elif candidate.target.block.ref_cnt != 1:
+            elif not state.holds_alone(candidate.target.block):
                 self._journal.drop(candidate, "no_gain")
             elif len(state.repointed) >= self._roster.budget(state):
                 state.held_back.append(candidate)  # the budget grows with the request
@@ -233,20 +233,25 @@ class Reclaimer:
         return state.tainted_from is None and self._book.publishes_soon(state.request)
 
     def _apply(self, candidate: Candidate, cause: Cause) -> int:
-        """The remap: scheduler's table, reference counts and the workers' command. Blocks freed."""
+        """The remap: scheduler's table, reference counts and the workers' command. Blocks freed.
+
+        Entries that share the target's block go with it, so that a donor is not kept for them.
+        """
         state, index, donor = candidate.target.state, candidate.target.index, candidate.donor.block
+        entries = [index, *state.sharers.pop(candidate.target.block.block_id, ())]
         if state.tainted_from is None:
             state.tainted_from = state.full
             self._book.stop_publishing(state.request_id)
         state.note_held(self._book.entries(state.request_id))
-        freed = self._book.repoint(state.request_id, index, donor)
+        freed = sum(self._book.repoint(state.request_id, entry, donor) for entry in entries)
+        self._remaps += [Remap(state.request_id, entry, donor.block_id) for entry in entries]
+        state.sharers.setdefault(donor.block_id, []).extend(entries)
         state.repointed.add(index)
         state.given_up += 1
         if self._survey is not None:
             self._survey.given_up(state, index)
         self.shared_entries += 1
-        self._remaps.append(Remap(state.request_id, index, donor.block_id))
-        self._journal.remapped(candidate, freed, cause)
+        self._journal.remapped(candidate, freed, cause, moved=len(entries) - 1)
         return freed
 
 
@@ -280,13 +285,17 @@ class Victims:
 
     def is_target(self, index: int) -> bool:
         """See :meth:`VictimView.is_target`."""
-        if index in self._state.repointed or self._blocks[index].ref_cnt != 1:
+        if not self.is_own(index) or not self.is_alone(index):
             return False
         return self._copies is None or not self._copies.last_copies[index]
 
     def is_own(self, index: int) -> bool:
         """See :meth:`VictimView.is_own`."""
         return index not in self._state.repointed
+
+    def is_alone(self, index: int) -> bool:
+        """Whether no other request's table holds the entry's block."""
+        return self._state.holds_alone(self._blocks[index])
 
     def sharers(self, index: int) -> int:
         """See :meth:`VictimView.sharers`."""

@@ -27,6 +27,7 @@ class RequestState:
         emitted: output tokens that lie in finished steps.
         full: full, committed blocks when last looked at.
         repointed: entries that point at a donor.
+        sharers: the same entries by the id of the block that they point at.
         tainted_from: first block that must never be published; None while the KV is exact.
         held_back: verified pairs that can't be applied before the next block.
         sent_whole_at: engine step in which its block list was last sent to the workers whole.
@@ -44,6 +45,7 @@ class RequestState:
     emitted: int = 0
     full: int = 0
     repointed: set[int] = field(default_factory=set)
+    sharers: dict[int, list[int]] = field(default_factory=dict)
     tainted_from: int | None = None
     held_back: list[Candidate] = field(default_factory=list)
     sent_whole_at: int = -1
@@ -55,6 +57,15 @@ class RequestState:
     def request_id(self) -> str:
         """vLLM's id."""
         return str(self.request.request_id)
+
+    def holds_alone(self, block: KVCacheBlock) -> bool:
+        """Whether only this request's own entries point at a block that it has written."""
+        return bool(block.ref_cnt == 1 + len(self.sharers.get(block.block_id, ())))
+
+    def sharers_are_right(self, table: list[KVCacheBlock]) -> bool:
+        """Whether ``sharers`` holds each re-pointed entry once, under its block."""
+        noted = {entry: block for block, entries in self.sharers.items() for entry in entries}
+        return noted == {entry: table[entry].block_id for entry in self.repointed}
 
     def note_held(self, entries: int) -> None:
         """Its table, of so many entries, is about to shrink or to be remapped."""
@@ -72,6 +83,7 @@ class RequestState:
         self.segmenter = segmenter
         self.fed = self.emitted = self.full = 0
         self.repointed = set()
+        self.sharers = {}
         self.tainted_from = None
         self.held_back = []
 

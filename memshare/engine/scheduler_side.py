@@ -242,6 +242,8 @@ class SchedulerSide:
                 faults.append(f"{name}: tainted, but still publishing")
             if state.repointed and max(state.repointed) >= len(table):
                 faults.append(f"{name}: a remapped entry is gone")
+            elif not state.sharers_are_right(table):
+                faults.append(f"{name}: a remapped entry points elsewhere than is noted")
         shared = sum(len(state.repointed) for state in self.roster)
         if shared != self.reclaimer.shared_entries:
             faults.append(f"{self.reclaimer.shared_entries} shared entries counted, {shared} held")

@@ -64,8 +64,9 @@ class VictimView(Protocol):
         ...
 
     def is_target(self, index: int) -> bool:
-        """Whether re-pointing this entry would free a block: sole owner, not yet re-pointed, and
-        nothing that was given up elsewhere survives only in it."""
+        """Whether giving up this entry would free its block: it is not re-pointed, nobody but
+        re-pointed entries of the same request shares the block (they move along), and nothing that
+        was given up elsewhere survives only in it."""
         ...
 
     def is_own(self, index: int) -> bool:

@@ -9,7 +9,7 @@ from memshare.policy.base import DemandPolicy, Victim, VictimView
 
 
 class RandomPolicy(DemandPolicy):
-    """Draws the target among the blocks that free memory, the donor among the others."""
+    """Draws the target among the blocks that free memory, the donor among the others that stay."""
 
     def __init__(self, params: RandomParams) -> None:
         self._random = random.Random(params.seed)
@@ -17,7 +17,7 @@ class RandomPolicy(DemandPolicy):
     def choose(self, view: VictimView) -> Victim | None:
         """See :meth:`DemandPolicy.choose`."""
         targets = [i for i in range(view.first, view.end) if view.is_target(i)]
-        donors = range(view.first, view.full)
+        donors = [i for i in range(view.first, view.full) if view.is_own(i)]
         if not targets or len(donors) < 2:
             return None
         target = self._random.choice(targets)

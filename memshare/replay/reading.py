@@ -97,9 +97,12 @@ class Prefix:
 
     def is_target(self, index: int) -> bool:
         """See :meth:`VictimView.is_target`."""
-        if not self.is_own(index) or self.sharers(index):
-            return False
-        return self.twins is None or not self.twins.last_copies[index]
+        return self.is_own(index) and not (self.twins is not None and self.twins.last_copies[index])
+
+    def repoint(self, target: int, donor: int) -> None:
+        """Give up a block; those that it stands for go with it."""
+        self.donor_of |= {i: donor for i, j in self.donor_of.items() if j == target}
+        self.donor_of[target] = donor
 
 
 class Reader:
@@ -198,7 +201,7 @@ class Reader:
             twins=twins,
         )
         while len(prefix.donor_of) < prefix.budget and (victim := policy.choose(prefix)):
-            prefix.donor_of[victim.target] = victim.donor
+            prefix.repoint(victim.target, victim.donor)
             if twins is not None:
                 self._hand_on(reading, twins, victim.target)
         return prefix

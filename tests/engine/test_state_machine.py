@@ -219,6 +219,29 @@ def pressed(rig: Rig) -> None:
         step(rig)
 
 
+def test_a_donor_that_goes_takes_its_sharers_along(folder: Path) -> None:
+    options = CHECKED | {"policy": {"name": "random", "seed": 1}, "protect": {"recent_tokens": 0}}
+    rig = Rig(folder, options | {"budget": {"max_shared_fraction": 1.0}}, 100, seed=1)
+    points: dict[tuple[str, int, int], int] = {}  # block of each re-pointed entry
+    moved = 0
+    try:
+        for i in range(20):
+            rig.add(f"p{i}", [rig.worker._random.randrange(250) for _ in range(40)], 400)
+        for _ in range(300):
+            step(rig)
+            assert rig.side.check_integrity() == []
+            for state in rig.side.roster:
+                table = rig.side.book.table(state.request_id)
+                for entry in state.repointed:
+                    key = (state.request_id, state.generation, entry)
+                    moved += points.get(key, table[entry].block_id) != table[entry].block_id
+                    points[key] = table[entry].block_id
+        assert moved > 10
+        assert_clean(rig)
+    finally:
+        rig.close()
+
+
 def between_tenants(rig: Rig) -> None:
     """Two tenants with the same prompts, in a cache for six of their twenty requests."""
     for i in range(20):
