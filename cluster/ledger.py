@@ -9,6 +9,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from cluster.limits import Ledger, Report, Share
+from cluster.quiet import log_no_calls
 
 _ANSWER_S = 2.0  # so long may the ledger take; then replicas enforce limits alone
 
@@ -21,6 +22,7 @@ class LimitLedger:
     """
 
     def __init__(self) -> None:
+        log_no_calls()
         self._ledger = Ledger()
 
     async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:

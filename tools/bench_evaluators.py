@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -98,9 +99,11 @@ def replica(
     number: int, config: MemShareConfig | None, texts: list[Steps], pace: Pace, ready: Any, out: Any
 ) -> None:
     """One stand-in, in a process of its own. Without ``config`` there is no stage one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, and ends them all
     bridge = None
     if config is not None:
         bridge = EvaluatorBridge(lambda: open_source(config), config.evaluator.queue_size)
+        _wait_for_the_first_answer(bridge)
     streams = [_Stream(f"r{i}", texts[(number + i) % len(texts)], i) for i in range(pace.requests)]
     unit_s = _unit_s()
     ready.wait()
@@ -132,6 +135,14 @@ def replica(
     out.put(report)
     if bridge is not None:
         bridge.close()
+
+
+def _wait_for_the_first_answer(bridge: EvaluatorBridge) -> None:
+    """To join a Ray cluster takes seconds, which say nothing about what comes later."""
+    bridge.submit([NewSteps("first", 0, "first", 0, [1], (0, 1), 0.9, time.monotonic())])
+    while not bridge.drain():
+        time.sleep(0.01)
+    bridge.forget("first", "first")
 
 
 class _Stream:
@@ -297,19 +308,19 @@ def main() -> None:
                 arm.pool_cpu_s += _cpu_s(arm.evaluators) - before
         print(table_head(HEADS))
         for name, arm in arms.items():
-            print(table_row(_cells(name, arm, pace, options.rounds)))
+            print(table_row(_cells(name, arm, arms["none"], pace, options.rounds)))
     finally:
         if pool is not None:
             pool.end()
 
 
-def _cells(name: str, arm: Arm, pace: Pace, rounds: int) -> list[str]:
+def _cells(name: str, arm: Arm, without: Arm, pace: Pace, rounds: int) -> list[str]:
     reports, seconds = arm.reports, rounds * pace.seconds
     work = [value for report in reports for value in report.work]
     lags = [value for report in reports for value in report.lags]
     steps = sum(report.steps for report in reports)
     lost = sum(report.lost for report in reports)
-    cpu = sum(report.cpu_s for report in reports) / len(reports) / pace.seconds
+    cpu = (_mean_cpu_s(reports) - _mean_cpu_s(without.reports)) / pace.seconds
     memory = sum(process.memory_info().rss for process in arm.evaluators) / 2**20
     return [
         name,
@@ -321,6 +332,10 @@ def _cells(name: str, arm: Arm, pace: Pace, rounds: int) -> list[str]:
         f"{arm.pool_cpu_s / seconds:.1%}" if arm.evaluators else "-",
         f"{memory:.0f}" if arm.evaluators else "-",
     ]
+
+
+def _mean_cpu_s(reports: Sequence[Report]) -> float:
+    return sum(report.cpu_s for report in reports) / len(reports)
 
 
 def _cpu_s(processes: Sequence[psutil.Process]) -> float:

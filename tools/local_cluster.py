@@ -124,7 +124,12 @@ def start(folder: Path, document: dict[str, Any]) -> Server:
     log = folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            ["serve", "run", str(file)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            # As from a terminal: a shell's background jobs, and what they start, ignore Ctrl-C.
+            ["env", "--default-signal=INT", "serve", "run", str(file)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in our terminal is ours: `stop` tells the server
         )
     return Server(process, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", log)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from random import Random
@@ -35,7 +36,8 @@ ROUTINGS = {
     "requests": RoutingConfig(sessions=False, load="requests"),
 }
 HEADS = [
-    "replicas", "sessions", "routing", "requests", "decisions/s", "update, ms", "router, MB",
+    "replicas", "sessions", "routing", "requests", "decisions/s",
+    "longest update, ms", "one replica more, ms", "router, MB",
     "requests, max/mean", "KV, deviation", "evaluators, max/mean", "back home", "prompts computed",
     "preemptions/100", "ms/token p50", "ms/token p99", "events/s", "run, s", "memory, MB",
 ]  # fmt: skip
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--documents", type=float, default=0.0, help="fraction of long prompts")
     parser.add_argument("--proxies", type=int, default=4)
     parser.add_argument("--evaluators", type=int, default=4, help="actors for 100 replicas")
-    parser.add_argument("--routing", help=f"one of {', '.join(ROUTINGS)}; all if left out")
+    parser.add_argument("--routing", choices=ROUTINGS, help="all if left out")
     parser.add_argument("--scaling", action="store_true", help="start with a quarter and scale")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -82,6 +84,7 @@ def main() -> None:
 def _cells(
     replicas: int, name: str, routing: RoutingConfig, outcome: Outcome, workload: Workload
 ) -> list[str]:
+    size, one_more_s = _router_costs(replicas, routing)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [
         f"{replicas:,}",
@@ -90,7 +93,8 @@ def _cells(
         f"{outcome.requests:,}",
         f"{outcome.requests / outcome.decision_s:,.0f}",
         f"{1e3 * outcome.update_s:.0f}",
-        f"{_router_bytes(replicas, routing) / 1e6:.1f}",
+        f"{1e3 * one_more_s:.1f}",
+        f"{size / 1e6:.1f}",
         f"{imbalance(outcome.per_replica):.2f}",
         f"{deviation(outcome.kv_means):.2f}",
         f"{imbalance(outcome.per_evaluator):.2f}",
@@ -105,8 +109,8 @@ def _cells(
     ]
 
 
-def _router_bytes(replicas: int, config: RoutingConfig) -> int:
-    """Memory of one router that has heard of all replicas."""
+def _router_costs(replicas: int, config: RoutingConfig) -> tuple[int, float]:
+    """Bytes of one router that has heard of all replicas, and CPU seconds to hear of one more."""
     names = [f"replica-{i}" for i in range(replicas)]
     tracemalloc.start()
     router = Routing(config, Random(0))
@@ -115,7 +119,9 @@ def _router_bytes(replicas: int, config: RoutingConfig) -> int:
         router.report(name, Load(0.5, 1, 0, 1, 0))
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return size
+    began = time.thread_time()
+    router.set_replicas([*names, "one-more"])
+    return size, time.thread_time() - began
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ Needs nothing but this machine: a Ray cluster of its own, the test reasoner, SIG
 are the reasoner's problems, so that answers can be graded; KV blocks are so few that requests are
 reclaimed from, and some preempted. Between faults the load pauses now and then: with nothing else
 running, fixed questions at temperature 0 must be answered word for word as at the start, and no KV
-block, process, port or shared-memory segment may be left over.
+block, process, port or shared-memory segment may be left over. Ctrl-C ends the run and reports; a
+second one does not report. The exit status is 1 if a check has failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,6 +35,7 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
+import openai  # noqa: E402
 import psutil  # noqa: E402
 
 from memshare.bench.report import machine, wilson  # noqa: E402
@@ -61,6 +65,8 @@ SETTLE_S = 1.0  # from the last answer to the look at what is left
 # What a client may see for so long after service is whole: it was sent into the fault.
 AFTERMATH_S = 5.0
 SEGMENTS = ("psm_", "sem.", "torch_", "vllm")  # in /dev/shm: of vLLM, torch and multiprocessing
+SMALL_MIB = 20  # what a process must have to be listed
+SCRAPES = 8  # of /metrics for one sample of several replicas
 GROWTH_LIMIT = 0.05  # of memory, from the second quarter of a run to the last
 
 
@@ -86,12 +92,13 @@ class Sample:
     Attributes:
         at: seconds since the start.
         quiet: whether nothing was running.
-        memory: proportional set size of all processes of each role, bytes.
+        memory: proportional set size of every process, bytes, by what it is and its id.
         total: of all processes, bytes.
         processes: how many there are.
         segments: in shared memory.
         ports: that somebody of ours listens on.
-        kv_usage: fraction of all KV blocks that requests hold; nan while nobody answers.
+        kv_usage: fraction of a replica's KV blocks that requests hold, the greatest of all; nan
+            while nobody answers.
     """
 
     at: float
@@ -115,11 +122,12 @@ class Check:
 
 @dataclass
 class Record:
-    """Everything that was seen."""
+    """Everything that was seen; ``cut_short`` says what ended the run before its time."""
 
     command: str
     machine: str
     seconds: float = 0.0
+    cut_short: str = ""
     faults: list[Fault] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -141,6 +149,7 @@ class Soak:
         self.load = Load(lambda: http_streams(url, body), args.streams)
         self.random = random.Random(args.seed)
         self.turns: list[str] = []
+        self._over = asyncio.Event()
 
     @property
     def now(self) -> float:
@@ -148,26 +157,40 @@ class Soak:
         return time.monotonic() - self.began
 
     async def run(self) -> Record:
-        """Run for as long as was asked."""
+        """Run for as long as was asked, or until Ctrl-C."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._interrupt, loop)
         streams = asyncio.create_task(self.load.run())
         sampling = asyncio.create_task(self._sample_on())
         try:
             await self._rest()
-            while self.now < self.args.hours * 3600:
-                if self.args.load:
-                    await asyncio.sleep(1.0)
-                    continue
-                await asyncio.sleep(self.args.every)
-                await self._break_something()
-                await self._rest()
-        finally:
+            while not await self._over_within(1.0 if self.args.load else self.args.every):
+                if not self.args.load:
+                    await self._break_something()
+                    await self._rest()
             self.load.stop()
             await streams
+            await self._rest()
+        except (AssertionError, openai.APIError) as error:  # what was seen so far is worth a report
+            self.record.cut_short = f"{type(error).__name__}: {error}"[:300]
+        finally:
+            streams.cancel()
             sampling.cancel()
-        await self._rest()
+            loop.remove_signal_handler(signal.SIGINT)
         self.record.seconds = self.now
         self.record.outcomes = [self._since_start(o) for o in self.load.outcomes]
         return self.record
+
+    def _interrupt(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.record.cut_short = "interrupted"
+        self._over.set()
+        loop.remove_signal_handler(signal.SIGINT)  # the next one is an ordinary one
+
+    async def _over_within(self, seconds: float) -> bool:
+        """Wait so long, or until the run is over; returns whether it is."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), seconds)
+        return self._over.is_set() or self.now >= self.args.hours * 3600
 
     async def _break_something(self) -> None:
         if not self.turns:  # at random, but everybody gets a turn
@@ -202,23 +225,24 @@ class Soak:
             self.record.samples.append(await asyncio.to_thread(self._sample, False))
 
     def _sample(self, quiet: bool) -> Sample:
-        memory = dict.fromkeys([*ROLES, "ray"], 0)
+        memory: dict[str, int] = {}
         # Ray keeps a few idle workers, more or fewer of them.
         idle = {process.pid for process in processes("ray::IDLE")}
         ours = [process for process in processes("") if process.pid not in idle]
         ports = 0
         for process in ours:
             try:
-                title = (process.cmdline() or [""])[0]
-                role = next((r for r, begin in ROLES.items() if title.startswith(begin)), "ray")
-                memory[role] += process.memory_full_info().pss
+                name = f"{_name(process.cmdline())} {process.pid}"
+                memory[name] = process.memory_full_info().pss
                 ports += sum(c.status == "LISTEN" for c in process.net_connections("tcp"))
             except psutil.Error:
                 continue
+        # Ray Serve chooses which replica answers: asked often, each does.
+        usages = [self._metrics() for _ in range(1 if self.args.replicas == 1 else SCRAPES)]
         return Sample(
             self.now, quiet, memory, sum(memory.values()), len(ours),
             sum(path.name.startswith(SEGMENTS) for path in Path("/dev/shm").iterdir()), ports,
-            self._metrics(),
+            max(usages),
         )  # fmt: skip
 
     def _metrics(self) -> float:
@@ -256,6 +280,18 @@ COUNTED = (
 )  # fmt: skip
 
 
+def _name(command: Sequence[str]) -> str:
+    """What a process is: a role, or the name of its script or program."""
+    title = command[0] if command else "?"
+    for role, beginning in ROLES.items():
+        if title.startswith(beginning):
+            return role
+    if title.startswith("ray::"):
+        return title.removeprefix("ray::").split(":")[-1].split(".")[0]
+    script = next((word for word in command[1:] if word.endswith(".py")), title)
+    return Path(script.split()[0]).name
+
+
 def _problem(index: int) -> dict[str, Any]:
     problem = generate("chain" if index % 2 else "recall", 10_000 + index)
     message = {"role": "user", "content": problem.prompt}
@@ -274,6 +310,7 @@ def _is_right(outcome: Outcome) -> bool:
 
 def judge(record: Record, graded: bool) -> Iterator[Check]:
     """The checks of a run."""
+    yield Check("the run went to its end", not record.cut_short, record.cut_short or "yes")
     bad = [o for o in record.outcomes if o.ending == "failed" and not excused(o, record.faults)]
     details = Counter(outcome.detail for outcome in bad).most_common(3)
     yield Check("no request fails outside a fault", not bad, f"{len(bad)} failed {details or ''}")
@@ -281,8 +318,10 @@ def judge(record: Record, graded: bool) -> Iterator[Check]:
     yield Check(
         "service is whole within 60 s", not slow, f"{len(slow)} of {len(record.faults)} took longer"
     )
-    (_, first), *later = record.probes
-    changed = sum(answers != first for _, answers in later)
+    if not record.probes:
+        return
+    first, *later = [answers for _, answers in record.probes]
+    changed = sum(answers != first for answers in later)
     yield Check(
         "fixed questions are answered as at the start",
         not changed,
@@ -375,13 +414,12 @@ def render(record: Record, checks: Sequence[Check]) -> str:
     lines += [
         "",
         table(
-            ["memory of", "first, MiB", "median", "last", "growth"],
-            [
-                _memory_row(role, record)
-                for role in [*ROLES, "ray"]
-                if record.samples[0].memory[role]
-            ],
+            ["process", "memory after warm-up, MiB", "at the end", "growth", "slope, MiB/min"],
+            list(_memory_rows(record.samples)),
         ),
+        "",
+        "Memory is the proportional set size: medians of the first and last third after warm-up, a "
+        f"quarter of the run. Listed are those who lived from then on and have {SMALL_MIB} MiB.",
     ]
     return "\n".join(lines)
 
@@ -398,12 +436,23 @@ def _fault_row(role: str, record: Record) -> list[str]:
     return [role, str(len(mine)), times, str(failed), str(answered)]
 
 
-def _memory_row(role: str, record: Record) -> list[str]:
-    values = [sample.memory[role] / (1 << 20) for sample in record.samples]
-    return [
-        role, f"{values[0]:.0f}", f"{statistics.median(values):.0f}", f"{values[-1]:.0f}",
-        f"{growth(values):+.1%}",
-    ]  # fmt: skip
+def _memory_rows(samples: Sequence[Sample]) -> Iterator[list[str]]:
+    """A row for each process that was there all the time after warm-up, and one for all."""
+    warm = samples[len(samples) // 4 :]
+    if len(warm) < 4:
+        return
+    minutes = [sample.at / 60 for sample in warm]
+    steady = set.intersection(*(set(sample.memory) for sample in warm))
+    of_each = {name: [sample.memory[name] for sample in warm] for name in sorted(steady)}
+    third = len(warm) // 3
+    for name, sizes in (of_each | {"all processes": [sample.total for sample in warm]}).items():
+        mib = [size / (1 << 20) for size in sizes]
+        if max(mib) < SMALL_MIB:
+            continue
+        before, after = statistics.median(mib[:third]), statistics.median(mib[-third:])
+        slope = statistics.linear_regression(minutes, mib).slope
+        grown = f"{after / before - 1:+.1%}"
+        yield [name, f"{before:.0f}", f"{after:.0f}", grown, f"{slope:+.2f}"]
 
 
 def _document(args: argparse.Namespace) -> dict[str, Any]:
@@ -458,17 +507,21 @@ def main() -> int:
         try:
             print(f"started in {server.wait_until_it_answers():.0f} s", flush=True)
             record = asyncio.run(Soak(server, args).run())
+            checks = list(judge(record, graded=not args.load))
+            _write(args.output, record, checks)
         finally:
             (args.output / "serve.log").write_bytes(server.log.read_bytes())
             stop(server)
-    checks = list(judge(record, graded=not args.load))
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _write(folder: Path, record: Record, checks: Sequence[Check]) -> None:
     report = render(record, checks)
-    (args.output / "report.md").write_text(report + "\n")
-    (args.output / "report.json").write_text(
+    (folder / "report.md").write_text(report + "\n")
+    (folder / "report.json").write_text(
         json.dumps({"checks": [asdict(c) for c in checks], **asdict(record)}, indent=1)
     )
-    print(report)
-    return 0 if all(check.passed for check in checks) else 1
+    print(report, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from cluster.config import PageConfig
 from cluster.dashboard.records import Report, Sample, Trace
+from cluster.quiet import log_no_calls
 
 _SILENT_INTERVALS = 5.0  # without a report: the replica is shown as silent
 _TRACE_WAIT_S = 10.0
@@ -40,6 +41,7 @@ class Board:
     """
 
     def __init__(self, config: PageConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        log_no_calls()
         self._config = config
         self._clock = clock
         self._id = uuid.uuid4().hex  # browsers notice a new board by it

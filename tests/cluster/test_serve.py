@@ -586,6 +586,9 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
     stop(server)
     assert server.process.returncode == 0
+    log = server.log.read_text()
+    assert "memshare_Engine" in log, "requests are logged"
+    assert "CALL report" not in log, "what replicas tell the page every second is not"
     gone, alive = psutil.wait_procs(ours, timeout=90)
     assert alive == []
     assert len(gone) == len(ours)

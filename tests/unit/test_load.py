@@ -168,7 +168,7 @@ async def test_a_soak_run_breaks_rests_and_reports(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(soak, "SAMPLE_S", 0.2)
     monkeypatch.setattr(soak, "SETTLE_S", 0.05)
     args = argparse.Namespace(
-        load=False, streams=3, hours=4 / 3600, every=0.1, faults="engine,proxy", seed=1
+        load=False, streams=3, hours=4 / 3600, every=0.1, faults="engine,proxy", seed=1, replicas=1
     )
     server: Any = Server(subprocess.Popen(["true"]), url, "", Path())
     try:
@@ -208,9 +208,8 @@ def test_growth_leaves_out_the_warm_up() -> None:
 
 
 def record(**changes: Any) -> Record:
-    sample = Sample(0.0, True, {"engine": 1 << 30, "ray": 1 << 20}, 1 << 30, 9, 1, 5, 0.0)
-    memory = {**dict.fromkeys(("evaluator", "worker", "replica", "proxy"), 0), **sample.memory}
-    samples = [replace(sample, at=float(i), memory=memory) for i in range(12)]
+    sample = Sample(0.0, True, {"engine 7": 1 << 30, "raylet 8": 1 << 20}, 1 << 30, 9, 1, 5, 0.0)
+    samples = [replace(sample, at=float(i)) for i in range(12)]
     fields: dict[str, Any] = {
         "seconds": 600.0, "faults": [Fault("engine", 100.0, 140.0)], "samples": samples,
         "outcomes": [outcome(90, 101), outcome(200, 201, "whole")],
@@ -228,6 +227,8 @@ def test_a_sound_run_passes_and_is_reported() -> None:
     assert failed(run) == set()
     report = render(run, list(judge(run, graded=False)))
     assert "| engine | 1 | 40.0 (40.0) | 1 | 0 |" in report
+    assert "| engine 7 | 1024 | 1024 | +0.0% | +0.00 |" in report
+    assert "raylet" not in report, "too small to matter"
     assert "**no**" not in report
 
 
@@ -239,6 +240,7 @@ def test_each_check_can_fail() -> None:
         return record(samples=[*base.samples[:-1], replace(last, **changes)])
 
     bad = {
+        "the run went to its end": record(cut_short="interrupted"),
         "no request fails outside a fault": record(outcomes=[outcome(200, 201)]),
         "service is whole within 60 s": record(faults=[Fault("engine", 60.0, 121.0)]),
         "fixed questions are answered as at the start": record(probes=[(0.0, ["a"]), (1.0, ["b"])]),
@@ -252,6 +254,27 @@ def test_each_check_can_fail() -> None:
     }
     for name, run in bad.items():
         assert failed(run) == {name}
+    assert failed(record(cut_short="interrupted", probes=[], samples=[])) == {
+        "the run went to its end"
+    }
     unsound = record()
     unsound.counters[COUNTED[2]] = 1
     assert failed(unsound) == {"bookkeeping is sound"}
+
+
+def test_memory_is_told_of_each_process_that_stayed() -> None:
+    leak = [
+        replace(
+            record().samples[0],
+            at=60.0 * minute,
+            memory={
+                "engine 7": (100 + 2 * minute) << 20,
+                **({"proxy 9": 99 << 20} if minute < 9 else {}),
+            },
+            total=(100 + 2 * minute) << 20,
+        )
+        for minute in range(12)
+    ]
+    report = render(record(samples=leak), [])
+    assert "| engine 7 | 108 | 120 | +11.1% | +2.00 |" in report
+    assert "proxy 9" not in report

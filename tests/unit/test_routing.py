@@ -88,6 +88,14 @@ def test_a_key_moves_only_if_its_home_goes(
     assert after == [member for member in before if member != gone]
 
 
+@given(st.lists(st.sets(st.sampled_from("abcdef")), max_size=5), st.text(max_size=8))
+def test_a_ring_does_not_remember_who_was_there(history: list[set[str]], key: str) -> None:
+    ring = Ring()
+    for members in history:
+        ring.update(members)
+        assert list(ring.walk(key)) == list(Ring(members).walk(key))
+
+
 def test_homes_are_spread_evenly() -> None:
     ring = Ring([f"r{i}" for i in range(20)])
     homes = Counter(next(ring.walk(f"session-{i}")) for i in range(20_000))
