@@ -132,7 +132,7 @@ class Record:
     outcomes: list[Outcome] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     probes: list[tuple[float, list[str]]] = field(default_factory=list)
-    counters: Counter[str] = field(default_factory=Counter)
+    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
 
 class Soak:
@@ -160,6 +160,7 @@ class Soak:
         """Run for as long as was asked, or until Ctrl-C."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt, loop)
+        self.load.paused = True  # until the first look
         streams = asyncio.create_task(self.load.run())
         sampling = asyncio.create_task(self._sample_on())
         try:
@@ -288,8 +289,9 @@ def _name(command: Sequence[str]) -> str:
             return role
     if title.startswith("ray::"):
         return title.removeprefix("ray::").split(":")[-1].split(".")[0]
-    script = next((word for word in command[1:] if word.endswith(".py")), title)
-    return Path(script.split()[0]).name
+    if Path(title).name.startswith("python"):
+        title = next((word for word in command[1:] if not word.startswith("-")), title)
+    return Path(title.split()[0]).name
 
 
 def _problem(index: int) -> dict[str, Any]:
@@ -505,17 +507,19 @@ def main() -> int:
     with local_ray(), tempfile.TemporaryDirectory(prefix="memshare-soak-") as folder:
         server = start(Path(folder), _document(args))
         try:
-            print(f"started in {server.wait_until_it_answers():.0f} s", flush=True)
+            started = server.wait_until_it_answers()
+            print(f"started in {started:.0f} s; live page: {server.url}/memshare/", flush=True)
             record = asyncio.run(Soak(server, args).run())
             checks = list(judge(record, graded=not args.load))
-            _write(args.output, record, checks)
+            write(args.output, record, checks)
         finally:
             (args.output / "serve.log").write_bytes(server.log.read_bytes())
             stop(server)
     return 0 if all(check.passed for check in checks) else 1
 
 
-def _write(folder: Path, record: Record, checks: Sequence[Check]) -> None:
+def write(folder: Path, record: Record, checks: Sequence[Check]) -> None:
+    """Print the report, and leave it in ``folder`` with everything that was seen."""
     report = render(record, checks)
     (folder / "report.md").write_text(report + "\n")
     (folder / "report.json").write_text(

@@ -17,7 +17,7 @@ from aiohttp import web
 from tools import soak
 from tools.load import Load, Outcome, http_streams, summarize
 from tools.local_cluster import Killed, Server
-from tools.soak import COUNTED, Fault, Record, Sample, excused, growth, judge, render
+from tools.soak import COUNTED, Fault, Record, Sample, excused, growth, judge, render, write
 
 Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -222,8 +222,12 @@ def failed(run: Record) -> set[str]:
     return {check.name for check in judge(run, graded=False) if not check.passed}
 
 
-def test_a_sound_run_passes_and_is_reported() -> None:
+def test_a_sound_run_passes_and_is_reported(tmp_path: Path) -> None:
     run = record()
+    write(tmp_path, run, list(judge(run, graded=False)))
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert kept["counters"] == dict.fromkeys(COUNTED, 0)
+    assert [check["passed"] for check in kept["checks"]] == [True] * len(kept["checks"])
     assert failed(run) == set()
     report = render(run, list(judge(run, graded=False)))
     assert "| engine | 1 | 40.0 (40.0) | 1 | 0 |" in report
