@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from multiprocessing import resource_tracker
 
 # `read` blocks on standard input, which ends with the process at its other end, even by SIGKILL.
 # Python's resource trackers are spared: with nobody left to serve they remove the shared memory
@@ -46,3 +47,13 @@ def leave_no_orphans() -> None:
         setsid=True,  # out of the group that it kills
     )
     os.close(reader)
+
+
+def remove_shared_memory() -> None:
+    """Remove what the engine's processes, which have ended, left in shared memory.
+
+    That is the work of Python's resource tracker, once nobody needs it any more. But a Ray worker
+    that exits kills its children, and the tracker is one: so it has to be done before. Returns when
+    it is; waits for processes of the engine that are still there.
+    """
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]

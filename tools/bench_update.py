@@ -101,6 +101,7 @@ async def _run(options: argparse.Namespace) -> int:
     for outcome in failed[:5]:
         at = outcome.sent - began
         print(f"{outcome.ending}, sent {at:.1f} s after the update began: {outcome.detail}")
+    await asyncio.to_thread(serve.shutdown)
     return 1 if failed else 0
 
 

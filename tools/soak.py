@@ -50,6 +50,7 @@ from tools.local_cluster import (  # noqa: E402
     local_ray,
     memshare_in,
     processes,
+    shared_memory,
     start,
     stop,
     wait_until_whole,
@@ -64,7 +65,6 @@ SAMPLE_S = 10.0
 SETTLE_S = 1.0  # from the last answer to the look at what is left
 # What a client may see for so long after service is whole: it was sent into the fault.
 AFTERMATH_S = 5.0
-SEGMENTS = ("psm_", "sem.", "torch_", "vllm")  # in /dev/shm: of vLLM, torch and multiprocessing
 SMALL_MIB = 20  # what a process must have to be listed
 SCRAPES = 8  # of /metrics for one sample of several replicas
 GROWTH_LIMIT = 0.05  # of memory, from the second quarter of a run to the last
@@ -95,7 +95,7 @@ class Sample:
         memory: proportional set size of every process, bytes, by what it is and its id.
         total: of all processes, bytes.
         processes: how many there are.
-        segments: in shared memory.
+        segments: in shared memory, of those that one of our processes has ever used.
         ports: that somebody of ours listens on.
         kv_usage: fraction of a replica's KV blocks that requests hold, the greatest of all; nan
             while nobody answers.
@@ -150,6 +150,7 @@ class Soak:
         self.random = random.Random(args.seed)
         self.turns: list[str] = []
         self._over = asyncio.Event()
+        self._segments: set[Path] = set()
 
     @property
     def now(self) -> float:
@@ -232,6 +233,7 @@ class Soak:
         ours = [process for process in processes("") if process.pid not in idle]
         ports = 0
         for process in ours:
+            self._segments |= shared_memory(process)
             try:
                 name = f"{_name(process.cmdline())} {process.pid}"
                 memory[name] = process.memory_full_info().pss
@@ -242,8 +244,7 @@ class Soak:
         usages = [self._metrics() for _ in range(1 if self.args.replicas == 1 else SCRAPES)]
         return Sample(
             self.now, quiet, memory, sum(memory.values()), len(ours),
-            sum(path.name.startswith(SEGMENTS) for path in Path("/dev/shm").iterdir()), ports,
-            max(usages),
+            sum(path.exists() for path in self._segments), ports, max(usages),
         )  # fmt: skip
 
     def _metrics(self) -> float:

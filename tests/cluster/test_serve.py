@@ -59,6 +59,7 @@ from tools.local_cluster import (
     kill,
     memshare_in,
     processes,
+    shared_memory,
     start,
     stop,
     victims,
@@ -583,6 +584,8 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     pid = ray.get(evaluator.__ray_call__.remote(lambda _: os.getpid()))
     ours = [*processes("VLLM::", "ray::ServeReplica", "/bin/sh"), psutil.Process(pid)]
     titles = {process.cmdline()[0] for process in ours}
+    segments = set().union(*map(shared_memory, ours))
+    assert any(segment.name.startswith("psm_") for segment in segments), "the engine uses some"
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
     stop(server)
     assert server.process.returncode == 0
@@ -591,4 +594,5 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     assert "CALL report" not in log, "what replicas tell the page every second is not"
     gone, alive = psutil.wait_procs(ours, timeout=90)
     assert alive == []
+    assert [segment for segment in segments if segment.exists()] == []
     assert len(gone) == len(ours)

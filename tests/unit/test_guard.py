@@ -55,3 +55,31 @@ def test_the_engine_ends_with_the_replica(end: str) -> None:
         time.sleep(0.02)
     assert not is_running(engine)
     assert not segment_file.exists(), "shared memory outlives everybody"
+
+
+# As Ray ends a worker: its children first, by SIGKILL, whatever they still had to do.
+KILL_CHILDREN = """
+import os, subprocess
+{first}
+subprocess.run(["pkill", "-KILL", "-P", str(os.getpid())])
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("removes", [True, False])
+def test_shared_memory_is_removed_before_ray_kills_who_would_do_it(removes: bool) -> None:
+    first = "from cluster.guard import remove_shared_memory as r; r()" if removes else ""
+    then = KILL_CHILDREN.format(first=first)
+    replica = subprocess.run(
+        [sys.executable, "-c", REPLICA.format(then=then)],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    segment_file = Path("/dev/shm") / replica.stdout.split()[1]
+    try:
+        assert segment_file.exists() is not removes, "without it, the segment is left behind"
+    finally:
+        segment_file.unlink(missing_ok=True)
