@@ -470,6 +470,8 @@ def _document(args: argparse.Namespace) -> dict[str, Any]:
         num_gpu_blocks_override=args.blocks,
         tensor_parallel_size=args.tensor_parallel,
     )
+    if "evaluator" in args.faults.split(",") and not args.load:
+        memshare_in(document)["evaluator"] = memshare_in(cluster_file("demo.yaml"))["evaluator"]
     memshare_in(document)["integrity"] = {"check_every": args.check_every}
     return document
 

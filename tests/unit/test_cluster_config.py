@@ -262,8 +262,13 @@ def test_the_cpu_file_is_what_the_readme_promises() -> None:
     args = parse_cluster_args(application("cluster.yaml"), environ={})
     assert (args.model, args.public_name, args.replicas) == ("smollm2-135m", "smollm2", 1)
     assert (args.memshare.mode, args.memshare.trigger.kind) == ("share", "pressure")
-    assert args.uses_pool
+    assert not args.uses_pool
     assert args.replica.gpus == 0
+
+
+def test_the_demo_and_the_gpu_files_have_a_pool() -> None:
+    for name in ("demo.yaml", "single-gpu.yaml", "gpu.yaml", "multi-node.yaml"):
+        assert parse_cluster_args(application(name), environ={}).uses_pool, name
 
 
 def test_the_gpu_file_reserves_a_gpu_for_each_worker() -> None:
