@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from memshare.config import BudgetConfig, ProtectConfig
 from memshare.errors import UserError
 
 
 def add_sharing(parser: argparse._ActionsContainer) -> None:
     """Declare when, and how much of what, arms with MemShare give up."""
-    parser.add_argument("--budget", default="0.5", help="max_shared_fraction, several by ','")
-    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    budget, recent = BudgetConfig().max_shared_fraction, ProtectConfig().recent_tokens
+    parser.add_argument("--budget", default=str(budget), help="max_shared_fraction, several by ','")
+    parser.add_argument("--recent", type=int, default=recent, help="protect.recent_tokens")
     parser.add_argument("--trigger", default="pressure", choices=("pressure", "eager"))
 
 
