@@ -1,43 +1,72 @@
 """What vLLM's scheduler does under KV pressure, with and without MemShare: counts, free of noise.
 
-vLLM's real scheduler, block pool and cache manager run; the model is a stand-in
-(memshare/simulate/rig.py), so a run takes seconds and gives the same numbers everywhere. Which
-blocks are alike is not known without a model, so only the policies that need not know take part.
+vLLM's real scheduler, block pool and cache manager run with MemShare's real connector; the model is
+a stand-in (memshare/simulate/rig.py), so a run takes seconds and gives the same numbers everywhere.
 
     python tools/bench_schedule.py
+    python tools/bench_schedule.py --texts solutions
+
+The first has requests of given lengths, whose blocks nobody compares: policies that need not know
+what is alike. The second writes real texts, so that `twins` takes part: stage one runs; how similar
+the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from memshare.bench.arms import POLICIES
+from memshare.tables import table_head, table_row
+
 PROMPT = 45  # tokens
-SHARE = {"policy": {"name": "oldest"}}
+BLOCK = 32  # tokens
+HEADS = (
+    "arm", "steps", "tokens a step", "preemptions", "recomputed tokens", "remaps", "given up",
+)  # fmt: skip
+DENSE: dict[str, Any] = {"mode": "off"}
+SHARE = POLICIES["oldest"]
 UNHELD = {"admission": {"lookahead_tokens": 0}}
 ARMS: dict[str, dict[str, Any]] = {
-    "dense": {"mode": "off"},
     "nothing but admission": SHARE | {"budget": {"max_shared_fraction": 0.0}},
     "`oldest`, admission by vLLM": SHARE | UNHELD,
     "`oldest`": SHARE,
-    "`random`": {"policy": {"name": "random"}},
+    "`random`": POLICIES["random"],
 }
 
 
 @dataclass(frozen=True)
+class Job:
+    """A request.
+
+    Attributes:
+        arrival: engine step.
+        forced: the tokens that it writes; None: any.
+    """
+
+    prompt: list[int]
+    length: int
+    arrival: int = 0
+    forced: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Workload:
-    """Requests by output length in tokens and the engine step in which they arrive."""
+    """Requests, in the order of their arrivals, and KV memory for them."""
 
     name: str
-    lengths: list[int]
-    arrivals: list[int]
+    jobs: list[Job]
     blocks: int
-    """KV blocks, the null block included."""
+    """Usable KV blocks."""
 
 
 @dataclass(frozen=True)
@@ -49,73 +78,133 @@ class Counts:
     preemptions: int
     recomputed: int
     remaps: int
+    given_up: float
+    """Fraction of each request's full blocks when it ended, mean."""
 
 
-def workloads() -> list[Workload]:
-    """Memory for a third of the requests, or of 32 of them, at full length."""
+def of_lengths() -> Iterator[Workload]:
+    """Yield workloads with memory for a third of the requests, or of 32 of them."""
     rng = random.Random(1)
     mixed = [rng.randrange(200, 1400) for _ in range(64)]
     spread = sorted(rng.randrange(3000) for _ in mixed)
-    return [
-        Workload("24 x 400 tokens, all at once", [400] * 24, [0] * 24, 110),
-        Workload("24 x 800 tokens, all at once", [800] * 24, [0] * 24, 217),
-        Workload("64 x 200-1400 tokens, all at once", mixed, [0] * 64, 289),
-        Workload("64 x 200-1400 tokens, over 3,000 steps", mixed, spread, 289),
-    ]
+    for name, lengths, arrivals, blocks in (
+        ("24 x 400 tokens, all at once", [400] * 24, [0] * 24, 109),
+        ("24 x 800 tokens, all at once", [800] * 24, [0] * 24, 216),
+        ("64 x 200-1400 tokens, all at once", mixed, [0] * 64, 288),
+        ("64 x 200-1400 tokens, over 3,000 steps", mixed, spread, 288),
+    ):
+        draw = random.Random(0)
+        prompts = ([draw.randrange(200) for _ in range(PROMPT)] for _ in lengths)
+        yield Workload(name, list(map(Job, prompts, lengths, arrivals)), blocks)
+
+
+def of_texts(model: Path, options: argparse.Namespace) -> Workload:
+    """A workload of texts; memory for some of the requests at full length."""
+    from transformers import AutoTokenizer
+
+    from memshare.bench.workloads import Source, build
+
+    source = Source(
+        AutoTokenizer.from_pretrained(model), options.requests, options.tokens, 20000,
+        options.traces,
+    )  # fmt: skip
+    tasks = build(options.texts, source)
+    blocks = int(sum(-(-task.length // BLOCK) for task in tasks) * options.fit / len(tasks))
+    return Workload(
+        f"{len(tasks)} x {options.texts} of up to {options.tokens} tokens, all at once",
+        [Job(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],
+        blocks,
+    )
 
 
 def main() -> None:
     """Print one table a workload."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", choices=("solutions", "traces"), help="requests write these")
+    parser.add_argument("--traces", type=Path, help="folder with JSON files, for traces")
+    parser.add_argument("--requests", type=int, default=100, help="of --texts")
+    parser.add_argument("--tokens", type=int, default=1100, help="of --texts, a request at most")
+    parser.add_argument("--fit", type=int, default=8, help="requests for which there is memory")
+    parser.add_argument("--budget", default="0.1,0.2,0.3,0.4", help="fractions, by ','")
+    options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from tests.engine.harness import write_tiny_model
+    if options.texts is None:
+        from tests.engine.harness import write_tiny_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_tiny_model(Path(folder))
-        for work in workloads():
-            print(f"\n{work.name}; {work.blocks - 1} usable blocks:\n")
-            print("| arm | steps | tokens a step | preemptions | recomputed tokens | remaps |")
-            print("| --- | --- | --- | --- | --- | --- |")
-            base = run(model, work, ARMS["dense"])
-            for arm, options in ARMS.items():
-                print(_row(arm, run(model, work, options), base), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            model = write_tiny_model(Path(folder))
+            for work in of_lengths():
+                show(model, work, ARMS)
+        return
+    from memshare.bench.models import resolve
+    from memshare.reasoner.model import NAME
+
+    reasoner = Path(resolve(NAME))
+    arms = {
+        f"`{policy}` {budget}": POLICIES[policy]
+        | {"budget": {"max_shared_fraction": float(budget)}}
+        for policy in ("twins", "oldest", "random")
+        for budget in options.budget.split(",")
+    }
+    show(reasoner, of_texts(reasoner, options), arms)
+
+
+def show(model: Path, work: Workload, arms: dict[str, dict[str, Any]]) -> None:
+    """Run dense and all arms, and print them."""
+    print(f"\n{work.name}; {work.blocks} usable blocks:\n")
+    print(table_head(HEADS))
+    base = run(model, work, DENSE)
+    print(_row("dense", base, base), flush=True)
+    for arm, options in arms.items():
+        print(_row(arm, run(model, work, options), base), flush=True)
 
 
 def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
     """Run a workload to its end."""
     from memshare.simulate.rig import Rig
 
-    rig = Rig(model, options, work.blocks, max_num_seqs=256)
-    rng = random.Random(0)
+    longest = max(len(job.prompt) + job.length for job in work.jobs) + 1
+    rig = Rig(
+        model, options, work.blocks + 1, max_num_seqs=256, max_model_len=max(2048, longest),
+        prompt_stage_one=True,
+    )  # fmt: skip
+    given_up: dict[str, float] = {}
     steps = preemptions = computed = added = 0
-    while added < len(work.lengths) or rig.scheduler.requests:
-        while added < len(work.lengths) and work.arrivals[added] <= steps:
-            prompt = [rng.randrange(200) for _ in range(PROMPT)]
-            rig.add(f"r{added}", prompt, work.lengths[added])
+    while added < len(work.jobs) or rig.scheduler.requests:
+        while added < len(work.jobs) and work.jobs[added].arrival <= steps:
+            job = work.jobs[added]
+            rig.add(f"r{added}", job.prompt, job.length, job.forced)
             added += 1
         output = rig.step()
         steps += 1
         preemptions += len(output.preempted_req_ids or ())
         computed += output.total_num_scheduled_tokens
+        if rig.side is not None:
+            for state in rig.side.roster:
+                given_up[state.request_id] = len(state.repointed) / max(state.full, 1)
     remaps = rig.side.journal.tally.totals["applied"] if rig.side is not None else 0
     rig.close()
-    once = sum(PROMPT + length - 1 for length in work.lengths)
-    return Counts(steps, sum(work.lengths), preemptions, computed - once, remaps)
+    once = sum(len(job.prompt) + job.length - 1 for job in work.jobs)
+    tokens = sum(job.length for job in work.jobs)
+    mean = sum(given_up.values()) / len(work.jobs)
+    return Counts(steps, tokens, preemptions, computed - once, remaps, mean)
 
 
 def _row(arm: str, mine: Counts, base: Counts) -> str:
     speed = mine.tokens / mine.steps
-    cells = (
-        arm,
-        str(mine.steps),
-        f"{speed:.1f} ({speed / (base.tokens / base.steps):.2f}x)",
-        f"{mine.preemptions} ({mine.preemptions / max(1, base.preemptions):.2f}x)",
-        f"{mine.recomputed} ({mine.recomputed / max(1, base.recomputed):.2f}x)",
-        str(mine.remaps),
+    return table_row(
+        (
+            arm,
+            str(mine.steps),
+            f"{speed:.1f} ({speed / (base.tokens / base.steps):.2f}x)",
+            f"{mine.preemptions} ({mine.preemptions / max(1, base.preemptions):.2f}x)",
+            f"{mine.recomputed} ({mine.recomputed / max(1, base.recomputed):.2f}x)",
+            str(mine.remaps),
+            f"{mine.given_up:.1%}",
+        )
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memshare.config import MemShareConfig
 from memshare.engine.messages import JobResult, SchedulerMessage, TwinBatch, WorkerMessage
 from memshare.engine.ranks import RankGather
+from memshare.evaluate import Answer, EvaluatorError, InProcessSource, NewSteps
 from memshare.plug_in import plug_in
 
 if TYPE_CHECKING:
@@ -133,6 +135,38 @@ class StandInWorker:
         self.expected.pop(request_id, None)
 
 
+class PromptBridge:
+    """In place of ``memshare.bridge.EvaluatorBridge``: stage one is done when a step ends.
+
+    So counts do not depend on how fast this machine is beside its engine steps, which take no time.
+    """
+
+    def __init__(self, config: MemShareConfig) -> None:
+        """Make an evaluator."""
+        self._source = InProcessSource(config)
+        self.backlog = 0
+
+    def submit(self, batch: list[NewSteps]) -> bool:
+        """See ``EvaluatorBridge.submit``."""
+        self._source.submit(batch)
+        return True
+
+    def forget(self, history: str, request_id: str) -> None:
+        """See ``EvaluatorBridge.forget``."""
+        if history == request_id:
+            self._source.forget([history], [])
+        else:
+            self._source.forget([], [request_id])
+
+    def drain(self) -> list[Answer | EvaluatorError]:
+        """See ``EvaluatorBridge.drain``."""
+        return self._source.collect()
+
+    def close(self) -> None:
+        """See ``EvaluatorBridge.close``."""
+        self._source.close()
+
+
 class Rig:
     """A scheduler that runs without a model."""
 
@@ -147,6 +181,7 @@ class Rig:
         block_size: int = BLOCK,
         max_model_len: int = 2048,
         max_num_batched_tokens: int = 2048,
+        prompt_stage_one: bool = False,
     ) -> None:
         """Build it.
 
@@ -161,6 +196,7 @@ class Rig:
             block_size: tokens.
             max_model_len: tokens.
             max_num_batched_tokens: tokens that a step may compute.
+            prompt_stage_one: see :class:`PromptBridge`.
         """
         from vllm.engine.arg_utils import EngineArgs
 
@@ -179,6 +215,10 @@ class Rig:
         )  # fmt: skip
         if ranks > 1 and self.side.jobs is not None:
             self.side.jobs._gather = RankGather(ranks)
+        if prompt_stage_one and self.side is not None and self.side.intake is not None:
+            self.side.intake.close()
+            self.side.intake._bridge = PromptBridge(self.side.config)
+        self._forced: dict[str, list[int]] = {}
         self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"] - 2
 
     @property
@@ -186,8 +226,15 @@ class Rig:
         """The connector's scheduler half."""
         return self.scheduler.connector.scheduler_side  # type: ignore[union-attr]
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int, **options: Any) -> Request:
-        """Add a request."""
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        forced: list[int] | None = None,
+        **options: Any,
+    ) -> Request:
+        """Add a request that writes ``max_tokens`` tokens: ``forced`` ones, or random ones."""
         from vllm import SamplingParams
         from vllm.utils.hashing import get_hash_fn_by_name
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -201,6 +248,8 @@ class Rig:
             request_id, prompt, params, None,
             block_hasher=get_request_block_hasher(self._block_size, caching_hash), **options,
         )  # fmt: skip
+        if forced is not None:
+            self._forced[request_id] = forced
         self.scheduler.add_request(request)
         return request
 
@@ -220,7 +269,7 @@ class Rig:
         for request_id in ids:
             request = self.scheduler.requests[request_id]
             done = request.num_computed_tokens >= request.num_tokens
-            sampled.append([self._random.randrange(self._vocabulary)] if done else [])
+            sampled.append([self._token(request)] if done else [])
         self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
@@ -229,6 +278,14 @@ class Rig:
                 sampled_token_ids=sampled,
                 kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=answer),
             ),
+        )
+
+    def _token(self, request: Request) -> int:
+        forced = self._forced.get(request.request_id)
+        return (
+            self._random.randrange(self._vocabulary)
+            if forced is None
+            else forced[request.num_output_tokens]
         )
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 
 from memshare.simulate.rig import Rig
-from tools.bench_schedule import ARMS, SHARE, UNHELD, Workload, run
+from tools.bench_schedule import DENSE, SHARE, UNHELD, Job, Workload, of_lengths, run
 
 pytestmark = pytest.mark.engine
 
-BURST = Workload("burst", [800] * 24, [0] * 24, 217)  # memory for a third of the requests
+_, BURST, *_ = of_lengths()  # 24 x 800 tokens; memory for a third of them
 HELD = SHARE | {"admission": {"lookahead_tokens": 256, "hold_steps": 50}}
 
 
@@ -32,7 +33,7 @@ def step_until_preempted(rig: Rig) -> None:
 
 
 def test_half_the_preemptions_and_a_third_more_tokens_a_step(folder: Path) -> None:
-    dense, ours = run(folder, BURST, ARMS["dense"]), run(folder, BURST, SHARE)
+    dense, ours = run(folder, BURST, DENSE), run(folder, BURST, SHARE)
     assert ours.preemptions <= 0.5 * dense.preemptions
     assert ours.recomputed < dense.recomputed
     assert ours.tokens / ours.steps >= 1.3 * dense.tokens / dense.steps
@@ -84,3 +85,21 @@ def test_the_users_own_watermark_stays_the_least(folder: Path) -> None:
         rig.side.book._configured_watermark = 7
         rig.step()
         assert rig.scheduler.kv_cache_manager.watermark_blocks == 7
+
+
+def test_what_a_text_repeats_is_given_up_and_counts_do_not_depend_on_the_machine(
+    folder: Path,
+) -> None:
+    rng = random.Random(0)
+    jobs = []
+    for _ in range(8):
+        steps = [[rng.randrange(200) for _ in range(30)] for _ in range(10)]
+        text = [token for step in steps for token in (*step, *step)]
+        jobs.append(Job([rng.randrange(200) for _ in range(45)], len(text), forced=text))
+    work = Workload("written twice", jobs, 60)
+    twins = {"policy": {"name": "twins"}, "steps": {"min_tokens": 4, "max_tokens": 32}}
+    first, again = (run(folder, work, twins) for _ in range(2))
+    assert first == again
+    assert first.remaps > 10
+    once = Workload("random", [Job(job.prompt, job.length) for job in jobs], 60)
+    assert run(folder, once, twins).remaps == 0
