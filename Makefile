@@ -19,7 +19,7 @@ RUN := $(BIN)/python tools/runtime_env.py
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load bench-serving gpu-acceptance browser clean distclean
+.PHONY: help venv model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load bench-serving gpu-acceptance browser docs docs-serve clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,13 @@ test-engine: venv model ## Tests that start a real vLLM engine
 
 test-cluster: venv model ## Tests that start Ray
 	$(RUN) pytest -m cluster --timeout 900
+
+docs: venv ## Build the documentation site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(RUN) python -m mkdocs --quiet build --strict
+	@echo "open build/site/index.html"
+
+docs-serve: venv ## Show the site on http://127.0.0.1:8001 while you write
+	$(RUN) python -m mkdocs serve --dev-addr 127.0.0.1:8001
 
 soak: venv model ## Kill parts of a cluster under load for HOURS=1; report in .run/soak
 	$(RUN) python tools/soak.py --hours $(HOURS)

@@ -255,6 +255,11 @@ def anchor(heading: str) -> str:
     return "".join(kept).replace(" ", "-")
 
 
+def slugify(heading: str, _separator: str) -> str:
+    """:func:`anchor`, for mkdocs, so that links hold on the site and on GitHub."""
+    return anchor(heading)
+
+
 def main() -> int:
     """Write the page; return the exit status."""
     PAGE.write_text(render(), encoding="utf-8")

@@ -222,7 +222,7 @@ def main() -> int:
         venv = args.venv.absolute()
         python = venv / "bin" / "python"
         base_stamp, stamp = venv / ".memshare-base", venv / ".memshare-setup"
-        extras = f"{args.accelerator},model,eval,plots,dev"
+        extras = f"{args.accelerator},model,eval,plots,docs,dev"
         base = foundation(venv, args.accelerator)
         wanted = fingerprint(base, extras)
         sound = python.exists() and holds(base_stamp, base) and not args.force

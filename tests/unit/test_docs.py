@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -14,14 +16,17 @@ import yaml
 from cluster.config import parse_cluster_args
 from cluster.keys import parse_table
 from memshare.config import ENV_PREFIX, load_config
+from memshare.engine.guard import setup_faults
+from memshare.engine.versions import TESTED_VLLM
 from memshare.events import EventKind
 from memshare.metrics import METRICS
 from memshare.request_options import RequestOptions
 from tools.make_config_docs import PAGE, anchor, render
+from tools.make_docs import PAGES as GENERATED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -61,6 +66,38 @@ def section(page: str, heading: str) -> str:
 
 def test_the_configuration_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(), "run: python tools/make_config_docs.py"
+
+
+@pytest.mark.parametrize("name", ["cli", "grpc"])
+def test_the_generated_reference_is_up_to_date(name: str) -> None:
+    page, render = GENERATED[name]
+    assert page.read_text(encoding="utf-8") == render(), f"run: python tools/make_docs.py {name}"
+
+
+def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None:
+    page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = dict(d.split("==") for d in project["dependencies"] if "==" in d)
+    assert f"| vLLM | {', '.join(TESTED_VLLM)} |" in page
+    assert f"| Ray | {pinned['ray[serve]']} |" in page
+    assert f"| PyTorch | {pinned['torch']} |" in page
+
+
+def test_the_compatibility_page_names_every_option_that_is_refused() -> None:
+    page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
+    code = inspect.getsource(setup_faults)
+    options = set(re.findall(r"(?:parallel|model|vllm_config|cache_config)\.(\w+)", code))
+    options |= set(re.findall(r'"(\w+_context_parallel_size)"', code))
+    # Not options: sections, and the model's own properties, which the page has in words.
+    options -= {"kv_transfer_config", "parallel_config", "model_config", "cache_config", "model"}
+    options -= {"is_encoder_decoder", "runner_type"}
+    options = {"kv_cache_dtype" if option == "cache_dtype" else option for option in options}
+    assert len(options) >= 6
+    assert {option for option in options if f"`{option}" not in page} == set()
+    types = re.search(r"cache_type not in \((.*?)\)", code)
+    assert types is not None
+    for cache_type in re.findall(r'"(\w+)"', types[1]):
+        assert f"`{cache_type}`" in page
 
 
 def test_every_metric_that_a_page_names_exists() -> None:

@@ -1,0 +1,56 @@
+"""Write every generated page of the documentation.
+
+    python tools/make_docs.py             # all; loads vLLM for the HTTP reference
+    python tools/make_docs.py cli grpc    # some
+
+The pages are committed, so that they can be read without building the site. A test fails while one
+of them differs from what this script would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script, from anywhere
+    sys.path.insert(0, str(ROOT))
+
+from tools import make_config_docs, make_metrics_docs  # noqa: E402
+from tools.reference import cli, grpc, http  # noqa: E402
+
+REFERENCE = ROOT / "docs" / "reference"
+# By name: the page, and what makes its text.
+PAGES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "configuration": (make_config_docs.PAGE, make_config_docs.render),
+    "metrics": (
+        make_metrics_docs.PAGE,
+        lambda: make_metrics_docs.render(make_metrics_docs.PAGE.read_text(encoding="utf-8")),
+    ),
+    "cli": (REFERENCE / "cli.md", lambda: generated(cli.render())),
+    "grpc": (REFERENCE / "grpc.md", lambda: generated(grpc.render())),
+    "http": (REFERENCE / "http.md", lambda: generated(http.render())),
+}
+
+
+def generated(text: str) -> str:
+    """The text with a note for whoever opens the file."""
+    note = "Written by tools/make_docs.py. Change what it is made from, then run it."
+    return f"<!-- {note} -->\n\n{text}"
+
+
+def main() -> int:
+    """Write pages; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("names", nargs="*", choices=[[], *PAGES], help="pages; all by default")
+    for name in parser.parse_args().names or PAGES:
+        page, render = PAGES[name]
+        page.write_text(render(), encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
