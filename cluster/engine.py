@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
@@ -29,6 +30,9 @@ from cluster.load_logger import LoadLogger
 from cluster.salt import brings_salt, salted
 from cluster.tracing import RequestSpans
 from memshare.request_options import RequestOptionsError, parse_request_options
+
+_MAX_ID = 256
+_PLAIN_ID = re.compile("[!-~]+")
 
 
 class _EngineUsage:
@@ -69,7 +73,9 @@ class GatedAsyncLLM(AsyncLLM):
             GracefulHTTPError: HTTP 401 or 403.
         """
         call = self._call()
+        _require_plain_id(request_id)
         _require_no_salt(prompt)
+        _require_no_transfer(sampling_params.extra_args)
         self._require_model(call, options.get("lora_request"))
         call.sequences += sampling_params.n
         limit = call.caller.sequences_per_request
@@ -152,6 +158,25 @@ def _require_no_salt(prompt: object) -> None:
         raise VLLMValidationError(
             "the server derives the salt of a tenant from the key; leave cache_salt out",
             parameter="cache_salt",
+        )
+
+
+def _require_plain_id(request_id: str) -> None:
+    """It stands in logs, traces and the live page, and is a client's in part."""
+    if len(request_id) > _MAX_ID or not _PLAIN_ID.fullmatch(request_id):
+        raise VLLMValidationError(
+            f"a request id (header X-Request-Id, field request_id) has at most {_MAX_ID} letters, "
+            "digits and signs of ASCII, with what vLLM adds to it, and no spaces",
+            parameter="request_id",
+        )
+
+
+def _require_no_transfer(extra_args: Mapping[str, Any] | None) -> None:
+    """With other connectors a client may tell the engine by them to read and keep foreign KV."""
+    if extra_args and extra_args.get("kv_transfer_params") is not None:
+        raise VLLMValidationError(
+            "this server moves no KV between engines; leave kv_transfer_params out",
+            parameter="kv_transfer_params",
         )
 
 

@@ -34,6 +34,7 @@ from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
+from cluster.workers import Workers
 from memshare.config import MemShareConfig
 from memshare.logs import set_up_logging
 from memshare.model import resolve_model
@@ -113,7 +114,7 @@ class EngineReplica(GrpcService):
         strict = StrictBody(app, args.replica.max_body_bytes)
         self._asgi = DisconnectOnCancel(KeyGate(strict, gate))
         self._start_grpc(args, gate, Generation(engine, app.state))
-        self._watch = asyncio.create_task(_exit_with(engine))
+        self._watch = asyncio.create_task(_exit_with(engine, Workers()))
         self._tending = asyncio.create_task(gate.tend())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -160,10 +161,12 @@ def _gate(
     return Gate(keys, Limiter(desk, replica_id), counts)
 
 
-async def _exit_with(engine: AsyncLLM) -> None:
+async def _exit_with(engine: AsyncLLM, workers: Workers) -> None:
     """End this process when the engine has died, so that Ray Serve replaces the replica at once."""
     while not engine.errored:
         await asyncio.sleep(_WATCH_S)
+        if workers.one_is_lost():
+            workers.kill_engines()  # and the engine is errored in a moment
     logger.error("the engine has died: the replica exits, to be replaced")
     await asyncio.sleep(_LAST_WORDS_S)
     logging.shutdown()

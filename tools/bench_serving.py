@@ -12,6 +12,7 @@ others used of the CPU meanwhile is told.
 | ``bare`` | vLLM's own OpenAI server, without MemShare |
 | ``http`` | ``serve run`` of ``--config``, OpenAI HTTP |
 | ``grpc`` | the same server, by gRPC |
+| ``direct-http``, ``direct-grpc`` | its replica's own ports, without Ray Serve's proxy |
 | ``rival`` | ``ray.serve.llm`` (tools/rival_serve_llm.py), from an environment of its own |
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import json
 import os
 import signal
@@ -79,16 +81,16 @@ class Arm:
     pid: int
     rounds: list[Round] = field(default_factory=list)
 
-    def cpu_seconds(self) -> float:
-        """CPU time that its processes have used so far."""
-        used = 0.0
+    def cpu_seconds(self) -> collections.Counter[str]:
+        """CPU time that its processes have used so far, by what they are."""
+        used = collections.Counter[str]()
         root = psutil.Process(self.pid)
         for process in [root, *root.children(recursive=True)]:
             try:
                 times = process.cpu_times()
+                used[_part(process)] += times.user + times.system
             except psutil.Error:
                 continue
-            used += times.user + times.system
         return used
 
 
@@ -99,14 +101,33 @@ class Round:
     Attributes:
         alone: one stream at a time: what a request takes by itself.
         busy: many streams at once.
-        cpu: CPU seconds of its processes while it was busy.
+        cpu: CPU seconds of its processes while it was busy, by what they are.
         idle_cpu: cores that the other servers used meanwhile.
     """
 
     alone: Summary
     busy: Summary
-    cpu: float
+    cpu: dict[str, float]
     idle_cpu: float
+
+
+PARTS = {
+    "VLLM::EngineCore": "engine",
+    "VLLM::Worker": "worker",
+    "ray::ServeReplica:memshare:Engine": "server",
+    "vllm.entrypoints": "server",
+    "ray::ProxyActor": "proxy",
+    "ray::HAProxyManager": "proxy",
+    "haproxy": "proxy",
+}
+"""What a process's command line holds, and which part of a server that is; ``rest``: Ray's own."""
+
+
+def _part(process: psutil.Process) -> str:
+    command = " ".join(process.cmdline()[:4])
+    if "multiprocessing.spawn" in command:  # an engine's worker, which has no title
+        return "worker"
+    return next((part for held, part in PARTS.items() if held in command), "rest")
 
 
 def main() -> None:
@@ -123,12 +144,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens a request")
     parser.add_argument("--rival-python", metavar="PATH", help="interpreter that has ray[llm]")
     parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="environment of http"
+    )
+    parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="py-spy records of http's parts"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
     args = parser.parse_args()
     names = args.arms.split(",")
-    known = ("bare", "http", "grpc", "rival")
+    known = ("bare", "http", "grpc", "direct-http", "direct-grpc", "rival")
     if unknown := set(names) - set(known):
         parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if "rival" in names and not args.rival_python:
@@ -139,10 +163,17 @@ def main() -> None:
             found["bare"] = servers.enter_context(_bare())
         if "rival" in names:
             found["rival"] = servers.enter_context(_rival(args.rival_python))
-        if {"http", "grpc"} & set(names):
-            server = servers.enter_context(_ours(args.config, args.mode))
-            found["http"] = Arm("http", server.url, server.process.pid)
-            found["grpc"] = Arm("grpc", server.grpc_address, server.process.pid)
+        if set(names) - {"bare", "rival"}:
+            settings = dict(setting.split("=", 1) for setting in args.set)
+            direct = any(name.startswith("direct") for name in names)
+            ports = _direct_ports() if direct else {}
+            server = servers.enter_context(_ours(args.config, args.mode, {**settings, **ports}))
+            addresses = {"http": server.url, "grpc": server.grpc_address}
+            if direct:
+                addresses["direct-http"] = f"http://127.0.0.1:{ports[_HTTP_PORT]}"
+                addresses["direct-grpc"] = f"127.0.0.1:{ports[_GRPC_PORT]}"
+            for name, address in addresses.items():
+                found[name] = Arm(name, address, server.process.pid)
         arms = [found[name] for name in names]
         for arm in arms:  # every code path once, and prefix caches filled alike
             _ask(arm, 4, 8, 8)
@@ -159,6 +190,8 @@ def main() -> None:
         f"{args.tokens} tokens; {len(os.sched_getaffinity(0))} core(s); {machine()}.\n"
     )
     print(render(arms))
+    print("\nCPU, ms for each streamed token:\n")
+    print(render_cpu(arms, args.requests * args.tokens))
 
 
 def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
@@ -167,11 +200,12 @@ def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
     idle, used, began = _cpu(others), arm.cpu_seconds(), time.monotonic()
     busy = _ask(arm, args.streams, args.requests, args.tokens)
     seconds = time.monotonic() - began
-    return Round(alone, busy, arm.cpu_seconds() - used, (_cpu(others) - idle) / seconds)
+    spent = dict(arm.cpu_seconds() - used)
+    return Round(alone, busy, spent, (_cpu(others) - idle) / seconds)
 
 
 def _cpu(arms: list[Arm]) -> float:
-    return sum(arm.cpu_seconds() for arm in arms)
+    return sum(arm.cpu_seconds().total() for arm in arms)
 
 
 def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
@@ -183,7 +217,7 @@ def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
         return {"model": NAME, "prompt": prompt(index), **options}
 
     def senders() -> AbstractAsyncContextManager[Send]:
-        if arm.name == "grpc":
+        if arm.name.endswith("grpc"):
             return grpc_streams(arm.address, prompt, tokens)
         return http_streams(f"{arm.address}/v1/completions", body)
 
@@ -216,7 +250,7 @@ def render(arms: list[Arm]) -> str:
             f"{statistics.median(later):+.1f}",
             f"{1e3 * median(lambda r: r.busy.first_token_p50):.0f}",
             f"{1e3 * median(lambda r: r.busy.between_tokens_p50):.1f}",
-            f"{median(lambda r: r.cpu):.1f}",
+            f"{median(lambda r: sum(r.cpu.values())):.1f}",
             f"{median(lambda r: r.idle_cpu):.2f}",
         ]
 
@@ -225,6 +259,33 @@ def render(arms: list[Arm]) -> str:
         "TTFT p50 busy, ms", "between tokens p50, ms", "CPU s", "others' cores meanwhile",
     ]  # fmt: skip
     return table(heads, map(row, arms))
+
+
+def render_cpu(arms: list[Arm], tokens: int) -> str:
+    """Where the CPU time goes, by part of the server; medians of rounds of ``tokens`` tokens."""
+    parts = sorted({part for arm in arms for round_ in arm.rounds for part in round_.cpu})
+
+    def row(arm: Arm) -> list[str]:
+        found = {p: statistics.median(r.cpu.get(p, 0.0) for r in arm.rounds) for p in parts}
+        return [arm.name, *(f"{1e3 * found[part] / tokens:.2f}" for part in parts)]
+
+    return table(["arm", *parts], map(row, arms))
+
+
+_HTTP_PORT, _GRPC_PORT = (f"RAY_SERVE_DIRECT_INGRESS_MIN_{p}_PORT" for p in ("HTTP", "GRPC"))
+
+
+def _direct_ports() -> dict[str, str]:
+    """Ray Serve's settings for replicas that listen themselves."""
+    http, grpc = free_port(), free_port()
+    return {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        _HTTP_PORT: str(http),
+        _HTTP_PORT.replace("MIN", "MAX"): str(http + 1),
+        _GRPC_PORT: str(grpc),
+        _GRPC_PORT.replace("MIN", "MAX"): str(grpc + 1),
+    }
 
 
 @contextmanager
@@ -256,13 +317,13 @@ def _rival(python: str) -> Iterator[Arm]:
 
 
 @contextmanager
-def _ours(config: str, mode: str | None) -> Iterator[Server]:
+def _ours(config: str, mode: str | None, settings: Mapping[str, str]) -> Iterator[Server]:
     document = cluster_file(config)
     args = document["applications"][0]["args"]
     args["engine"].update(ENGINE)
     if mode is not None:
         args["memshare"]["mode"] = mode
-    os.environ.update(runtime_env(os.environ))
+    os.environ.update(runtime_env({**os.environ, **settings}))
     with tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder:
         server = start(Path(folder), document)
         try:

@@ -140,6 +140,29 @@ def test_a_wrong_option_of_a_request_is_a_400(server: Server, stream: bool) -> N
     assert "0..1" in str(caught.value)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [
+        ("request_id", {"extra_headers": {"X-Request-Id": "x" * 300}}),
+        ("request_id", {"extra_headers": {"X-Request-Id": "two words"}}),
+        ("kv_transfer_params", {"extra_body": {"kv_transfer_params": {"do_remote_decode": True}}}),
+    ],
+)
+def test_what_only_operators_may_choose_is_a_400(
+    server: Server, stream: bool, field: str, more: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=field):
+        server.client.completions.create(model="smollm2", prompt="Hello", stream=stream, **more)
+
+
+def test_a_client_may_name_its_request(server: Server) -> None:
+    answer = server.client.completions.create(
+        model="smollm2", prompt="Hello", max_tokens=1, extra_headers={"X-Request-Id": "mine-7"}
+    )
+    assert "mine-7" in answer.id
+
+
 def test_a_right_option_of_a_request_is_taken(server: Server) -> None:
     answer = server.client.completions.create(
         model="smollm2",

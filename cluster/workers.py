@@ -1,0 +1,53 @@
+"""A worker that dies takes its engine along at once.
+
+vLLM's engine notices it by itself, and then waits for the other workers to leave, for up to
+``VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS`` and some more. Meanwhile clients wait for answers that
+nobody writes, and no other engine can start. There is nothing to be saved.
+"""
+
+from __future__ import annotations
+
+import psutil
+
+_TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
+
+
+class Workers:
+    """The worker processes below this process, as they are when this is made."""
+
+    def __init__(self, title: str = _TITLE) -> None:
+        """Find them by the beginning of their title.
+
+        Workers that are Ray actors are none of this process's: Ray watches those.
+        """
+        children = psutil.Process().children(recursive=True)
+        self._workers = [child for child in children if _titled(child, title)]
+        self._engines = [worker.parent() for worker in self._workers]
+
+    def __len__(self) -> int:
+        """How many there were."""
+        return len(self._workers)
+
+    def one_is_lost(self) -> bool:
+        """Whether any has ended."""
+        return not all(_lives(worker) for worker in self._workers)
+
+    def kill_engines(self) -> None:
+        """Kill the processes that have started them."""
+        for engine in self._engines:
+            if engine is not None and _lives(engine):
+                engine.kill()
+
+
+def _titled(process: psutil.Process, title: str) -> bool:
+    try:
+        return process.cmdline()[:1] != [] and process.cmdline()[0].startswith(title)
+    except psutil.Error:
+        return False
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,59 @@
+"""An engine is ended with the first of its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from cluster.workers import Workers
+
+# An engine with two workers, which are told by the beginning of their command lines.
+ENGINE = """
+import os, subprocess, sys
+for _ in range(2):
+    subprocess.Popen(["WORKER of a test", "60"], executable="/bin/sleep")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def engine() -> Iterator[psutil.Process]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENGINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    yield family[0]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
+
+
+def test_a_lost_worker_is_noticed_and_ends_its_engine(engine: psutil.Process) -> None:
+    workers = Workers("WORKER")
+    assert len(workers) == 2
+    assert not workers.one_is_lost()
+    engine.children()[1].kill()
+    end = time.monotonic() + 5
+    while not workers.one_is_lost():  # a zombie, since its parent does not ask for its status
+        assert time.monotonic() < end
+    workers.kill_engines()
+    psutil.wait_procs([engine], timeout=5)
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+    workers.kill_engines()  # nothing left to kill, and no error
+
+
+def test_where_there_are_none_none_is_lost() -> None:
+    workers = Workers("no process is called so")
+    assert len(workers) == 0
+    assert not workers.one_is_lost()
+    workers.kill_engines()
