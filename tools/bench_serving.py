@@ -119,15 +119,18 @@ PARTS = {
     "ray::ProxyActor": "proxy",
     "ray::HAProxyManager": "proxy",
     "haproxy": "proxy",
+    "ray::ServeController": "controller",
+    "ray::Evaluator": "evaluators",
+    "ray::ServeReplica:memshare:Board": "page",
 }
-"""What a process's command line holds, and which part of a server that is; ``rest``: Ray's own."""
+"""What a process's command line holds, and which part of a server that is; ``ray``: all else."""
 
 
 def _part(process: psutil.Process) -> str:
     command = " ".join(process.cmdline()[:4])
     if "multiprocessing.spawn" in command:  # an engine's worker, which has no title
         return "worker"
-    return next((part for held, part in PARTS.items() if held in command), "rest")
+    return next((part for held, part in PARTS.items() if held in command), "ray")
 
 
 def main() -> None:
@@ -372,7 +375,7 @@ def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 def _profile(arm: Arm, args: argparse.Namespace) -> None:
-    """Record what proxy, replica and engine do while busy, as py-spy's raw stacks."""
+    """Record what Python of proxy, replica and engine does while busy: py-spy's raw stacks."""
     args.profile.mkdir(parents=True, exist_ok=True)
     wanted = ("ray::ProxyActor", "ray::ServeReplica:memshare:Engine", "VLLM::EngineCore")
     recorders = []
@@ -381,7 +384,8 @@ def _profile(arm: Arm, args: argparse.Namespace) -> None:
         if title.startswith(wanted):
             file = args.profile / f"{title.split(':')[2]}-{process.pid}.txt"
             command = ["py-spy", "record", "--pid", str(process.pid), "--duration", "15"]
-            command += ["--format", "raw", "--rate", "50", "--output", str(file)]
+            # Who holds the GIL: C code that waits looks busy otherwise.
+            command += ["--gil", "--format", "raw", "--rate", "200", "--output", str(file)]
             recorders.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     _ask(arm, args.streams, 2 * args.requests, args.tokens)
     for recorder in recorders:

@@ -152,7 +152,8 @@ def _ray_knows(name: str) -> bool:
     """Whether Ray's Python names the variable, or its C++ core has an option of that name."""
     folder = _package("ray")
     word = re.compile(rb"\b" + name.encode() + rb"\b")
-    for file in [*(folder / "_private").glob("*.py"), *(folder / "_common").rglob("*.py")]:
+    files = [*(folder / "_private").glob("*.py"), *(folder / "_common").rglob("*.py")]
+    for file in [*files, folder / "serve" / "_private" / "constants.py"]:
         if word.search(file.read_bytes()):
             return True
     core = (folder / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes()
