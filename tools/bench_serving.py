@@ -115,6 +115,8 @@ PARTS = {
     "VLLM::EngineCore": "engine",
     "VLLM::Worker": "worker",
     "ray::ServeReplica:memshare:Engine": "server",
+    "ray::ServeReplica:default:LLMServer": "server",
+    "ray::ServeReplica:default:OpenAiIngress": "ingress",
     "vllm.entrypoints": "server",
     "ray::ProxyActor": "proxy",
     "ray::HAProxyManager": "proxy",
