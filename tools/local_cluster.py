@@ -25,17 +25,16 @@ import psutil
 import yaml
 
 from memshare.client import Client
-from tools.runtime_env import SERVE
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 600.0  # until the model answers; machines that run tests are busy
 # For Ray's own processes and for everything that they start.
 _ENVIRONMENT = {
-    **SERVE,
     "PYTHONPATH": str(ROOT),
     "RAY_memory_monitor_refresh_ms": "0",  # or Ray kills actors when others use the memory
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }

@@ -13,19 +13,9 @@ from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 
-# Settings of Ray Serve, for all its processes: docs/ray.md tells what they bring.
-SERVE = {
-    # From replica to proxy by gRPC, and not one Ray object for each token.
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    # No change of threads for each token. Nothing of ours blocks a replica's loop once it serves.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+DEFAULTS = {
     # A proxy that has died is noticed within 2 s, instead of 10.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-}
-
-DEFAULTS = {
-    **SERVE,
     # Ray's memory monitor kills Serve replicas when anything else on the machine uses the RAM.
     "RAY_memory_monitor_refresh_ms": "0",
     # Ray starts workers at nice 15, and the engine would inherit it.

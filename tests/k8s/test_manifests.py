@@ -17,7 +17,6 @@ from tools.kubernetes.checks import CHECKS, run
 from tools.kubernetes.checks.serving import GPU
 from tools.kubernetes.layout import K8S, KEY_TABLE, OVERLAYS, ROOT, SERVED
 from tools.make_k8s import files
-from tools.runtime_env import SERVE
 
 Overlays = Callable[[str], Manifests]
 
@@ -48,13 +47,6 @@ def test_rayservices_pass_the_whole_crd(overlays: Overlays) -> None:
     schema = schemas.from_crd(Path(os.environ["KUBERAY_CRD"]))
     for name in NAMES:
         assert list(schemas.errors(schema, overlays(name).rayservice)) == [], name
-
-
-def test_pods_have_the_settings_of_local_runs_for_ray_serve(overlays: Overlays) -> None:
-    """Proxies, controller and replicas, on every node."""
-    for pod in overlays("cpu-demo").ray_pods:
-        given = {v["name"]: v.get("value") for v in pod.spec["containers"][0]["env"]}
-        assert {name: given.get(name) for name in SERVE} == SERVE
 
 
 def test_generated_files_are_up_to_date() -> None:
