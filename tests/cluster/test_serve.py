@@ -50,6 +50,7 @@ from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
 from tests.cluster.collector import Collector
 from tests.cluster.faults import Record, Stream, assert_nothing_is_left, recover
 from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
+from tests.documents import Block, blocks, chat_bodies
 from tests.protobuf import requests
 from tools.local_cluster import (
     ROOT,
@@ -494,6 +495,33 @@ def test_a_client_made_from_the_proto_alone_works(server: Server, tmp_path: Path
     )
     with server.grpc_client() as client:
         assert foreign.stdout == client.generate(PROMPT, GREEDY).text
+
+
+def short(text: str) -> str:
+    """An example of the documentation, with answers that do not take long."""
+    return re.sub(r"max_tokens=\d+", "max_tokens=6", text)
+
+
+SERVED = [block for block in blocks("python") if "lient" in block.text]
+
+
+@pytest.mark.parametrize("block", SERVED, ids=lambda block: block.place)
+def test_the_python_of_the_documentation_runs(server: Server, block: Block) -> None:
+    text = short(block.text).replace("127.0.0.1:9000", server.grpc_address)
+    exec(compile(text, block.place, "exec"), {"client": server.client})
+
+
+@pytest.mark.parametrize(
+    "body", chat_bodies(), ids=[f"body{i}" for i, _ in enumerate(chat_bodies())]
+)
+def test_the_requests_of_the_documentation_are_answered(
+    server: Server, body: dict[str, Any]
+) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions", json={**body, "max_tokens": 6}, timeout=120
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] > 0
 
 
 def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> None:

@@ -6,9 +6,8 @@ import inspect
 import json
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -21,12 +20,9 @@ from memshare.engine.versions import TESTED_VLLM
 from memshare.events import EventKind
 from memshare.metrics import METRICS
 from memshare.request_options import RequestOptions
+from tests.documents import DOCS, PAGES, ROOT, Block, blocks
 from tools.make_config_docs import PAGE, anchor, render
 from tools.make_docs import PAGES as GENERATED
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -35,21 +31,6 @@ TRANSFER = re.compile(r"--kv-transfer-config '(.*?)'", re.DOTALL)
 VARIABLE = re.compile(rf"\b({ENV_PREFIX}\w+)=(\S+)")
 METRIC = re.compile(r"vllm:memshare_\w+|(?:ray_vllm_|ray_)memshare_\w+|\bmemshare_\w+_total\b")
 FIRST_CELL = re.compile(r"^\| `([\w:]+)` \|", re.MULTILINE)
-
-
-class Example(NamedTuple):
-    """A fenced block."""
-
-    page: str
-    language: str
-    text: str
-
-
-def examples(*languages: str) -> Iterator[Example]:
-    for page in PAGES:
-        for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
-            if language in languages:
-                yield Example(page.name, language, text)
 
 
 def prose(page: Path) -> str:
@@ -148,9 +129,9 @@ def check_transfer_config(value: dict[str, Any]) -> None:
     load_config(value.get("kv_connector_extra_config"), environ={})
 
 
-@pytest.mark.parametrize("example", list(examples("yaml", "json")), ids=lambda e: e.page)
+@pytest.mark.parametrize("example", list(blocks("yaml", "json")), ids=lambda e: e.place)
 def test_every_configuration_example_is_valid(
-    example: Example, monkeypatch: pytest.MonkeyPatch
+    example: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     value = yaml.safe_load(example.text)  # JSON is YAML
@@ -163,14 +144,14 @@ def test_every_configuration_example_is_valid(
     elif "kv_connector" in value:
         check_transfer_config(value)
     elif "tenants" in value:
-        parse_table(example.text, example.page)
+        parse_table(example.text, example.place)
     else:
         load_config(value, environ={})
 
 
-@pytest.mark.parametrize("example", list(examples("sh")), ids=lambda e: e.page)
+@pytest.mark.parametrize("example", list(blocks("sh")), ids=lambda e: e.place)
 def test_every_configuration_on_a_command_line_is_valid(
-    example: Example, monkeypatch: pytest.MonkeyPatch
+    example: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     for value in TRANSFER.findall(example.text):
@@ -188,9 +169,9 @@ def test_the_three_ways_to_write_a_configuration_mean_the_same() -> None:
     assert from_file != load_config(environ={}), "the example changes something"
 
 
-def test_the_checks_see_the_examples() -> None:
+def test_the_checks_see_the_blocks() -> None:
     """Negative control of the patterns above."""
-    assert len(list(examples("yaml", "json"))) >= 4
-    shell = "".join(example.text for example in examples("sh"))
+    assert len(list(blocks("yaml", "json"))) >= 4
+    shell = "".join(example.text for example in blocks("sh"))
     assert len(TRANSFER.findall(shell)) >= 3
     assert len(VARIABLE.findall(shell)) >= 8
