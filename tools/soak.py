@@ -465,9 +465,11 @@ def _document(args: argparse.Namespace) -> dict[str, Any]:
         model="smollm2-135m" if args.load else args.model,
         served_model_name=NAME,
         replicas=args.replicas,
+        page={"show_text": True},  # nobody's secrets
     )
     application["engine"].update(
         num_gpu_blocks_override=args.blocks,
+        max_model_len=2048,  # problems need less; one request of this length has to fit the blocks
         tensor_parallel_size=args.tensor_parallel,
     )
     if "evaluator" in args.faults.split(",") and not args.load:
