@@ -187,6 +187,7 @@ def processes(*titles: str) -> list[psutil.Process]:
 @contextlib.contextmanager
 def local_ray() -> Iterator[str]:
     """A fresh Ray cluster, which this process is connected to; yields its address."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     os.environ.update(_ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)
     import ray
