@@ -44,6 +44,8 @@ def test_it_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None
     python = (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
     for name in ("Client.generate", "Client.chat_stream", "AsyncClient.chat", "plug_in.plug_in"):
         assert f".{name}" in python, name
+    assert "<code>CallError</code>" in python
+    assert ":class:" not in python, "a role of Sphinx"
 
 
 @pytest.mark.parametrize("link", ["nowhere.md", "other.md#nowhere"])
@@ -53,7 +55,7 @@ def test_a_broken_link_or_anchor_fails_the_build(tmp_path: Path, link: str) -> N
     (docs / "index.md").write_text(f"# Title\n\n[there]({link})\n")
     (docs / "other.md").write_text("# Other\n")
     file = tmp_path / "mkdocs.yml"
-    ours = {"INHERIT": str(ROOT / "mkdocs.yml"), "docs_dir": str(docs)}
+    ours = {"INHERIT": str(ROOT / "mkdocs.yml"), "docs_dir": str(docs), "hooks": []}
     file.write_text(yaml.safe_dump({**ours, "nav": ["index.md", "other.md"]}))
     broken = make(tmp_path / "broken", file)
     assert broken.returncode == 1
