@@ -7,6 +7,8 @@ nobody writes, and no other engine can start. There is nothing to be saved.
 
 from __future__ import annotations
 
+import contextlib
+
 import psutil
 
 _TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
@@ -35,8 +37,9 @@ class Workers:
     def kill_engines(self) -> None:
         """Kill the processes that have started them."""
         for engine in self._engines:
-            if engine is not None and _lives(engine):
-                engine.kill()
+            if engine is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engine.kill()
 
 
 def _titled(process: psutil.Process, title: str) -> bool:
