@@ -1,9 +1,10 @@
-"""What MemShare costs when it changes nothing: its own time within a real engine's.
+"""What MemShare costs: its own time within a real engine's.
 
 Wall-clock times of two engine processes differ by more than what is to be measured. So every entry
 into MemShare (connector hooks on both sides, the worker's hook) is timed from within, and the CPU
 time of the bridge thread is read from the kernel. Their sum, as a part of the whole run, is the
-most that throughput can lose.
+most that throughput can lose. The arm `share` has half of the memory that its requests need; the
+others have plenty, and change nothing.
 
     python tools/bench_overhead.py
 """
@@ -19,6 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from memshare.tables import table_head, table_row
+
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"mode": "off"},
     "observe": {"mode": "observe"},
@@ -26,8 +31,11 @@ ARMS: dict[str, dict[str, Any]] = {
         "mode": "observe",
         "steps": {"similarity_threshold": 0.0, "max_tokens": 32},
     },
+    "share": {"mode": "share"},
 }
+HEADS = ("mode", "run s", "MemShare, engine's thread", "of that, stage two", "bridge", "rest")
 REQUESTS = 16
+PLENTY, HALF = 400, 130  # KV blocks
 
 
 class Stopwatch:
@@ -60,8 +68,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         _measure(sys.argv[1])
         return
-    print("| mode | run s | in MemShare, engine's thread | bridge thread | throughput at least |")
-    print("| --- | --- | --- | --- | --- |")
+    print(table_head(HEADS))
     for arm in ARMS:
         done = subprocess.run(
             [sys.executable, __file__, arm], capture_output=True, text=True, check=False
@@ -79,41 +86,47 @@ def _measure(arm: str) -> None:
     from vllm import LLM
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    from memshare.model import resolve_model
+    from memshare.bench.models import resolve
     from memshare.plug_in import plug_in
+    from memshare.reasoner.model import NAME
 
+    blocks = HALF if arm == "share" else PLENTY
     llm = LLM(
-        resolve_model("smollm2-135m"), dtype="float32", max_model_len=2048, block_size=32,
-        num_gpu_blocks_override=400, enforce_eager=True, seed=0, **plug_in(ARMS[arm]),
+        resolve(NAME), dtype="float32", max_model_len=2048, block_size=32,
+        num_gpu_blocks_override=blocks, enforce_eager=True, seed=0, **plug_in(ARMS[arm]),
     )  # fmt: skip
-    _generate(llm)  # warm up
+    _generate(llm, 8)  # warm up
     core = llm.llm_engine.engine_core.engine_core
-    watch = Stopwatch()
+    watch, stage_two = Stopwatch(), Stopwatch()
     for connector in (core.scheduler.connector, get_kv_transfer_group()):
         for name in vars(type(connector)):
             if not name.startswith("_") and callable(getattr(connector, name)):
                 watch.wrap(connector, name)
     worker = core.model_executor.driver_worker.worker
     if worker._memshare is not None:
+        stage_two.wrap(worker._memshare, "after_step")
         watch.wrap(worker._memshare, "before_step")
     before, start = _bridge_seconds(), time.perf_counter()
-    _generate(llm)
+    _generate(llm, 500)
     whole = time.perf_counter() - start
     ours, bridge = watch.seconds / whole, (_bridge_seconds() - before) / whole
-    print(f"| {arm} | {whole:.1f} | {ours:.3%} | {bridge:.3%} | {1 - ours - bridge:.4f}x |")
+    two = stage_two.seconds / whole
+    rest = 1 - ours - bridge
+    shares = (f"{share:.3%}" for share in (ours, two, bridge))
+    print(table_row((arm, f"{whole:.1f}", *shares, f"{rest:.4f}")))
 
 
-def _generate(llm: Any) -> None:
-    """Requests of mixed lengths."""
+def _generate(llm: Any, tokens: int) -> None:
+    """The test reasoner on its problems."""
     from vllm import SamplingParams
 
+    from memshare.reasoner.problems import FAMILIES, generate
+
     llm.reset_prefix_cache()
-    prompts = [f"Problem {i}: " + "add one to the number, " * (3 * i + 1) for i in range(REQUESTS)]
-    params = [
-        SamplingParams(max_tokens=60 + 10 * i, temperature=0, ignore_eos=True)
-        for i in range(REQUESTS)
-    ]
-    llm.generate(prompts, params, use_tqdm=False)
+    problems = [generate(FAMILIES[i % len(FAMILIES)], i) for i in range(REQUESTS)]
+    chats: Any = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    llm.chat(chats, params, use_tqdm=False)
 
 
 def _bridge_seconds() -> float:
@@ -128,5 +141,4 @@ def _bridge_seconds() -> float:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()
