@@ -636,7 +636,6 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     ours = [*processes("VLLM::", "ray::ServeReplica", "/bin/sh"), psutil.Process(pid)]
     titles = {process.cmdline()[0] for process in ours}
     segments = set().union(*map(shared_memory, ours))
-    assert any(segment.name.startswith("psm_") for segment in segments), "the engine uses some"
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
     stop(server)
     assert server.process.returncode == 0
