@@ -40,7 +40,7 @@ def add_health(servicer: Any, server: grpc.Server) -> None:
 
 
 def _add(service: ServiceDescriptor, servicer: Any, server: grpc.Server) -> None:
-    """As generated code does it, but for the two things that :class:`_Methods` sees to."""
+    """As generated code does it, but for what :func:`_parser` and :class:`_Methods` see to."""
     handlers = {}
     for method in service.methods:
         make = (
@@ -120,5 +120,5 @@ async def _cancel(messages: AsyncGenerator[bytes, None]) -> None:
     reading: asyncio.Future[bytes] = asyncio.ensure_future(anext(messages))
     await asyncio.sleep(0)  # it waits now
     reading.cancel()
-    await asyncio.wait((reading,))
+    await asyncio.gather(reading, return_exceptions=True)  # its end is expected: no log of it
     await messages.aclose()
