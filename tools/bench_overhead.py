@@ -3,8 +3,8 @@
 Wall-clock times of two engine processes differ by more than what is to be measured. So every entry
 into MemShare (connector hooks on both sides, the worker's hook) is timed from within, and the CPU
 time of the bridge thread is read from the kernel. Their sum, as a part of the whole run, is the
-most that throughput can lose. The arm `share` has half of the memory that its requests need; the
-others have plenty, and change nothing.
+most that throughput can lose. The arm `share` has less than half of the memory that its requests
+need; the others have plenty, and change nothing.
 
     python tools/bench_overhead.py
 """
@@ -35,7 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 HEADS = ("mode", "run s", "MemShare, engine's thread", "of that, stage two", "bridge", "rest")
 REQUESTS = 16
-PLENTY, HALF = 400, 130  # KV blocks
+PLENTY, SHORT = 400, 130  # KV blocks
 
 
 class Stopwatch:
@@ -90,7 +90,7 @@ def _measure(arm: str) -> None:
     from memshare.plug_in import plug_in
     from memshare.reasoner.model import NAME
 
-    blocks = HALF if arm == "share" else PLENTY
+    blocks = SHORT if arm == "share" else PLENTY
     llm = LLM(
         resolve(NAME), dtype="float32", max_model_len=2048, block_size=32,
         num_gpu_blocks_override=blocks, enforce_eager=True, seed=0, **plug_in(ARMS[arm]),

@@ -25,18 +25,18 @@ def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
     file = tmp_path / "record.json"
     status = main(
         [
-            "bench", *PROBLEMS, "--workload", "problems", "--requests", "4", "--tokens", "1100",
+            "bench", *PROBLEMS, "--workload", "problems", "--requests", "8", "--tokens", "1100",
             "--memory", "1.2", "--arms", "dense,twins", "--repeats", "1", "--json", str(file),
         ]
     )  # fmt: skip
     assert status == 0
     dense, twins = Record.load(file).repeats[0]
-    assert sum(bool(outcome.right) for outcome in dense.outcomes) >= 3
+    assert sum(bool(outcome.right) for outcome in dense.outcomes) >= 7
     assert [o[:3] for o in twins.outcomes] == [o[:3] for o in dense.outcomes]
     assert twins.remaps == twins.preemptions == dense.preemptions == 0
-    assert dense.tokens / 4 >= 400
+    assert dense.tokens / 8 >= 400
     shown = capsys.readouterr().out
-    assert "| twins | 2 recall |" in shown
+    assert "| twins | 4 recall |" in shown
     assert "| ratio |" in shown
 
 
