@@ -19,7 +19,7 @@ RUN := $(BIN)/python tools/runtime_env.py
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load bench-serving gpu-acceptance browser docs docs-serve clean distclean
+.PHONY: help venv model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load headline bench-serving gpu-acceptance browser docs docs-serve clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,12 @@ soak: venv model ## Kill parts of a cluster under load for HOURS=1; report in .r
 
 load: venv model ## 256 short streams on two replicas for HOURS=1; report in .run/load
 	$(RUN) python tools/soak.py --load --hours $(HOURS) --output .run/load
+
+headline: venv model ## Answers and preemptions of all policies, and the README's picture (about 40 min)
+	@mkdir -p build
+	$(RUN) memshare bench --model smollm2-135m-reasoner --workload problems --requests 100 --tokens 1100 \
+		--arms dense,twins,oldest,random --memory 0.33 --repeats 1 --json build/headline.json
+	@$(RUN) memshare plot arms build/headline.json --output docs/figures/headline.svg
 
 bench-serving: venv model ## Our server beside vLLM's own, in alternation
 	$(RUN) python tools/bench_serving.py

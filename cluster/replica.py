@@ -114,7 +114,9 @@ class EngineReplica(GrpcService):
         strict = StrictBody(app, args.replica.max_body_bytes)
         self._asgi = DisconnectOnCancel(KeyGate(strict, gate))
         self._start_grpc(args, gate, Generation(engine, app.state))
-        self._watch = asyncio.create_task(_exit_with(engine, Workers()))
+        workers = Workers()
+        workers.unlink_buffers()
+        self._watch = asyncio.create_task(_exit_with(engine, workers))
         self._tending = asyncio.create_task(gate.tend())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:

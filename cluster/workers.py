@@ -8,10 +8,12 @@ nobody writes, and no other engine can start. There is nothing to be saved.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import psutil
 
 _TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
+_BUFFERS = "vllm_dist_*"  # vllm/distributed/device_communicators/cpu_communicator.py
 
 
 class Workers:
@@ -34,12 +36,33 @@ class Workers:
         """Whether any has ended."""
         return not all(_lives(worker) for worker in self._workers)
 
+    def unlink_buffers(self) -> None:
+        """Take the names of the buffers away through which workers on a CPU reduce.
+
+        All of them have theirs open by now, and nobody opens one later. What has no name goes with
+        the last process that uses it; vLLM leaves it behind for ever if that one is killed.
+        """
+        for worker in self._workers:
+            for path in shared_memory(worker):
+                if path.match(_BUFFERS):
+                    path.unlink(missing_ok=True)
+
     def kill_engines(self) -> None:
         """Kill the processes that have started them."""
         for engine in self._engines:
             if engine is not None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     engine.kill()
+
+
+def shared_memory(process: psutil.Process) -> set[Path]:
+    """The files in ``/dev/shm`` that a process has mapped; none of one that has ended."""
+    try:
+        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    names = (line[line.index("/dev/shm/") :] for line in maps if "/dev/shm/" in line)
+    return {Path(name) for name in names if not name.endswith(" (deleted)")}
 
 
 def _titled(process: psutil.Process, title: str) -> bool:

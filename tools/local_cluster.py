@@ -221,16 +221,6 @@ def staff() -> dict[str, list[psutil.Process]]:
     return found
 
 
-def shared_memory(process: psutil.Process) -> set[Path]:
-    """The files in ``/dev/shm`` that a process has mapped; none of one that has ended."""
-    try:
-        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    names = (line[line.index("/dev/shm/") :] for line in maps if "/dev/shm/" in line)
-    return {Path(name) for name in names if not name.endswith(" (deleted)")}
-
-
 def victims(role: str) -> list[psutil.Process]:
     """The processes that play one role now."""
     return staff()[role]

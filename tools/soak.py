@@ -38,6 +38,7 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 import psutil  # noqa: E402
 
+from cluster.workers import shared_memory  # noqa: E402
 from memshare.bench.report import machine, wilson  # noqa: E402
 from memshare.reasoner.problems import generate, read_answer  # noqa: E402
 from memshare.tables import table  # noqa: E402
@@ -50,7 +51,6 @@ from tools.local_cluster import (  # noqa: E402
     local_ray,
     memshare_in,
     processes,
-    shared_memory,
     start,
     stop,
     wait_until_whole,

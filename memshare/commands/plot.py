@@ -1,8 +1,8 @@
 """``memshare plot``: pictures of what was measured, and of a text's own repetitions.
 
-``usage``, ``waterfall`` and ``pareto`` draw records of ``memshare bench --json``; ``pareto`` also
-draws tables of ``memshare replay --json``. ``steps`` and ``trace`` read a recorded text with a
-model. The ending of ``--output`` decides the format: svg, png, pdf; html for ``trace``.
+``arms``, ``usage``, ``waterfall`` and ``pareto`` draw records of ``memshare bench --json``;
+``pareto`` also draws tables of ``memshare replay --json``. ``steps`` and ``trace`` read a recorded
+text with a model. The ending of ``--output`` decides the format: svg, png, pdf; html for ``trace``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = __doc__
     kinds = parser.add_subparsers(dest="kind", metavar="PICTURE", required=True)
+    every = kinds.add_parser("arms", help="right answers, preemptions and tokens a step, by arm")
+    every.add_argument("record", type=Path, metavar="JSON")
     usage = kinds.add_parser("usage", help="KV memory over time, arm by arm")
     usage.add_argument("record", type=Path, metavar="JSON")
     usage.add_argument("--arms", help="separated by ',' (default: all)")
@@ -55,12 +57,19 @@ def run(args: argparse.Namespace) -> int:
         UserError: a record, a text or an option cannot be used.
     """
     draw = {
-        "usage": _usage, "waterfall": _waterfall, "pareto": _pareto, "steps": _steps,
-        "trace": _trace,
+        "arms": _arms, "usage": _usage, "waterfall": _waterfall, "pareto": _pareto,
+        "steps": _steps, "trace": _trace,
     }  # fmt: skip
     draw[args.kind](args)
     print(args.output)
     return 0
+
+
+def _arms(args: argparse.Namespace) -> None:
+    from memshare.bench.run import Record
+    from memshare.plots.arms import plot_arms
+
+    plot_arms(Record.load(args.record), args.output)
 
 
 def _usage(args: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ from ray import serve
 from cluster.evaluators import actor_name
 from cluster.grpc_ingress import SERVICE
 from cluster.load import Load, from_stats
+from cluster.workers import shared_memory
 from memshare.cli import main
 from memshare.client import (
     CallError,
@@ -60,7 +61,6 @@ from tools.local_cluster import (
     kill,
     memshare_in,
     processes,
-    shared_memory,
     start,
     stop,
     victims,

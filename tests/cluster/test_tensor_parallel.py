@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import ray
 
+from cluster.workers import shared_memory
 from tests.cluster.faults import PROMPT, Record, Stream, assert_nothing_is_left, recover
 from tools.local_cluster import (
     Server,
@@ -66,6 +68,12 @@ def complete(server: Server, tokens: int) -> str:
 def test_both_ranks_serve(server: Server) -> None:
     assert len(victims("worker")) == 2
     assert len(complete(server, 12).split()) > 3
+
+
+def test_no_buffer_of_the_ranks_has_a_name_that_could_be_left_behind(server: Server) -> None:
+    for worker in victims("worker"):
+        assert "/dev/shm/vllm_dist_" in Path(f"/proc/{worker.pid}/maps").read_text()
+        assert not any(path.match("vllm_dist_*") for path in shared_memory(worker))
 
 
 def test_blocks_are_as_check_says(server: Server) -> None:

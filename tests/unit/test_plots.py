@@ -13,6 +13,7 @@ import pytest
 from memshare.bench.run import Moment, Outcome, Record, Run
 from memshare.cli import main
 from memshare.errors import UserError
+from memshare.plots.arms import panels
 from memshare.plots.pareto import accuracy_points
 from memshare.plots.steps import lexical, shared_steps
 from memshare.plots.style import figure
@@ -55,7 +56,17 @@ def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
     assert twins.low < 90.0 < twins.high
 
 
-@pytest.mark.parametrize("kind", ["usage", "waterfall", "pareto"])
+def test_panels_count_all_repeats(record: Path) -> None:
+    found = panels(Record.load(record))
+    dense, twins = found["right answers, recall (%)"]
+    assert (dense.label, dense.high) == ("20 of 20", 100.0)
+    assert (twins.label, twins.height) == ("18 of 20", 90.0)
+    assert twins.low < 90.0 < twins.high
+    assert [bar.label for bar in found["preemptions"]] == ["2", "2"]
+    assert [bar.label for bar in found["tokens an engine step"]] == ["200.0", "200.0"]
+
+
+@pytest.mark.parametrize("kind", ["arms", "usage", "waterfall", "pareto"])
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_records_are_drawn(record: Path, tmp_path: Path, kind: str, ending: str) -> None:
     output = tmp_path / f"picture.{ending}"

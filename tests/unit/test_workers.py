@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster.workers import Workers
+from cluster.workers import Workers, shared_memory
 
 # An engine with two workers, which are told by the beginning of their command lines.
 ENGINE = """
@@ -50,6 +52,42 @@ def test_a_lost_worker_is_noticed_and_ends_its_engine(engine: psutil.Process) ->
     psutil.wait_procs([engine], timeout=5)
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
     workers.kill_engines()  # nothing left to kill, and no error
+
+
+KINDS = ("vllm_dist", "psm")
+
+# Maps two files of shared memory, as a worker of two ranks does.
+MAPS = """
+import mmap, os, sys
+held = [mmap.mmap(os.open(name, os.O_RDWR), 4096) for name in sys.argv[2:]]
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_buffers_that_workers_share_lose_their_names(tmp_path: Path) -> None:
+    names = [Path("/dev/shm") / f"{kind}_{tmp_path.name}-{os.getpid()}" for kind in KINDS]
+    for name in names:
+        name.write_bytes(bytes(4096))
+    worker = subprocess.Popen(
+        ["WORKER of a test", "-c", MAPS, "", *names],
+        executable=sys.executable,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"ready\n"
+        assert set(names) <= shared_memory(psutil.Process(worker.pid))
+        workers = Workers("WORKER")
+        workers.unlink_buffers()
+        assert [name.exists() for name in names] == [False, True], "others keep theirs"
+        assert worker.poll() is None
+        workers.unlink_buffers()  # gone already, and no error
+    finally:
+        worker.communicate()
+        for name in names:
+            name.unlink(missing_ok=True)
 
 
 def test_where_there_are_none_none_is_lost() -> None:
