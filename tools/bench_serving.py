@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
-    alone = _ask(arm, 1, 8, 8)
+    alone = _ask(arm, 1, 24, 8)
     others = list({other.pid: other for other in arms if other.pid != arm.pid}.values())
     idle, used, began = _cpu(others), arm.cpu_seconds(), time.monotonic()
     busy = _ask(arm, args.streams, args.requests, args.tokens)
