@@ -254,7 +254,7 @@ async def test_calls_are_counted_by_how_they_end(tmp_path: Path) -> None:
             with pytest.raises(CallError):
                 await acme.generate("x")
         with pytest.raises(TimedOutError):
-            await acme.generate("x", Sampling(ignore_eos=True), timeout=0.3)
+            await acme.generate("x", Sampling(ignore_eos=True), timeout=1.5)
         await asyncio.wait_for(server.engine.closed.wait(), 5)
     counts = [counted(gate, "tenant_requests", "acme", o) for o in ("served", "failed", "aborted")]
     assert counts == [2, 1, 1]
