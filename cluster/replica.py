@@ -8,7 +8,6 @@ builds the application, and would spend many seconds on it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import platform
@@ -27,7 +26,7 @@ from cluster.dashboard.agent import Agent
 from cluster.dashboard.routes import PREFIX, page_app
 from cluster.exposure import require_keys_or_localhost
 from cluster.grpc_service import GrpcService
-from cluster.guard import leave_no_orphans, remove_shared_memory
+from cluster.guard import Guard
 from cluster.http import DisconnectOnCancel, KeyGate
 from cluster.keys import WatchedKeys
 from cluster.ledger import LedgerDesk
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _POOL_WAIT_S = 30.0  # at most so long does an engine's start wait for the evaluators
 _WATCH_S = 0.2  # how long an engine's death may go unnoticed
-_TRACKER_S = 5.0  # at most so long is waited for processes that hold on to shared memory
 _LAST_WORDS_S = 0.5  # for failed requests to get their answers before the replica exits
 
 
@@ -76,7 +74,7 @@ class EngineReplica(GrpcService):
         Raises:
             ConfigError: the key table is wrong, or missing where others can reach the server.
         """
-        leave_no_orphans()
+        guard = Guard()
         set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
         replica_id = serve.get_replica_context().replica_id.unique_id
@@ -115,7 +113,7 @@ class EngineReplica(GrpcService):
         self._asgi = DisconnectOnCancel(KeyGate(strict, gate))
         self._start_grpc(args, gate, Generation(engine, app.state))
         workers = Workers()
-        workers.unlink_buffers()
+        guard.remove_at_the_end(workers.shared_memory())
         self._watch = asyncio.create_task(_exit_with(engine, workers))
         self._tending = asyncio.create_task(gate.tend())
 
@@ -151,8 +149,6 @@ class EngineReplica(GrpcService):
             self._page.stop()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(remove_shared_memory), _TRACKER_S)
 
 
 def _gate(

@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 
 _TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
-_BUFFERS = "vllm_dist_*"  # vllm/distributed/device_communicators/cpu_communicator.py
+# Python's shared memory and semaphores, and the buffers of vLLM's cpu_communicator.py. Ray's object
+# store, which an engine with an evaluator pool has mapped too, is everybody's.
+_OURS = ("psm_", "sem.mp-", "vllm_dist_")
 
 
 class Workers:
@@ -36,16 +38,10 @@ class Workers:
         """Whether any has ended."""
         return not all(_lives(worker) for worker in self._workers)
 
-    def unlink_buffers(self) -> None:
-        """Take the names of the buffers away through which workers on a CPU reduce.
-
-        All of them have theirs open by now, and nobody opens one later. What has no name goes with
-        the last process that uses it; vLLM leaves it behind for ever if that one is killed.
-        """
-        for worker in self._workers:
-            for path in shared_memory(worker):
-                if path.match(_BUFFERS):
-                    path.unlink(missing_ok=True)
+    def shared_memory(self) -> set[Path]:
+        """The files in ``/dev/shm`` that only they and their engines use."""
+        used = (shared_memory(process) for process in [*self._workers, *self._engines] if process)
+        return {path for path in set().union(*used) if path.name.startswith(_OURS)}
 
     def kill_engines(self) -> None:
         """Kill the processes that have started them."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
 
-from tools.local_cluster import Killed, Server, wait_until_whole
+from cluster.workers import shared_memory
+from tools.local_cluster import Killed, Server, victims, wait_until_whole
 
 RECOVERY_S = 60.0
 PROMPT = "A long story about a lighthouse:"
@@ -60,7 +63,27 @@ def recover(server: Server, killed: Killed, record_property: Record) -> None:
     assert taken < max(RECOVERY_S, server.started_s)
 
 
-def assert_nothing_is_left(old: list[psutil.Process]) -> None:
-    """The processes of what was replaced are gone."""
-    _, alive = psutil.wait_procs(old, timeout=30)
-    assert alive == []
+@dataclass(frozen=True)
+class Old:
+    """Processes that are to be replaced, and the shared memory of an engine and its workers."""
+
+    processes: list[psutil.Process]
+    files: set[Path]
+
+    @classmethod
+    def of(cls, *roles: str) -> Old:
+        """Those that play these roles now."""
+        found = [process for role in roles for process in victims(role)]
+        used = set().union(*map(shared_memory, [*victims("engine"), *victims("worker")]))
+        files = {path for path in used if not path.match("plasma*")}  # Ray's, and everybody's
+        assert files, "an engine shares memory with its worker"
+        return cls(found, files)
+
+    def assert_gone(self) -> None:
+        """None of it is left."""
+        _, alive = psutil.wait_procs(self.processes, timeout=30)
+        assert alive == []
+        end = time.monotonic() + 10
+        while left := [path for path in self.files if path.exists()]:
+            assert time.monotonic() < end, f"{left} outlive those who used them"
+            time.sleep(0.1)

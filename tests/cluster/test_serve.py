@@ -36,7 +36,6 @@ from ray import serve
 from cluster.evaluators import actor_name
 from cluster.grpc_ingress import SERVICE
 from cluster.load import Load, from_stats
-from cluster.workers import shared_memory
 from memshare.cli import main
 from memshare.client import (
     CallError,
@@ -49,7 +48,7 @@ from memshare.client import (
 )
 from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
 from tests.cluster.collector import Collector
-from tests.cluster.faults import Record, Stream, assert_nothing_is_left, recover
+from tests.cluster.faults import Old, Record, Stream, recover
 from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
 from tests.documents import Block, blocks, chat_bodies
 from tests.protobuf import requests
@@ -576,18 +575,19 @@ def test_a_killed_proxy_comes_back_and_engines_do_not_notice(
 def test_a_killed_replica_is_replaced_and_sharing_resumes(
     server: Server, record_property: Record
 ) -> None:
-    old = [*victims("engine"), *victims("replica")]
+    old = Old.of("engine", "worker", "replica")
     stream = Stream(server)
     killed = kill("replica")
     assert stream.is_told_of_its_end()
     recover(server, killed, record_property)
-    assert_nothing_is_left(old)
+    old.assert_gone()
     test_a_chat_shows_blocks_found_verified_and_reclaimed(server)
 
 
 def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None:
     (engine,) = processes("VLLM::EngineCore")
     replica = engine.parent()
+    old = Old.of("engine", "worker")
 
     def ask() -> None:
         body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 3900, "ignore_eos": True}
@@ -626,6 +626,7 @@ def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None
     record_property("recovered_s", recovered_s)
     assert noticed_s < 10
     assert not any(worker.is_running() for worker in workers)
+    old.assert_gone()
     (again,) = processes("VLLM::EngineCore")
     assert again.pid != engine.pid
 
@@ -635,7 +636,7 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     pid = ray.get(evaluator.__ray_call__.remote(lambda _: os.getpid()))
     ours = [*processes("VLLM::", "ray::ServeReplica", "/bin/sh"), psutil.Process(pid)]
     titles = {process.cmdline()[0] for process in ours}
-    segments = set().union(*map(shared_memory, ours))
+    old = Old.of("engine", "worker")
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
     stop(server)
     assert server.process.returncode == 0
@@ -644,5 +645,5 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     assert "CALL report" not in log, "what replicas tell the page every second is not"
     gone, alive = psutil.wait_procs(ours, timeout=90)
     assert alive == []
-    assert [segment for segment in segments if segment.exists()] == []
     assert len(gone) == len(ours)
+    old.assert_gone()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import ray
 
-from cluster.workers import shared_memory
-from tests.cluster.faults import PROMPT, Record, Stream, assert_nothing_is_left, recover
+from tests.cluster.faults import PROMPT, Old, Record, Stream, recover
 from tools.local_cluster import (
     Server,
     cluster_file,
@@ -70,12 +68,6 @@ def test_both_ranks_serve(server: Server) -> None:
     assert len(complete(server, 12).split()) > 3
 
 
-def test_no_buffer_of_the_ranks_has_a_name_that_could_be_left_behind(server: Server) -> None:
-    for worker in victims("worker"):
-        assert "/dev/shm/vllm_dist_" in Path(f"/proc/{worker.pid}/maps").read_text()
-        assert not any(path.match("vllm_dist_*") for path in shared_memory(worker))
-
-
 def test_blocks_are_as_check_says(server: Server) -> None:
     """What ``memshare check`` counts for one of two ranks is what vLLM has, without an override."""
     log = server.log.read_text()
@@ -107,12 +99,12 @@ def test_blocks_are_shared_and_every_rank_agrees(server: Server) -> None:
 def test_a_killed_worker_takes_its_engine_along_and_all_is_replaced(
     server: Server, record_property: Record
 ) -> None:
-    old = [*victims("engine"), *victims("worker"), *victims("replica")]
+    old = Old.of("engine", "worker", "replica")
     stream = Stream(server)
     killed = kill("worker")
     assert stream.is_told_of_its_end()
     recover(server, killed, record_property)
-    assert_nothing_is_left(old)
+    old.assert_gone()
     share_something(server)  # with a new pool of histories, on new ranks
 
 
@@ -121,10 +113,12 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     everybody = processes("VLLM::", "ray::ServeReplica", "ray::Evaluator")
     ours = [process for process in everybody if process.create_time() >= began]
     assert len(ours) >= 4
+    old = Old.of("engine", "worker")
     port = int(server.url.rpartition(":")[2])
     stop(server)
     _, alive = psutil.wait_procs(ours, timeout=90)
     assert alive == []
+    old.assert_gone()
     assert port not in {c.laddr.port for c in psutil.net_connections() if c.status == "LISTEN"}
     named = ray.util.list_named_actors(all_namespaces=True)
     assert [actor for actor in named if actor["namespace"] == "memshare"] == []

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REPLICA = """
 import subprocess, time
 from multiprocessing.shared_memory import SharedMemory
-from cluster.guard import leave_no_orphans
-leave_no_orphans()
+from cluster.guard import Guard
+guard = Guard()
 memory = SharedMemory(create=True, size=4096)
 print(subprocess.Popen(["sleep", "3600"]).pid, memory.name, flush=True)
 {then}
@@ -57,21 +57,22 @@ def test_the_engine_ends_with_the_replica(end: str) -> None:
     assert not segment_file.exists(), "shared memory outlives everybody"
 
 
-# As Ray ends a worker: its children first, by SIGKILL, whatever they still had to do.
-KILL_CHILDREN = """
+# As Ray ends a worker, or the raylet one that was killed: by SIGKILL, its children and its process
+# group with it, among them the resource tracker, whatever they still had to do.
+KILL_ALL = """
 import os, subprocess
-{first}
+from pathlib import Path
+if {removes}:
+    guard.remove_at_the_end([Path("/dev/shm") / memory.name])
 subprocess.run(["pkill", "-KILL", "-P", str(os.getpid())])
-os._exit(0)
+os.killpg(0, 9)
 """
 
 
 @pytest.mark.parametrize("removes", [True, False])
-def test_shared_memory_is_removed_before_ray_kills_who_would_do_it(removes: bool) -> None:
-    first = "from cluster.guard import remove_shared_memory as r; r()" if removes else ""
-    then = KILL_CHILDREN.format(first=first)
+def test_shared_memory_is_removed_though_ray_kills_who_would_do_it(removes: bool) -> None:
     replica = subprocess.run(
-        [sys.executable, "-c", REPLICA.format(then=then)],
+        [sys.executable, "-c", REPLICA.format(then=KILL_ALL.format(removes=removes))],
         cwd=ROOT,
         check=False,
         capture_output=True,
@@ -80,6 +81,9 @@ def test_shared_memory_is_removed_before_ray_kills_who_would_do_it(removes: bool
     )
     segment_file = Path("/dev/shm") / replica.stdout.split()[1]
     try:
+        deadline = time.monotonic() + (10 if removes else 1)
+        while segment_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert segment_file.exists() is not removes, "without it, the segment is left behind"
     finally:
         segment_file.unlink(missing_ok=True)
