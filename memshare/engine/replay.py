@@ -70,7 +70,8 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
         arm: names the files of measurements.
 
     Returns:
-        Fraction of each request's full blocks that was given up.
+        Fraction of each request's blocks that was given up: of those that are full when the
+        comparison begins.
     """
     engine = _start(plan, memshare)
     for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
@@ -86,7 +87,9 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
         written = _written(scheduler, plan.prefix)
         if side is not None:
             side.reclaimer.enabled = plan.prefix <= written < plan.prefix + _SETTLING
-            freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.roster}
+            if written <= plan.prefix + _SETTLING:
+                # Later the continuation fills blocks as well, of which none is given up.
+                freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.roster}
         engine.step()
     return list(freed.values()) or [0.0] * len(plan.prompts)
 

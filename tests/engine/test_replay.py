@@ -52,7 +52,8 @@ def test_what_is_given_up_is_measured(
     # The exact distributions are kept as float16.
     assert abs(kl) < 1e-4
     assert same_top > 0.95
-    assert some["freed"] == pytest.approx(0.3, abs=0.12)
+    # Prompt and prefix fill 9 blocks; the tenth, which the continuation fills, does not count.
+    assert some["freed"] == pytest.approx(2 / 9)
     assert some["cells"][0][0] > 1e-3 > kl
 
 
