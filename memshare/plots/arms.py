@@ -59,7 +59,7 @@ def panels(record: Record) -> dict[str, list[Bar]]:
 def _answers(arm: str, runs: Sequence[Run], group: str) -> Bar:
     right = [bool(o.right) for run in runs for o in run.outcomes if o.group == group]
     low, high = wilson(sum(right), len(right))
-    label = f"{sum(right)} of {len(right)}"
+    label = f"{sum(right)}/{len(right)}"
     return Bar(arm, 100 * sum(right) / len(right), 100 * low, 100 * high, label)
 
 

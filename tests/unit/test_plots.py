@@ -59,8 +59,8 @@ def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
 def test_panels_count_all_repeats(record: Path) -> None:
     found = panels(Record.load(record))
     dense, twins = found["right answers, recall (%)"]
-    assert (dense.label, dense.high) == ("20 of 20", 100.0)
-    assert (twins.label, twins.height) == ("18 of 20", 90.0)
+    assert (dense.label, dense.high) == ("20/20", 100.0)
+    assert (twins.label, twins.height) == ("18/20", 90.0)
     assert twins.low < 90.0 < twins.high
     assert [bar.label for bar in found["preemptions"]] == ["2", "2"]
     assert [bar.label for bar in found["tokens an engine step"]] == ["200.0", "200.0"]
