@@ -4,7 +4,7 @@ Wall-clock times of two engine processes differ by more than what is to be measu
 into MemShare (connector hooks on both sides, the worker's hook) is timed from within, and the CPU
 time of the bridge thread is read from the kernel. Their sum, as a part of the whole run, is the
 most that throughput can lose. The arm `share` has less than half of the memory that its requests
-need; the others have plenty, and change nothing.
+need; the others have plenty, and change nothing: `share, no pressure` must not remap.
 
     python tools/bench_overhead.py
 """
@@ -29,8 +29,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "observe": {"mode": "observe"},
     "observe, everything compared": {
         "mode": "observe",
+        "policy": {"name": "paper"},  # `twins` has no threshold for steps
         "steps": {"similarity_threshold": 0.0, "max_tokens": 32},
     },
+    "share, no pressure": {"mode": "share"},
     "share": {"mode": "share"},
 }
 HEADS = ("mode", "run s", "MemShare, engine's thread", "of that, stage two", "bridge", "rest")

@@ -41,6 +41,17 @@ class Arm:
     memshare: dict[str, Any] | None
     kv_dtype: str = "auto"
 
+    def blocks(self, blocks: int, dtype: str) -> int:
+        """KV blocks that take the bytes of as many of the model's own type.
+
+        Args:
+            blocks: of type ``dtype``, vLLM's null block included.
+            dtype: of the model: ``float32``, or a type of 16 bits.
+        """
+        if self.kv_dtype == "auto":
+            return blocks
+        return 1 + (blocks - 1) * (4 if dtype == "float32" else 2)  # fp8 is one byte
+
 
 DENSE = Arm("dense", None)
 _OTHERS = {

@@ -37,7 +37,8 @@ class Plan:
         model: as ``memshare.bench.models.resolve`` takes it.
         dtype: of weights and, but for an arm that says otherwise, of the cache.
         block_size: tokens.
-        blocks: KV blocks, vLLM's null block included.
+        blocks: KV blocks of ``dtype``, vLLM's null block included. An arm with a narrower cache has
+            as many bytes, so more blocks.
         max_model_len: tokens.
         max_num_seqs: requests that may run at once.
         max_num_batched_tokens: tokens that a step may compute.
@@ -198,6 +199,15 @@ class Record:
         """Write it as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self)))
 
+    @property
+    def runs(self) -> dict[str, list[Run]]:
+        """All runs by arm, without arms that have none: a comparison may have been stopped."""
+        found = {
+            arm: [run for repeat in self.repeats for run in repeat if run.arm == arm]
+            for arm in self.arms
+        }
+        return {arm: runs for arm, runs in found.items() if runs}
+
     @classmethod
     def load(cls, path: Path) -> Record:
         """Read what :meth:`save` wrote.
@@ -249,7 +259,7 @@ def _start(plan: Plan, arm: Arm) -> LLM:
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         block_size=plan.block_size,
-        num_gpu_blocks_override=plan.blocks,
+        num_gpu_blocks_override=arm.blocks(plan.blocks, plan.dtype),
         tensor_parallel_size=plan.tensor_parallel_size,
         enforce_eager=plan.eager,
         seed=0,

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--arms", default="dense,twins", help=f"of {', '.join(ARMS)}")
     add_sharing(engine)
     engine.add_argument("--dtype", default="bfloat16", help="of weights and cache")
-    engine.add_argument("--max-model-len", type=int, default=2048, help="tokens")
+    engine.add_argument(
+        "--max-model-len", type=int, help="tokens (default: the longest question and --max-tokens)"
+    )
     engine.add_argument("--block-size", type=int, default=32, help="tokens")
     engine.add_argument("--blocks", type=int, help="KV blocks (default: what the machine has)")
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -92,17 +94,34 @@ def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling
     from memshare.bench.models import resolve
 
     arms = list(expand(args.arms, fractions("--budget", args.budget), sharing(args)))
+    prompts = [question.prompt for question in questions]
+    model = resolve(args.model)
+    length = longest(model, prompts) + sampling.max_tokens
+    if args.max_model_len is not None and args.max_model_len < length:
+        raise UserError(
+            f"--max-model-len {args.max_model_len} would cut answers off: the longest question and "
+            f"--max-tokens {sampling.max_tokens} are {length} tokens; raise it, or leave it out"
+        )
     engine = EngineSettings(
-        resolve(args.model), args.dtype, args.max_model_len, args.block_size, args.blocks,
+        model, args.dtype, args.max_model_len or length, args.block_size, args.blocks,
         args.tensor_parallel_size, args.eager,
     )  # fmt: skip
-    prompts = [question.prompt for question in questions]
     graded = []
     with tempfile.TemporaryDirectory(prefix="memshare-eval-") as folder:
         for arm in arms:
             answers = from_engine(prompts, sampling, engine, arm, Path(folder))
             graded.append(_grade(arm.name, questions, answers))
     return graded
+
+
+def longest(model: str, prompts: list[str]) -> int:
+    """Tokens of the longest prompt, as a chat."""
+    from transformers import AutoTokenizer
+
+    from memshare.bench.workloads import Source
+
+    source = Source(AutoTokenizer.from_pretrained(model), len(prompts), 0)
+    return max(len(source.chat(prompt)) for prompt in prompts)
 
 
 def _ask_server(

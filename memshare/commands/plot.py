@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pareto = kinds.add_parser("pareto", help="accuracy against speed, or damage against memory")
     pareto.add_argument("record", type=Path, metavar="JSON", help="of `bench`, or of `replay`")
     steps = kinds.add_parser("steps", help="which reasoning steps are alike")
-    trace = kinds.add_parser("trace", help="a text as a page, with what it writes again")
+    trace = kinds.add_parser("trace", help="a text as a page, with what it writes more than once")
     for reads in (steps, trace):
         reads.add_argument("--traces", type=Path, required=True, metavar="DIR")
         reads.add_argument("--text", help="name of a file in it, without ending (default: first)")
@@ -77,7 +77,7 @@ def _usage(args: argparse.Namespace) -> None:
     from memshare.plots.usage import plot_usage
 
     record = Record.load(args.record)
-    arms = args.arms.split(",") if args.arms else list(record.arms)
+    arms = args.arms.split(",") if args.arms else [run.arm for run in record.repeats[0]]
     for arm in arms:
         _run_of(record.repeats[0], arm, args.record)
     plot_usage(record, arms, args.output)
@@ -110,13 +110,17 @@ def _pareto(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{args.record}: {error}") from None
     if isinstance(rows, list):
-        points, axes = _damage_points(rows, args.record), ("blocks given up, %", "KL, nats")
+        if not rows:
+            raise UserError(f"{args.record} is an empty table")
+        panels, gain = {"KL, nats": _damage_points(rows, args.record)}, "blocks given up, %"
     else:
-        points = accuracy_points(Record.load(args.record))
-        axes = ("tokens a second, dense = 1", "right answers, %")
-    if not points:
-        raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
-    plot_pareto(points, *axes, args.output)
+        record = Record.load(args.record)
+        groups = accuracy_points(record)
+        if not groups:
+            raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
+        panels = {f"right answers, {group} (%)": points for group, points in groups.items()}
+        gain = f"tokens a second, {next(iter(record.arms))} = 1"
+    plot_pareto(panels, gain, args.output)
 
 
 def _damage_points(rows: list[dict[str, object]], path: Path) -> list[Point]:
@@ -154,7 +158,7 @@ def _steps(args: argparse.Namespace) -> None:
 
 
 def _trace(args: argparse.Namespace) -> None:
-    from memshare.plots.trace import marks, write_trace
+    from memshare.plots.trace import marks, with_twin, write_trace
     from memshare.vocabulary import token_bytes
 
     if args.output.suffix != ".html":
@@ -163,15 +167,15 @@ def _trace(args: argparse.Namespace) -> None:
     before, after = _give_up(reader, reading, 0.0), _give_up(reader, reading, args.freed)
     vocabulary = token_bytes(reader.tokenizer)
     found = marks(reading, before, after, _BLOCK)
-    again = sum(mark.twin >= 0 for mark in found) / len(found)
+    later, earlier = with_twin(found)
     facts = {
         "model": args.model,
         "tokens": f"{reading.prefix}, {reading.prompt} of them prompt",
-        "written again later": f"{again:.0%}",
+        "tokens with a twin": f"{later:.0%} that stands later, {earlier:.0%} that stands earlier",
         "blocks given up": f"{len(after.donor_of)} of {after.full}, by the policy twins",
     }
     tokens = [vocabulary[token] for token in reading.tokens[: reading.prefix].tolist()]
-    write_trace(tokens, found, f"{trace.name}: what it writes again", facts, args.output)
+    write_trace(tokens, found, f"{trace.name}: what it writes more than once", facts, args.output)
 
 
 def _read(args: argparse.Namespace) -> tuple[Reader, Reading, Trace]:

@@ -177,8 +177,8 @@ def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
     )
     dense: Prediction | None = None
     lines = []
-    for arm, options in record.arms.items():
-        runs = [run for repeat in record.repeats for run in repeat if run.arm == arm]
+    for arm, runs in record.runs.items():
+        options = record.arms[arm]
         jobs = [
             Job(0.0, prompt, outcome.tokens)
             for prompt, outcome in zip(record.prompts, runs[0].outcomes, strict=True)

@@ -39,12 +39,10 @@ _COUNTS: tuple[tuple[str, Callable[[Run], float], str], ...] = (
 def panels(record: Record) -> dict[str, list[Bar]]:
     """Bars by title of their panel: right answers of every group, then the scheduler's counts.
 
-    Answers have Wilson's 95 % interval, over all repeats; counts the medians of repeats.
+    Answers have Wilson's 95 % interval, over all repeats; counts the medians of repeats. Arms that
+    have not run yet have no bars.
     """
-    runs = {
-        arm: [run for repeat in record.repeats for run in repeat if run.arm == arm]
-        for arm in record.arms
-    }
+    runs = record.runs
     every = [o for mine in runs.values() for run in mine for o in run.outcomes]
     groups = sorted({o.group for o in every if o.right is not None})
     found = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,55 +29,60 @@ class Point(NamedTuple):
     high: float
 
 
-def accuracy_points(record: Record) -> list[Point]:
-    """Right answers in percent (Wilson's 95 % interval) against tokens a second, dense = 1.
+def accuracy_points(record: Record) -> dict[str, list[Point]]:
+    """Right answers in percent, by group of tasks, against tokens a second.
 
-    Arms without graded tasks give no point.
+    Groups are kept apart: one that no arm ever fails would hide what the others lose. Answers have
+    Wilson's 95 % interval. Speeds are medians over repeats of the ratio to the first arm's in the
+    same repeat; arms and groups without graded answers, or without such a ratio, give no point.
     """
-    points = []
-    for arm in record.arms:
-        runs = [run for repeat in record.repeats for run in repeat if run.arm == arm]
-        right = [o.right for run in runs for o in run.outcomes if o.right is not None]
-        if not right:
-            continue
-        ratios = [
-            run.tokens_per_second / repeat[0].tokens_per_second
-            for repeat in (sorted(r, key=lambda run: run.arm != "dense") for r in record.repeats)
-            for run in repeat
-            if run.arm == arm
-        ]
-        low, high = wilson(sum(right), len(right))
-        points.append(
-            Point(
-                arm, statistics.median(ratios), 100 * sum(right) / len(right), 100 * low, 100 * high
-            )
-        )
-    return points
+    base = next(iter(record.arms))
+    speeds: dict[str, list[float]] = {}
+    for repeat in record.repeats:
+        by_arm = {run.arm: run.tokens_per_second for run in repeat}
+        if base in by_arm:
+            for arm, speed in by_arm.items():
+                speeds.setdefault(arm, []).append(speed / by_arm[base])
+    points: dict[str, list[Point]] = {}
+    for arm, runs in record.runs.items():
+        right: dict[str, list[bool]] = {}
+        for outcome in (o for run in runs for o in run.outcomes if o.right is not None):
+            right.setdefault(outcome.group, []).append(bool(outcome.right))
+        for group, answers in right.items() if arm in speeds else ():
+            cost, low, high = sum(answers) / len(answers), *wilson(sum(answers), len(answers))
+            point = Point(arm, statistics.median(speeds[arm]), 100 * cost, 100 * low, 100 * high)
+            points.setdefault(group, []).append(point)
+    return dict(sorted(points.items()))
 
 
-def plot_pareto(points: Sequence[Point], gain: str, cost: str, path: Path) -> None:
+def plot_pareto(panels: Mapping[str, Sequence[Point]], gain: str, path: Path) -> None:
     """Draw points; those of one policy at several budgets are joined.
 
     Args:
-        points: what to draw.
-        gain: label of the horizontal axis.
-        cost: label of the vertical axis.
+        panels: what to draw side by side, by the label of the vertical axis.
+        gain: label of the horizontal axes.
         path: the picture; its ending decides the format.
 
     Raises:
         UserError: the picture cannot be drawn (see :func:`memshare.plots.style.figure`).
     """
-    families: dict[str, list[Point]] = {}
-    for point in points:
-        families.setdefault(point.arm.split()[0], []).append(point)
-    with figure(path) as (panel,):
-        for family, mine in families.items():
-            mine.sort(key=lambda point: point.gain)
-            x, y = [p.gain for p in mine], [p.cost for p in mine]
-            errors = ([p.cost - p.low for p in mine], [p.high - p.cost for p in mine])
-            panel.errorbar(
-                x, y, errors, color=colour(family), marker="o", capsize=2, linewidth=1, label=family
-            )
-        panel.set(xlabel=gain, ylabel=cost)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+    with figure(path, columns=len(panels), width=max(8.0, 5.0 * len(panels))) as axes:
+        for panel, (cost, points) in zip(axes, panels.items(), strict=True):
+            for policy, mine in by_policy(points).items():
+                x, y = [p.gain for p in mine], [p.cost for p in mine]
+                errors = ([p.cost - p.low for p in mine], [p.high - p.cost for p in mine])
+                panel.errorbar(
+                    x, y, errors, color=colour(policy), marker="o", capsize=2, linewidth=1,
+                    label=policy,
+                )  # fmt: skip
+            panel.set(xlabel=gain, ylabel=cost)
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="small")
+
+
+def by_policy(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points that are joined: ``twins 0.25`` and ``twins 0.5`` are of one policy; by gain."""
+    policies: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.gain):
+        policies.setdefault(point.arm.split()[0], []).append(point)
+    return policies

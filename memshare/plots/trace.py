@@ -1,4 +1,4 @@
-"""A text as a page: what it writes again, what was given up, and arcs from that to its twins."""
+"""A text as a page: what it writes twice, what was given up, and arcs from that to its twins."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Mark(NamedTuple):
     """What is to be seen of one token.
 
     Attributes:
-        kind: ``gone`` is in a block that was given up, ``twin`` is written again later.
-        twin: position of its twin; -1 if it has none.
+        kind: ``gone`` is in a block that was given up, ``twin`` is written elsewhere too.
+        twin: position of its twin, the copy before or after it that is more alike; -1 if it has
+            none.
         similarity: to its twin, 0..1.
     """
 
@@ -62,6 +63,13 @@ def marks(reading: Reading, before: Prefix, after: Prefix, block_size: int) -> l
             kind = "prompt"
         found.append(Mark(kind, twin, round(score, 2)))
     return found
+
+
+def with_twin(found: Sequence[Mark]) -> tuple[float, float]:
+    """Fractions of tokens whose twin stands later, and earlier."""
+    later = sum(mark.twin > position for position, mark in enumerate(found))
+    earlier = sum(0 <= mark.twin < position for position, mark in enumerate(found))
+    return later / len(found), earlier / len(found)
 
 
 def runs(found: Sequence[Mark]) -> Iterator[Run]:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from memshare.errors import UserError
 
+_ENDINGS = (".json", ".jsonl", ".txt")
+# What the problem and the text are called: in recorded traces, and in logs of completions.
+_FIELDS = (("problem", "reasoning"), ("prompt", "completion"))
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -20,23 +24,51 @@ class Trace:
 
 
 def load_traces(folder: Path) -> Iterator[Trace]:
-    """Read every ``*.json`` below a folder, in order of their names.
+    """Read every recorded text below a folder, file by file in order of their names.
 
-    Each is one object with ``problem`` and ``reasoning``, both text; other fields are left alone.
+    - ``*.json``: one object with the texts ``problem`` and ``reasoning``, or ``prompt`` and
+      ``completion``; other fields are left alone
+    - ``*.jsonl``: such an object a line; the name of the text is ``FILE:LINE``
+    - ``*.txt``: what the model wrote, as it is; the problem is empty
 
     Raises:
         UserError: the folder or a file is not as described.
     """
-    paths = sorted(folder.rglob("*.json"))
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in _ENDINGS)
     if not paths:
-        raise UserError(f"{folder} holds no *.json file; give a folder of recorded traces")
+        raise UserError(f"{folder} holds no *.json, *.jsonl or *.txt file; give a folder of texts")
     for path in paths:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            yield from _texts(path)
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: {error}") from None
-        texts = [found.get(field) if isinstance(found, dict) else None for field in Trace.__slots__]
-        problem, reasoning = texts[1:]
-        if not isinstance(problem, str) or not isinstance(reasoning, str):
-            raise UserError(f"{path}: wants one object with the texts 'problem' and 'reasoning'")
-        yield Trace(path.stem, problem, reasoning)
+
+
+def _texts(path: Path) -> Iterator[Trace]:
+    if path.suffix == ".txt":
+        yield Trace(path.stem, "", path.read_text(encoding="utf-8"))
+    elif path.suffix == ".json":
+        yield _parse(path.read_text(encoding="utf-8"), path.stem, str(path))
+    else:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _parse(line, f"{path.stem}:{number}", f"{path}, line {number}")
+
+
+def _parse(text: str, name: str, place: str) -> Trace:
+    """Read one object; ``place`` says in messages where it stands."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    for fields in _FIELDS:
+        problem, reasoning = (
+            found.get(field) if isinstance(found, dict) else None for field in fields
+        )
+        if isinstance(problem, str) and isinstance(reasoning, str):
+            return Trace(name, problem, reasoning)
+    raise UserError(
+        f"{place}: wants one object with the texts 'problem' and 'reasoning' (or 'prompt' and "
+        "'completion')"
+    )

@@ -61,6 +61,15 @@ def test_every_arm_has_options_that_load() -> None:
                 assert config.budget.max_shared_fraction == 0.25
 
 
+@pytest.mark.parametrize(
+    ("dtype", "blocks"), [("bfloat16", 201), ("float16", 201), ("float32", 401)]
+)
+def test_an_fp8_cache_has_the_bytes_of_the_others(dtype: str, blocks: int) -> None:
+    arms = {arm.name: arm.blocks(101, dtype) for arm in expand(",".join(NAMES), [0.5], {})}
+    assert arms.pop("fp8") == blocks  # the null block is not doubled
+    assert set(arms.values()) == {101}
+
+
 def test_an_unknown_arm_is_named() -> None:
     with pytest.raises(UserError, match="no arm 'best'"):
         list(expand("dense,best", [0.5], {}))

@@ -13,6 +13,7 @@ import pytest
 
 from memshare.cli import main
 from memshare.errors import UserError
+from memshare.evals.answers import Answer, EngineSettings
 from memshare.evals.grading import is_right
 from memshare.evals.questions import Question, load
 
@@ -161,3 +162,24 @@ def test_a_server_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) 
     words = ["eval", "--url", "http://127.0.0.1:9/v1", "--suite", "chain", "--limit", "1"]
     assert main(words) == 1
     assert "http://127.0.0.1:9/v1" in capsys.readouterr().err
+
+
+def test_an_engine_has_room_for_the_longest_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths: list[int] = []
+
+    def answer(prompts: list[str], _sampling: object, engine: EngineSettings, *_: object) -> Any:
+        lengths.append(engine.max_model_len)
+        return [[Answer("The final answer is 1.", 6)] for _ in prompts]
+
+    monkeypatch.setattr("memshare.bench.models.resolve", lambda name: name)
+    monkeypatch.setattr("memshare.commands.eval.longest", lambda model, prompts: 100)
+    monkeypatch.setattr("memshare.commands.eval.from_engine", answer)
+    words = ["eval", "--suite", "chain", "--limit", "2", "--arms", "dense", "--max-tokens", "8192"]
+    assert main(words) == 0
+    assert main([*words, "--max-model-len", "9000"]) == 0
+    assert lengths == [8292, 9000]
+    assert main([*words, "--max-model-len", "8291"]) == 1
+    assert "would cut answers off" in capsys.readouterr().err
+    assert lengths == [8292, 9000], "nothing was started"

@@ -14,10 +14,10 @@ from memshare.bench.run import Moment, Outcome, Record, Run
 from memshare.cli import main
 from memshare.errors import UserError
 from memshare.plots.arms import panels
-from memshare.plots.pareto import accuracy_points
+from memshare.plots.pareto import Point, accuracy_points, by_policy
 from memshare.plots.steps import lexical, shared_steps
 from memshare.plots.style import figure
-from memshare.plots.trace import Mark, runs, write_trace
+from memshare.plots.trace import Mark, runs, with_twin, write_trace
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -49,11 +49,47 @@ def record(tmp_path: Path) -> Path:
 
 
 def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
-    dense, twins = accuracy_points(Record.load(record))
+    dense, twins = accuracy_points(Record.load(record))["recall"]
     assert (dense.gain, dense.cost) == (1.0, 100.0)
     assert twins.gain == pytest.approx((10 / 8 + 10 / 4) / 2)
     assert twins.cost == 90.0
     assert twins.low < 90.0 < twins.high
+
+
+def test_groups_are_not_pooled(record: Path) -> None:
+    loaded = Record.load(record)
+    for run in (run for repeat in loaded.repeats for run in repeat):
+        run.outcomes.extend([Outcome("chain", 300, True, 0.0)] * 10)
+    groups = accuracy_points(loaded)
+    assert list(groups) == ["chain", "recall"]
+    assert [point.cost for point in groups["chain"]] == [100.0, 100.0]
+    assert [point.cost for point in groups["recall"]] == [100.0, 90.0]
+
+
+def test_a_repeat_that_was_stopped_before_the_first_arm_gives_no_ratio(record: Path) -> None:
+    loaded = Record.load(record)
+    del loaded.repeats[1][1]
+    _, twins = accuracy_points(loaded)["recall"]
+    assert twins.gain == pytest.approx(10 / 8), "of the first repeat alone"
+
+
+def test_budgets_of_one_policy_are_joined() -> None:
+    points = [Point(arm, gain, 0, 0, 0) for arm, gain in [("x 0.5", 2), ("y", 1), ("x 0.25", 1)]]
+    joined = {policy: [p.arm for p in mine] for policy, mine in by_policy(points).items()}
+    assert joined == {"y": ["y"], "x": ["x 0.25", "x 0.5"]}
+
+
+@pytest.mark.parametrize("kind", ["arms", "usage", "pareto"])
+def test_a_stopped_comparison_shows_the_arms_that_ran(
+    record: Path, tmp_path: Path, kind: str
+) -> None:
+    loaded = Record.load(record)
+    loaded.arms["oldest"] = {"mode": "share"}
+    loaded.save(record)
+    assert [bar.arm for bar in panels(loaded)["preemptions"]] == ["dense", "twins"]
+    output = tmp_path / "picture.svg"
+    assert main(["plot", kind, str(record), "--output", str(output)]) == 0
+    assert output.exists()
 
 
 def test_panels_count_all_repeats(record: Path) -> None:
@@ -135,6 +171,11 @@ def test_neighbours_with_neighbouring_twins_are_one_run() -> None:
     assert [(run.start, run.end, run.kind, run.twin) for run in runs(marks)] == [
         (0, 2, "prompt", -1), (2, 4, "gone", 10), (4, 5, "gone", 20), (5, 7, "plain", -1),
     ]  # fmt: skip
+
+
+def test_twins_are_counted_by_where_they_stand() -> None:
+    marks = [Mark("twin", 2, 0.5), Mark("plain", -1, 0.0), Mark("gone", 0, 0.5), Mark("twin", 0, 1)]
+    assert with_twin(marks) == (0.25, 0.5)
 
 
 def test_the_page_holds_the_text_and_where_arcs_end(tmp_path: Path) -> None:

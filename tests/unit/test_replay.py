@@ -52,8 +52,33 @@ def write(folder: Path, name: str, content: object) -> None:
 def test_traces_are_read_in_order_from_any_depth(tmp_path: Path) -> None:
     write(tmp_path, "b/2.json", {"problem": "p2", "reasoning": "r2", "id": 7})
     write(tmp_path, "a/1.json", {"problem": "p1", "reasoning": "r1"})
-    write(tmp_path, "a/readme.txt", "no trace")
+    write(tmp_path, "a/readme.md", "no trace")
     assert list(load_traces(tmp_path)) == [Trace("1", "p1", "r1"), Trace("2", "p2", "r2")]
+
+
+def test_texts_and_logs_are_traces_too(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "Wait.\n")
+    lines = [{"prompt": "p", "completion": "c", "model": "m"}, {"problem": "q", "reasoning": "r"}]
+    write(tmp_path, "b.jsonl", "\n\n".join(json.dumps(line) for line in lines) + "\n")
+    assert list(load_traces(tmp_path)) == [
+        Trace("a", "", "Wait.\n"), Trace("b:1", "p", "c"), Trace("b:3", "q", "r"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "p", "reasoning": "r"}'])
+def test_a_wrong_line_of_a_log_is_named(tmp_path: Path, line: str) -> None:
+    write(tmp_path, "log.jsonl", f'{{"prompt": "p", "completion": "c"}}\n{line}\n')
+    traces = load_traces(tmp_path)
+    assert next(traces).name == "log:1"
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2: "):
+        next(traces)
+
+
+@pytest.mark.parametrize("name", ["wrong.txt", "wrong.json", "wrong.jsonl"])
+def test_what_is_no_text_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=rf"{name}: .*decode"):
+        list(load_traces(tmp_path))
 
 
 @pytest.mark.parametrize(
