@@ -27,7 +27,7 @@ class StandIn:
         self.has_died = False
         self.bodies: list[Mapping[str, Any]] = []
         self.running: dict[str, asyncio.Event] = {}
-        self.closed = asyncio.Event()
+        self.idle = asyncio.Event()  # set whenever the last of its requests has ended
         self.failures: list[Exception] = []
         self.metadata: Mapping[str, str] = {}
 
@@ -47,6 +47,7 @@ class StandIn:
             raise self.failures.pop(0)
         self.require_model(body.get("model", ""))
         aborted = self.running[request_id] = asyncio.Event()
+        self.idle.clear()
         try:
             if body.get("ignore_eos"):
                 while not aborted.is_set():
@@ -62,6 +63,7 @@ class StandIn:
                 yield Piece("".join(WORDS), [0, 1, 2], finish_reason="stop", cost=COST)
         finally:
             del self.running[request_id]
-            self.closed.set()
+            if not self.running:
+                self.idle.set()
 
     chat = complete

@@ -134,7 +134,7 @@ async def test_the_client_for_ordinary_code_does_the_same(server: Server) -> Non
             return texts
 
     assert await asyncio.to_thread(use) == ["one two three"] * 4 + ["one "]
-    await asyncio.wait_for(server.engine.closed.wait(), 5)
+    await asyncio.wait_for(server.engine.idle.wait(), 5)
     assert server.engine.running == {}
 
 
@@ -191,7 +191,7 @@ async def test_a_deadline_ends_the_work(server: Server) -> None:
     async with server.client() as client:
         with pytest.raises(TimedOutError):
             await client.generate("x", Sampling(ignore_eos=True), timeout=0.3)
-        await asyncio.wait_for(server.engine.closed.wait(), 5)
+        await asyncio.wait_for(server.engine.idle.wait(), 5)
         assert server.engine.running == {}
 
 
@@ -201,7 +201,7 @@ async def test_a_reader_that_stops_ends_the_work(server: Server) -> None:
             async for piece in stream:
                 assert piece.text == "one "
                 break
-        await asyncio.wait_for(server.engine.closed.wait(), 5)
+        await asyncio.wait_for(server.engine.idle.wait(), 5)
         assert server.engine.running == {}
 
 
@@ -254,8 +254,8 @@ async def test_calls_are_counted_by_how_they_end(tmp_path: Path) -> None:
             with pytest.raises(CallError):
                 await acme.generate("x")
         with pytest.raises(TimedOutError):
-            await acme.generate("x", Sampling(ignore_eos=True), timeout=1.5)
-        await asyncio.wait_for(server.engine.closed.wait(), 5)
+            await acme.generate("x", Sampling(ignore_eos=True), timeout=0.3)
+        await asyncio.wait_for(server.engine.idle.wait(), 5)
     counts = [counted(gate, "tenant_requests", "acme", o) for o in ("served", "failed", "aborted")]
     assert counts == [2, 1, 1]
 
