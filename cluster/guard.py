@@ -14,7 +14,6 @@ from pathlib import Path
 # is left, as the killed may have started others meanwhile.
 _SCRIPT = r"""
 kill_group() {
-  group=$1
   for round in 1 2 3 4 5 6 7 8 9 10; do
     left=
     for folder in /proc/[0-9]*; do
@@ -32,7 +31,7 @@ kill_group() {
 guard() {
   group=$1; shift
   while read -r name; do set -- "$@" "$name"; done
-  kill_group "$group"
+  kill_group
   rm -f -- "$@"
 }
 exec 3<&0 2>/dev/null

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 _TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
-# Python's shared memory and semaphores, and the buffers of vLLM's cpu_communicator.py. Ray's object
-# store, which an engine with an evaluator pool has mapped too, is everybody's.
+# Python's shared memory and semaphores, and the buffers of vLLM's cpu_communicator.py. Nothing else
+# that is mapped there: some people keep the model's weights in /dev/shm.
 _OURS = ("psm_", "sem.mp-", "vllm_dist_")
 
 
@@ -28,7 +28,7 @@ class Workers:
         """
         children = psutil.Process().children(recursive=True)
         self._workers = [child for child in children if _titled(child, title)]
-        self._engines = [worker.parent() for worker in self._workers]
+        self._engines = {parent for worker in self._workers if (parent := worker.parent())}
 
     def __len__(self) -> int:
         """How many there were."""
@@ -40,15 +40,14 @@ class Workers:
 
     def shared_memory(self) -> set[Path]:
         """The files in ``/dev/shm`` that only they and their engines use."""
-        used = (shared_memory(process) for process in [*self._workers, *self._engines] if process)
-        return {path for path in set().union(*used) if path.name.startswith(_OURS)}
+        used = set().union(*map(shared_memory, [*self._workers, *self._engines]))
+        return {path for path in used if path.name.startswith(_OURS)}
 
     def kill_engines(self) -> None:
         """Kill the processes that have started them."""
         for engine in self._engines:
-            if engine is not None:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    engine.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
 
 
 def shared_memory(process: psutil.Process) -> set[Path]:

@@ -125,7 +125,6 @@ def accuracy_section(request: Request) -> str:
         "eval", "--suite", "math500", *data, "--model", scale.model, "--arms", "dense,twins",
         "--dtype", scale.dtype, "--limit", str(scale.questions),
         "--max-tokens", str(scale.answer_tokens),
-        "--max-model-len", str(scale.answer_tokens + 1024),
         "--block-size", str(scale.block_size), "--blocks", str(scale.answer_blocks),
         "--tensor-parallel-size", str(request.ranks), *(() if scale.compiled else ("--eager",)),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import httpx
 import psutil
 
 from cluster.workers import shared_memory
-from tools.local_cluster import Killed, Server, victims, wait_until_whole
+from tools.local_cluster import Killed, Server, staff, wait_until_whole
 
 RECOVERY_S = 60.0
 PROMPT = "A long story about a lighthouse:"
@@ -65,7 +65,7 @@ def recover(server: Server, killed: Killed, record_property: Record) -> None:
 
 @dataclass(frozen=True)
 class Old:
-    """Processes that are to be replaced, and the shared memory of an engine and its workers."""
+    """Processes that are to go, and the shared memory that they use."""
 
     processes: list[psutil.Process]
     files: set[Path]
@@ -73,9 +73,9 @@ class Old:
     @classmethod
     def of(cls, *roles: str) -> Old:
         """Those that play these roles now."""
-        found = [process for role in roles for process in victims(role)]
-        used = set().union(*map(shared_memory, [*victims("engine"), *victims("worker")]))
-        files = {path for path in used if not path.match("plasma*")}  # Ray's, and everybody's
+        now = staff()
+        found = [process for role in roles for process in now[role]]
+        files = set().union(*map(shared_memory, found))
         assert files, "an engine shares memory with its worker"
         return cls(found, files)
 

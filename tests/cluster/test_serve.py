@@ -643,7 +643,7 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     pid = ray.get(evaluator.__ray_call__.remote(lambda _: os.getpid()))
     ours = [*processes("VLLM::", "ray::ServeReplica"), *guards(), psutil.Process(pid)]
     titles = {process.cmdline()[0] for process in ours}
-    old = Old.of("engine", "worker")
+    old = Old.of("engine", "worker", "replica", "evaluator")
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
     stop(server)
     assert server.process.returncode == 0

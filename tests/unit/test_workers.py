@@ -54,7 +54,7 @@ def test_a_lost_worker_is_noticed_and_ends_its_engine(engine: psutil.Process) ->
     workers.kill_engines()  # nothing left to kill, and no error
 
 
-NAMES = ("vllm_dist_1-tp:0-[0-1]-cpushm_0", "psm_1", "plasma1")
+NAMES = ("vllm_dist_1-tp:0-[0-1]-cpushm_0", "psm_1", "plasma1", "model.safetensors")
 
 # Maps files of shared memory, as a worker does.
 MAPS = """
@@ -65,7 +65,7 @@ sys.stdin.read()
 """
 
 
-def test_shared_memory_of_workers_is_found_but_not_that_of_ray(tmp_path: Path) -> None:
+def test_shared_memory_of_workers_is_found_but_not_that_of_others(tmp_path: Path) -> None:
     names = [Path("/dev/shm") / f"{name}-{tmp_path.name}-{os.getpid()}" for name in NAMES]
     for name in names:
         name.write_bytes(bytes(4096))
