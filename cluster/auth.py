@@ -95,7 +95,7 @@ class Call:
         self.salt = salt
         """``cache_salt`` of everything that is computed for the tenant."""
         self.sequences = 0
-        """Sequences that were started for it."""
+        """Sequences that are generated for it now."""
         self.usages: list[Usage] = []
         """What runs for it in the engine."""
         self.outcome: Outcome = "served"
@@ -130,17 +130,27 @@ class Gate:
         self._calls: dict[Call, tuple[int, int]] = {}
         self._desk_faults = 0
 
-    def identify(self, key: str | None, peer: str | None) -> Caller:
+    def identify(self, key: str | None, peer: str | None, *sites: str) -> Caller:
         """Say who is calling.
 
         Args:
             key: what came with the request; None if nothing did.
             peer: address of the client; None if it is not known.
+            sites: hosts that the request names as its target or origin. A browser on this machine
+                may be led here by any page it shows, and then names that page's.
 
         Raises:
             RefusedError: unauthenticated.
         """
         if self._keys is None:
+            foreign = next((site for site in sites if not is_local(site)), None)
+            if foreign is not None:
+                raise self._refusal(
+                    "not_local",
+                    f"this server has no keys and is not for {foreign!r}; call it as 127.0.0.1 or "
+                    "localhost, or set 'auth' of the application ('memshare keys new' makes an "
+                    "entry)",
+                )
             if is_local(peer):
                 return _LOCAL_CALLER
             raise self._refusal(

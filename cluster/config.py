@@ -104,8 +104,8 @@ class ReplicaConfig(Section):
     ``RESOURCE_EXHAUSTED``. None has no limit."""
     retry_after_s: float = Field(default=2.0, gt=0.0)
     """Seconds after which a client that got HTTP 429 should try again: its ``Retry-After``."""
-    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
-    """Bytes of an HTTP request's body; larger ones get HTTP 413."""
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=64 * 2**20)
+    """Bytes of a request; larger ones get HTTP 413 or gRPC ``INVALID_ARGUMENT``."""
     health_check_period_s: float = Field(default=1.0, gt=0.0)
     """Seconds between health checks. A dead engine ends its replica at once; it is replaced at the
     next check."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from cluster.salt import brings_salt, salted
 from cluster.tracing import RequestSpans
 from memshare.request_options import RequestOptionsError, parse_request_options
 
-_MAX_ID = 256
+_MAX_ID = 300  # 256 of a client's, and what front ends add
 _PLAIN_ID = re.compile("[!-~]+")
 
 
@@ -77,16 +78,26 @@ class GatedAsyncLLM(AsyncLLM):
         _require_no_salt(prompt)
         _require_no_transfer(sampling_params.extra_args)
         self._require_model(call, options.get("lora_request"))
-        call.sequences += sampling_params.n
+        sequences = sampling_params.n
         limit = call.caller.sequences_per_request
-        if limit is not None and call.sequences > limit:
+        if limit is not None and call.sequences + sequences > limit:
             raise VLLMValidationError(
-                f"{call.sequences} sequences (prompts times n) in one request are more than the "
-                f"{limit} that the key allows; send several requests",
+                f"{call.sequences + sequences} sequences (prompts times n) in one request are more "
+                f"than the {limit} that the key allows; send several requests",
                 parameter="n",
             )
         if self.uses_memshare:
             sampling_params.extra_args = self._memshare_options(call, sampling_params.extra_args)
+        call.sequences += sequences
+        return _run(self._outputs(prompt, sampling_params, request_id, options), call, sequences)
+
+    def _outputs(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
         if self.spans is None:
             return super().generate(prompt, sampling_params, request_id, **options)
         generate = super().generate
@@ -153,6 +164,18 @@ class GatedAsyncLLM(AsyncLLM):
         return extra_args
 
 
+async def _run(
+    outputs: AsyncGenerator[RequestOutput, None], call: Call, sequences: int
+) -> AsyncGenerator[RequestOutput, None]:
+    """Pass outputs on. Beam search starts its sequences anew for every token: each ends here."""
+    try:
+        async with aclosing(outputs):  # whoever stops reading aborts
+            async for output in outputs:
+                yield output
+    finally:
+        call.sequences -= sequences
+
+
 def _require_no_salt(prompt: object) -> None:
     if brings_salt(prompt):
         raise VLLMValidationError(
@@ -166,7 +189,7 @@ def _require_plain_id(request_id: str) -> None:
     if len(request_id) > _MAX_ID or not _PLAIN_ID.fullmatch(request_id):
         raise VLLMValidationError(
             f"a request id (header X-Request-Id, field request_id) has at most {_MAX_ID} letters, "
-            "digits and signs of ASCII, with what vLLM adds to it, and no spaces",
+            "digits and signs of ASCII, with what the server adds to it, and no spaces",
             parameter="request_id",
         )
 

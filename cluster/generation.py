@@ -25,6 +25,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.parser.abstract_parser import Parser
 from vllm.renderers.inputs.preprocess import extract_prompt_components, extract_prompt_len
 from vllm.sampling_params import RequestOutputKind
+from vllm.tracing import extract_trace_headers
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from cluster.grpc_messages import Cost, Piece
@@ -90,7 +91,7 @@ class Generation:
             body: of a request to ``/v1/completions`` with one prompt. Its ``stream`` tells whether
                 there is one piece or many.
             request_id: of the engine; no other request may have it.
-            metadata: of the call: ``traceparent`` and ``session_id`` go on to the engine.
+            metadata: of the call: its trace context and ``session_id`` go on to the engine.
 
         Raises:
             StatusError: the request is refused.
@@ -170,7 +171,15 @@ class Generation:
         params = request.to_sampling_params(max_tokens, serving.default_sampling_params)
         assert params.output_kind != RequestOutputKind.CUMULATIVE
         adapter = serving._maybe_get_adapters(request)
-        outputs = self._engine.generate(prompt, params, request_id, lora_request=adapter, **options)
+        outputs = self._engine.generate(
+            prompt,
+            params,
+            request_id,
+            lora_request=adapter,
+            trace_headers=extract_trace_headers(metadata) or None,
+            session_id=metadata.get("session_id"),
+            **options,
+        )
         # Closed as soon as nobody reads on, which aborts the request in the engine.
         async with aclosing(outputs):
             async for output in outputs:

@@ -21,12 +21,19 @@ from memshare.proto import memshare_pb2
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
 HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
+MAX_REQUEST_BYTES = 64 * 2**20
+"""Proxies take no larger request; replicas may be stricter (``replica.max_body_bytes``)."""
+OUR_FAULT = "internal error: "
+"""How the details of what a replica calls INTERNAL begin."""
+
+_RETRY_AFTER_S = 2  # the default of `replica.retry_after_s`, which a proxy does not know
+
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
     """Stands for a request whose bytes are not the message that they should be."""
 
-    message: str
+    problem: str
 
 
 def add_memshare(servicer: Any, server: grpc.Server) -> None:
@@ -57,28 +64,29 @@ def _add(service: ServiceDescriptor, servicer: Any, server: grpc.Server) -> None
 
 
 def _parser(message: type[Message]) -> Callable[[bytes], Message | Malformed]:
-    """Lets a request that can't be parsed through to the replica.
+    """Lets a request that can't be parsed, or is too large, through to the replica.
 
     gRPC would end it with UNKNOWN, and a traceback in the proxy's log.
     """
 
     def parse(data: bytes) -> Message | Malformed:
+        if len(data) > MAX_REQUEST_BYTES:
+            return Malformed(too_large(len(data), MAX_REQUEST_BYTES))
         try:
             return message.FromString(data)
         except DecodeError:
-            return Malformed(message.DESCRIPTOR.full_name)
+            return Malformed(f"its bytes are no {message.DESCRIPTOR.full_name}")
 
     return parse
 
 
-class _Methods(grpc.ServiceRpcHandler):
-    """The methods of a service, whose streams end at the replica whenever they end here.
+def too_large(size: int, limit: int) -> str:
+    """What is wrong with a request of so many bytes."""
+    return f"has {size} bytes, more than {limit}; send a shorter prompt"
 
-    Ray Serve cancels the call to the replica if the client leaves while the proxy waits for the
-    replica's next message. If it leaves while the proxy writes one, Serve forgets the call, and the
-    replica generates to the end for nobody (``send_request_to_replica`` in
-    ``ray/serve/_private/proxy.py``).
-    """
+
+class _Methods(grpc.ServiceRpcHandler):
+    """The methods of a service, around what Ray Serve makes of them: see :func:`_amended`."""
 
     def __init__(self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
         self._service = service
@@ -93,15 +101,33 @@ class _Methods(grpc.ServiceRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = self._method_handlers.get(handler_call_details.method)
-        if handler is None or not handler.response_streaming:
-            return handler
-        return grpc.unary_stream_rpc_method_handler(
-            _ending(handler.unary_stream), handler.request_deserializer, handler.response_serializer
-        )
+        if handler is None:
+            return None
+        serializers = handler.request_deserializer, handler.response_serializer
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _streamed(handler.unary_stream), *serializers
+            )
+        return grpc.unary_unary_rpc_method_handler(_whole(handler.unary_unary), *serializers)
 
 
-def _ending(read: Any) -> Any:
-    """A stream whose reading is always cancelled while it waits for a message."""
+def _whole(call: Any) -> Any:
+    async def unary(request: Any, context: Any) -> bytes:
+        reply: bytes = await call(request, context)
+        _amend(context)
+        return reply
+
+    return unary
+
+
+def _streamed(read: Any) -> Any:
+    """A stream that ends at the replica whenever it ends here.
+
+    Ray Serve cancels the call to the replica if the client leaves while the proxy waits for the
+    replica's next message. If it leaves while the proxy writes one, Serve forgets the call, and the
+    replica generates to the end for nobody (``send_request_to_replica`` in
+    ``ray/serve/_private/proxy.py``). So the reading is cancelled while it waits for a message.
+    """
 
     async def stream(request: Any, context: Any) -> None:
         messages: AsyncGenerator[bytes, None] = read(request, context)
@@ -111,8 +137,36 @@ def _ending(read: Any) -> Any:
             except BaseException:
                 await _cancel(messages)
                 raise
+        _amend(context)
 
     return stream
+
+
+def _amend(context: Any) -> None:
+    """Say what Ray Serve leaves unsaid of a call that has failed before or at the replica.
+
+    - A full queue has no word of when to come again, which HTTP has.
+    - A replica that was killed is INTERNAL, as if another try were no use. What a replica itself
+      calls INTERNAL begins with :data:`OUR_FAULT`.
+    """
+    code = context.code()
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if not any(name == "retry-after" for name, _ in context.trailing_metadata() or ()):
+            context.set_trailing_metadata(
+                [*(context.trailing_metadata() or ()), *retry_hint(_RETRY_AFTER_S)]
+            )
+    elif code == grpc.StatusCode.INTERNAL and not _text(context.details()).startswith(OUR_FAULT):
+        context.set_code(grpc.StatusCode.UNAVAILABLE)
+        context.set_details("the replica has ended and is being replaced; try again")
+
+
+def retry_hint(seconds: int) -> list[tuple[str, str]]:
+    """When to come again, in trailing metadata: as gRPC's own retries heed it, and as in HTTP."""
+    return [("grpc-retry-pushback-ms", str(1000 * seconds)), ("retry-after", str(seconds))]
+
+
+def _text(details: bytes | str) -> str:
+    return details.decode(errors="replace") if isinstance(details, bytes) else details
 
 
 async def _cancel(messages: AsyncGenerator[bytes, None]) -> None:

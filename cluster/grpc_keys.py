@@ -10,6 +10,7 @@ import grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.auth import Call, Caller, Gate, RefusedError, key_of
+from cluster.grpc_ingress import retry_hint
 
 CODES = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
@@ -42,12 +43,7 @@ async def admit(gate: Gate, context: RayServegRPCContext) -> AsyncIterator[Call]
             yield call
     except RefusedError as refusal:
         if refusal.retry_after_s is not None:
-            context.set_trailing_metadata(
-                [
-                    ("grpc-retry-pushback-ms", str(1000 * refusal.retry_after_s)),
-                    ("retry-after", str(refusal.retry_after_s)),
-                ]
-            )
+            context.set_trailing_metadata(retry_hint(refusal.retry_after_s))
         raise
 
 

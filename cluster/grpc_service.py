@@ -23,7 +23,7 @@ from cluster import grpc_keys
 from cluster import grpc_messages as messages
 from cluster.auth import Caller, Gate
 from cluster.config import ClusterArgs
-from cluster.grpc_ingress import HEALTH, SERVICE, Malformed
+from cluster.grpc_ingress import HEALTH, SERVICE, Malformed, too_large
 from cluster.grpc_stats import model_info, stats
 from cluster.grpc_status import StatusError, invalid, status_of, statuses
 from memshare.proto import memshare_pb2 as pb
@@ -225,6 +225,8 @@ class GrpcService:
         async with self._admitted(context) as owner:
             if isinstance(request, Malformed):
                 raise _malformed(request)
+            if (size := request.ByteSize()) > self._args.replica.max_body_bytes:
+                raise invalid("request", too_large(size, self._args.replica.max_body_bytes))
             asked, metadata = request, dict(context.invocation_metadata())
             with self._registered(owner, messages.request_id(asked)) as (request_id, engine_id):
                 if isinstance(asked, pb.ChatRequest):
@@ -243,7 +245,8 @@ class GrpcService:
         Yields:
             Its id for the caller, and its id in the engine.
         """
-        engine_id = f"grpc-{uuid.uuid4().hex}"
+        # Logs, spans and the page show the engine's: the caller's must be found in it.
+        engine_id = "-".join(filter(None, ("grpc", request_id, uuid.uuid4().hex)))
         key = RequestKey(owner, request_id or engine_id)
         if key in self._running:
             raise StatusError(
@@ -269,7 +272,7 @@ def _parsed(request: M | Malformed) -> M:
 
 
 def _malformed(request: Malformed) -> StatusError:
-    return invalid("request", f"its bytes are no {request.message}")
+    return invalid("request", request.problem)
 
 
 def _refuse_to_watch() -> None:

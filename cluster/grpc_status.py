@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.auth import RefusedError
+from cluster.grpc_ingress import OUR_FAULT
 from cluster.grpc_keys import CODES
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,10 @@ def status_of(error: BaseException) -> StatusError:
 
 def http_status(status: HTTPStatus, message: str) -> StatusError:
     """The status for one of HTTP."""
-    return StatusError(_CODES.get(status, grpc.StatusCode.INTERNAL), message)
+    code = _CODES.get(status)
+    if code is None:
+        return StatusError(grpc.StatusCode.INTERNAL, OUR_FAULT + message)
+    return StatusError(code, message)
 
 
 def _invalid_body(error: ValidationError) -> StatusError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -70,8 +71,9 @@ class KeyGate:
             return
         client = scope.get("client")
         try:
+            headers = Headers(scope=scope)
             caller = self._gate.identify(
-                key_of(Headers(scope=scope).get), client[0] if client else None
+                key_of(headers.get), client[0] if client else None, *_sites(headers)
             )
             if path not in FREE_PATHS and path not in INFERENCE_PATHS:
                 self._gate.require_operator(caller, f"{path}, which is no inference route,")
@@ -84,6 +86,19 @@ class KeyGate:
                 call.end(exchange.outcome)
         except RefusedError as refusal:
             await _refuse(refusal, scope, receive, send)
+
+
+def _sites(headers: Headers) -> list[str]:
+    """Hosts of the headers Host and Origin; what can't be read is a host of its own."""
+    urls = [f"//{host}" for host in headers.getlist("host")] + headers.getlist("origin")
+    return [_host(url) or url for url in urls]
+
+
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
 
 
 class _Exchange:

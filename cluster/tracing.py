@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
@@ -31,7 +32,7 @@ from memshare.stats import PreemptionNote, RemapNote
 
 _CONTEXT = TraceContextTextMapPropagator()
 
-Start = Callable[[Mapping[str, str]], AsyncIterator[RequestOutput]]
+Start = Callable[[Mapping[str, str]], AsyncGenerator[RequestOutput, None]]
 
 
 class RequestSpans:
@@ -45,8 +46,9 @@ class RequestSpans:
         """
         self._client_id = client_id
         self._tracer: Tracer = trace.get_tracer("memshare")
-        self._open: dict[str, Span] = {}
-        self._blocks: Counter[str] = Counter()  # given up, by request
+        # Clients may send several requests under one id at the same time.
+        self._open: defaultdict[str, list[Span]] = defaultdict(list)
+        self._blocks: Counter[str] = Counter()  # given up, by request id
 
     async def follow(
         self, request_id: str, headers: Mapping[str, str] | None, start: Start
@@ -66,51 +68,62 @@ class RequestSpans:
         )
         context: dict[str, str] = {}
         _CONTEXT.inject(context, trace.set_span_in_context(span))
-        self._open[request_id] = span
+        self._open[request_id].append(span)
         times: RequestStateStats | None = None
         try:
-            async for output in start(context):
-                if isinstance(output.metrics, RequestStateStats):
-                    times = output.metrics
-                yield output
+            async with aclosing(start(context)) as outputs:
+                async for output in outputs:
+                    if isinstance(output.metrics, RequestStateStats):
+                        times = output.metrics
+                    yield output
         except Exception as error:
             span.record_exception(error)
             span.set_status(Status(StatusCode.ERROR, str(error)))
             raise
         finally:
-            del self._open[request_id]
             if times is not None:
                 self._add_phases(span, times)
-            span.set_attribute("memshare.blocks_reclaimed", self._blocks.pop(request_id, 0))
+            span.set_attribute("memshare.blocks_reclaimed", self._blocks[request_id])
             span.end()
+            self._open[request_id].remove(span)
+            if not self._open[request_id]:
+                del self._open[request_id], self._blocks[request_id]
 
     def record(self, step: Step) -> None:
-        """Note on the spans what MemShare and vLLM did to their requests in an engine step."""
+        """Note on the spans what MemShare and vLLM did to their requests in an engine step.
+
+        Requests that run under one id have spans of their own, each with what was done to any.
+        """
         if step.payload is None or not self._open:
             return
-        remaps: defaultdict[Span, list[RemapNote]] = defaultdict(list)
+        remaps: defaultdict[str, list[RemapNote]] = defaultdict(list)
         for remap in map(RemapNote._make, step.payload["remaps"]):
-            name = self._client_id(remap.request)
-            if name is not None and name in self._open:
-                remaps[self._open[name]].append(remap)
-                self._blocks[name] += 1
-        for span, notes in remaps.items():
-            span.add_event(
+            remaps[self._client_id(remap.request) or ""].append(remap)
+        for name, notes in remaps.items():
+            if name in self._open:
+                self._blocks[name] += len(notes)
+            self._add_event(
+                name,
                 "memshare.reclaimed",
                 {
                     "memshare.targets": [note.target for note in notes],
                     "memshare.donors": [note.donor for note in notes],
                 },
-                _nanoseconds(notes[-1].time),
+                notes[-1].time,
             )
         for preempted in map(PreemptionNote._make, step.payload["preempted"]):
-            preempted_span = self._open.get(self._client_id(preempted.request) or "")
-            if preempted_span is not None:
-                preempted_span.add_event(
-                    "memshare.preempted",
-                    {"memshare.blocks": preempted.blocks},
-                    _nanoseconds(preempted.time),
-                )
+            self._add_event(
+                self._client_id(preempted.request) or "",
+                "memshare.preempted",
+                {"memshare.blocks": preempted.blocks},
+                preempted.time,
+            )
+
+    def _add_event(
+        self, request_id: str, name: str, attributes: Mapping[str, int | list[int]], at: float
+    ) -> None:
+        for span in self._open.get(request_id, ()):
+            span.add_event(name, attributes, _nanoseconds(at))
 
     def _add_phases(self, parent: Span, times: RequestStateStats) -> None:
         # The engine's clock is monotonic, and the same for all processes of a machine.

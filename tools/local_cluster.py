@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -44,6 +45,7 @@ ROLES = {
     "worker": "VLLM::Worker",
     "replica": "ray::ServeReplica:memshare:Engine",
     "proxy": "ray::ProxyActor",
+    "controller": "ray::ServeController",
 }
 """What can be killed: role to the beginning of its process's title."""
 

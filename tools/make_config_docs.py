@@ -236,11 +236,11 @@ def _limits(metadata: Sequence[object]) -> str:
         for limit in item.metadata if isinstance(item, FieldInfo) else [item]:
             limits |= {n: getattr(limit, n) for n in ("ge", "gt", "le") if hasattr(limit, n)}
     if "gt" in limits:
-        upper = f", up to {limits['le']:g}" if "le" in limits else ""
-        return f" above {limits['gt']:g}{upper}"
+        upper = f", up to {limits['le']:.15g}" if "le" in limits else ""
+        return f" above {limits['gt']:.15g}{upper}"
     if "ge" in limits:
         low = limits["ge"]
-        return f" {low:g} to {limits['le']:g}" if "le" in limits else f" from {low:g}"
+        return f" {low:.15g} to {limits['le']:.15g}" if "le" in limits else f" from {low:.15g}"
     return ""
 
 

@@ -492,7 +492,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, help="at once; default: 8; with --load 256")
     parser.add_argument("--blocks", type=int, help="KV blocks; default: 110; with --load 1400")
     parser.add_argument("--every", type=float, default=60.0, help="seconds from rest to fault")
-    parser.add_argument("--faults", default="evaluator,engine,replica,proxy", help=", ".join(ROLES))
+    parser.add_argument("--faults", default=",".join(ROLES), help=", ".join(ROLES))
     parser.add_argument("--check-every", type=int, default=64, help="integrity.check_every")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument(

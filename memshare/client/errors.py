@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import grpc
 
@@ -13,11 +14,15 @@ from memshare.errors import UserError
 class CallError(UserError):
     """A call failed. Its text is what the server, or gRPC, says."""
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        """Take gRPC's status."""
+    def __init__(
+        self, code: grpc.StatusCode, details: str, retry_after_s: float | None = None
+    ) -> None:
+        """Take gRPC's status, and when the server wants to be asked again."""
         super().__init__(f"{code.name}: {details}")
         self.code = code
         self.details = details
+        self.retry_after_s = retry_after_s
+        """Seconds; None if the server does not say."""
 
 
 class InvalidRequestError(CallError):
@@ -74,4 +79,13 @@ def call_errors() -> Iterator[None]:
         # Both kinds of call are errors themselves; only their stubs don't say so.
         code = error.code()
         details = error.details() or ""
-        raise _ERRORS.get(code, CallError)(code, details) from error
+        retry_after_s = _retry_after_s(error.trailing_metadata() or ())
+        raise _ERRORS.get(code, CallError)(code, details, retry_after_s) from error
+
+
+def _retry_after_s(metadata: Iterable[Any]) -> float | None:
+    for name, value in metadata:
+        if name == "retry-after":
+            with suppress(ValueError):
+                return float(value)
+    return None

@@ -8,14 +8,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from ray import serve
 
-from memshare.client import Client, FinishReason, NotFoundError, Sampling, TimedOutError
+from memshare.client import (
+    Client,
+    FinishReason,
+    NotFoundError,
+    OverloadedError,
+    Sampling,
+    TimedOutError,
+    UnavailableError,
+)
 from tests.cluster.grpc_replica import Replica
-from tools.local_cluster import free_port
+from tools.local_cluster import free_port, processes
 
 pytestmark = pytest.mark.cluster
 
@@ -31,7 +40,12 @@ def address(ray_address: str) -> Iterator[str]:
         grpc_options={"port": port, "grpc_servicer_functions": services},
     )
     deployment = serve.deployment(
-        Replica, num_replicas=2, max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
+        Replica,
+        num_replicas=2,
+        max_ongoing_requests=16,
+        max_queued_requests=16,
+        health_check_period_s=1,
+        ray_actor_options={"num_cpus": 0},
     )
     serve.run(deployment.bind(), name="grpc")
     yield f"127.0.0.1:{port}"
@@ -109,3 +123,46 @@ def test_both_replicas_answer(address: str) -> None:
         for _ in range(50):
             seen.add(client.stats().replica_id)
         assert len(seen) == 2
+
+
+def test_who_comes_to_a_full_queue_is_told_when_to_come_again(address: str) -> None:
+    with Client(address) as client, ThreadPoolExecutor(80) as pool:
+        calls = [pool.submit(client.generate, "x", ENDLESS, timeout=8) for _ in range(80)]
+        errors = [call.exception() for call in calls]
+    refused = [error for error in errors if isinstance(error, OverloadedError)]
+    assert refused
+    assert {error.retry_after_s for error in refused} == {2.0}
+    others = [error for error in errors if error not in refused]
+    assert len(others) >= 32
+    assert all(isinstance(error, TimedOutError) for error in others)
+    wait_until_idle()
+
+
+def breaks_off(stream: Iterator[object], within_s: float = 3) -> bool:
+    """Whether a stream says soon that it may be tried again; first comes what was under way."""
+    end = time.monotonic() + within_s
+    try:
+        while time.monotonic() < end:
+            next(stream)
+    except UnavailableError:
+        return True
+    return False
+
+
+def test_a_killed_replica_ends_its_own_streams_and_no_other(address: str) -> None:
+    with Client(address) as client:
+        streams = [iter(client.generate_stream("x", ENDLESS, request_id=f"s{i}")) for i in range(8)]
+        for stream in streams:
+            next(stream)
+        before = processes("ray::ServeReplica:grpc")
+        assert len(before) == 2
+        before[0].kill()
+        ended = [number for number, stream in enumerate(streams) if breaks_off(stream)]
+        assert 0 < len(ended) < 8
+        assert running() == 8 - len(ended)
+        assert all(client.abort(f"s{i}") for i in range(8) if i not in ended)
+    end = time.monotonic() + 60
+    while len(processes("ray::ServeReplica:grpc")) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    wait_until_idle()

@@ -47,6 +47,8 @@ from memshare.client import (
     TimedOutError,
 )
 from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
+from memshare.proto import memshare_pb2 as pb
+from memshare.proto.memshare_pb2_grpc import MemShareStub
 from tests.cluster.collector import Collector
 from tests.cluster.faults import Old, Record, Stream, recover
 from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
@@ -267,6 +269,24 @@ def test_spans_show_a_requests_way_and_its_reclaims(server: Server, collector: C
     seconds = {n: (s.end_time_unix_nano - s.start_time_unix_nano) / 1e9 for n, s in spans.items()}
     assert seconds["memshare.prefill"] + seconds["memshare.decode"] < seconds["memshare.request"]
     assert seconds["memshare.decode"] > 0.5 * seconds["memshare.request"]
+
+
+def test_a_grpc_call_brings_its_trace_too(server: Server, collector: Collector) -> None:
+    trace, parent = "a1b2c3d4e5f60718293a4b5c6d7e8f90", "00f067aa0ba902b7"
+    metadata = [("traceparent", f"00-{trace}-{parent}-01")]
+    request = pb.GenerateRequest(text=PROMPT, request_id="traced")
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        MemShareStub(channel).Generate(request, metadata=metadata, timeout=60)
+    spans = wait_for(
+        "both spans",
+        lambda: (
+            (got := collector.spans(trace)).keys() >= {"memshare.request", "llm_request"} and got
+        ),
+    )
+    span = spans["memshare.request"]
+    assert span.parent_span_id.hex() == parent
+    (name,) = (a.value.string_value for a in span.attributes if a.key == "gen_ai.request.id")
+    assert name.startswith("grpc-traced-")
 
 
 def test_reclaims_are_explained_in_json_lines(server: Server) -> None:
@@ -572,6 +592,17 @@ def test_a_killed_proxy_comes_back_and_engines_do_not_notice(
     server.wait_until_idle(timeout_s=30)  # nobody reads that answer: it ends
 
 
+def test_nobody_notices_that_the_controller_was_killed(
+    server: Server, record_property: Record
+) -> None:
+    others = victims("engine") + victims("replica") + victims("proxy")
+    stream = Stream(server, tokens=300)
+    killed = kill("controller")
+    assert not stream.is_told_of_its_end(), "the answer is whole"
+    recover(server, killed, record_property)
+    assert victims("engine") + victims("replica") + victims("proxy") == others
+
+
 def test_a_killed_replica_is_replaced_and_sharing_resumes(
     server: Server, record_property: Record
 ) -> None:
@@ -643,7 +674,7 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     pid = ray.get(evaluator.__ray_call__.remote(lambda _: os.getpid()))
     ours = [*processes("VLLM::", "ray::ServeReplica"), *guards(), psutil.Process(pid)]
     titles = {process.cmdline()[0] for process in ours}
-    old = Old.of("engine", "worker", "replica", "evaluator")
+    old = Old.of("engine", "worker", "replica")
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
     stop(server)
     assert server.process.returncode == 0

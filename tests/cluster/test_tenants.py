@@ -174,6 +174,14 @@ def test_permissions_are_kept(keyed: Keyed) -> None:
     assert keyed.ask("acme", vllm_xargs={"memshare": "off"}).status_code == 200
 
 
+def test_beam_search_is_as_many_sequences_as_its_width(keyed: Keyed) -> None:
+    beams = {"use_beam_search": True, "max_tokens": 6}
+    assert keyed.ask("narrow", n=2, **beams).status_code == 200
+    status, message = error(keyed.ask("narrow", n=3, **beams))
+    assert status == 400
+    assert "more than the 2" in message
+
+
 def test_one_request_at_a_time(keyed: Keyed) -> None:
     body = {"model": "smollm2", "prompt": STORY, "max_tokens": 900, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {keyed.keys['narrow']}"}

@@ -113,7 +113,7 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     everybody = processes("VLLM::", "ray::ServeReplica", "ray::Evaluator")
     ours = [process for process in everybody if process.create_time() >= began]
     assert len(ours) >= 4
-    old = Old.of("engine", "worker", "replica", "evaluator")
+    old = Old.of("engine", "worker", "replica")
     port = int(server.url.rpartition(":")[2])
     stop(server)
     _, alive = psutil.wait_procs(ours, timeout=90)

@@ -6,18 +6,6 @@ SmolLM2 where outputs must mean something. Engines are started once and shared b
 
 from __future__ import annotations
 
-import os
-
-# Before vLLM is imported: it reads these once.
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    OMP_NUM_THREADS="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_NO_USAGE_STATS="1",
-    HF_HUB_OFFLINE="1",
-)
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +15,24 @@ import pytest
 
 from memshare.model import resolve_model
 from tests.engine.harness import Engine, StartEngine, write_tiny_model
+
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def environment() -> Iterator[None]:
+    """Engines run in this process. Servers that other tests start must not inherit that."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def open_gate() -> Gate:
 
 def client_of(gate: Gate, app: App, peer: str = "10.0.0.9") -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=KeyGate(app, gate), client=(peer, 1))
-    return httpx.AsyncClient(transport=transport, base_url="http://server")
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
 
 
 async def ok(scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +130,7 @@ async def test_a_prefix_of_the_route_is_not_part_of_the_path(tmp_path: Path) -> 
     transport = httpx.ASGITransport(
         app=KeyGate(app, gate_for(tmp_path, acme={})), root_path="/llm", client=("10.0.0.9", 1)
     )
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
         assert (await client.get("/llm/health")).status_code == 200
         assert (await client.post(f"/llm{CHAT}")).status_code == 401
     assert called == ["/llm/health"]
@@ -146,6 +146,35 @@ async def test_without_keys_only_this_machine_is_served() -> None:
         assert answer.status_code == 401, peer
         assert "set 'auth'" in answer.json()["error"]["message"]
     assert counted(gate, "tenant_refusals", "-", "not_local") == 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Host": "rebound.example:8000"}, 401),
+        ({"Host": "localhost.rebound.example"}, 401),
+        ({"Origin": "https://page.example"}, 401),
+        ({"Origin": "null"}, 401),
+        ({"Origin": "http://[broken"}, 401),
+    ],
+)
+async def test_without_keys_no_page_of_others_is_served_by_a_local_browser(
+    headers: dict[str, str], status: int
+) -> None:
+    gate = open_gate()
+    for call in ("get", "post"):
+        answer = await getattr(client_of(gate, ok, "127.0.0.1"), call)(CHAT, headers=headers)
+        assert answer.status_code == status
+    assert counted(gate, "tenant_refusals", "-", "not_local") == (2 if status == 401 else 0)
+
+
+async def test_with_keys_the_site_does_not_matter(tmp_path: Path) -> None:
+    client = client_of(gate_for(tmp_path, acme={}), ok, "10.0.0.9")
+    headers = bearer("acme") | {"Host": "llm.example", "Origin": "https://page.example"}
+    assert (await client.post(CHAT, headers=headers)).status_code == 200
 
 
 def test_an_unknown_peer_is_not_local() -> None:

@@ -60,7 +60,7 @@ class Server:
 async def serving(gate: Gate) -> AsyncIterator[Server]:
     engine, service = StandIn(), GrpcService()
     service._start_grpc(ClusterArgs(model="m"), gate, engine)  # type: ignore[arg-type]
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2**31 - 1)])
     add_memshare(service, server)  # type: ignore[arg-type]
     add_health(service, server)  # type: ignore[arg-type]
     port = server.add_insecure_port("127.0.0.1:0")
@@ -145,6 +145,7 @@ async def test_the_client_for_ordinary_code_does_the_same(server: Server) -> Non
         (StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"), OverloadedError, "full"),
         (StatusError(grpc.StatusCode.NOT_FOUND, "none"), NotFoundError, "none"),
         (StatusError(grpc.StatusCode.INTERNAL, "oh"), CallError, "INTERNAL"),
+        (RuntimeError("oh"), CallError, "internal error: oh"),
     ],
 )
 async def test_a_failure_has_its_own_error(
@@ -157,6 +158,33 @@ async def test_a_failure_has_its_own_error(
         with pytest.raises(expected, match=text):
             async for _ in client.chat_stream([("user", "x")]):
                 pass
+
+
+async def test_large_requests_are_refused_before_they_are_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = ClusterArgs(model="m").replica.max_body_bytes
+    async with server.client() as client:
+        with pytest.raises(InvalidRequestError, match=f"more than {limit}; send a shorter prompt"):
+            await client.generate("x" * limit)
+        monkeypatch.setattr("cluster.grpc_ingress.MAX_REQUEST_BYTES", 1000)
+        with pytest.raises(InvalidRequestError, match="has 1001 bytes, more than 1000"):
+            await client.chat([("user", "x" * (1000 - 11))])
+        assert (await client.generate("x" * 900)).text
+    assert len(server.engine.bodies) == 1
+
+
+async def test_the_engines_id_tells_the_callers(server: Server) -> None:
+    async with server.client() as client:
+        async with client.generate_stream(
+            "x", Sampling(ignore_eos=True), request_id="mine"
+        ) as stream:
+            async for piece in stream:
+                assert piece.request_id == "mine"
+                (engine_id,) = server.engine.running
+                assert engine_id.startswith("grpc-mine-")
+                break
+        await asyncio.wait_for(server.engine.idle.wait(), 5)
 
 
 async def test_an_unavailable_server_is_asked_again_for_whole_replies_only(server: Server) -> None:

@@ -92,6 +92,8 @@ def test_every_choice_is_possible(demand: DemandPolicy, view: View) -> None:
     # It gives up only when no block is left, or none that could stand in.
     if isinstance(demand, TwinsPolicy):  # its donors are later, and their own
         assert not any(view.is_own(j) for t in targets for j in range(t + 1, view.full))
+    elif isinstance(demand, RandomPolicy):  # its donors are their own, wherever they stand
+        assert not targets or sum(map(view.is_own, range(view.first, view.full))) < 2
     else:
         assert not targets or view.full - view.first < 2 or targets == {view.full - 1}
 

@@ -124,3 +124,23 @@ async def test_a_client_that_leaves_ends_the_span(exporter: InMemorySpanExporter
     await outputs.aclose()
     assert [span.name for span in exporter.get_finished_spans()] == ["memshare.request"]
     assert spans._open == {}
+
+
+async def test_requests_of_one_id_have_spans_of_their_own(exporter: InMemorySpanExporter) -> None:
+    spans = RequestSpans({"a-1": "a", "a-2": "a"}.get)
+
+    async def start(context: Mapping[str, str]) -> AsyncIterator[RequestOutput]:
+        for _ in range(2):
+            yield output(RequestStateStats())
+
+    first, second = (spans.follow("a", None, start) for _ in range(2))
+    await anext(first)
+    await anext(second)
+    spans.record(step([RemapNote(50.0, "a-1", 2, "a-1", 7)], []))
+    assert await drain(first) == 1
+    spans.record(step([], [PreemptionNote(60.0, "a-2", 9)]))
+    assert await drain(second) == 1
+    events = [[event.name for event in span.events] for span in exporter.get_finished_spans()]
+    assert events == [["memshare.reclaimed"], ["memshare.reclaimed", "memshare.preempted"]]
+    assert not spans._open
+    assert not spans._blocks

@@ -1,0 +1,101 @@
+"""What is amended in the answers of Ray Serve's proxy, over a real channel.
+
+A service that fails as Ray Serve's handlers do, by a status on the context, takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.grpc_ingress import OUR_FAULT, add_memshare
+from memshare.client import AsyncClient, CallError, OverloadedError, UnavailableError
+from memshare.proto import memshare_pb2 as pb
+
+Fail = Callable[[Any], None]
+Ask = Callable[[AsyncClient], Awaitable[object]]
+
+
+async def whole(client: AsyncClient) -> object:
+    return await client.generate("x")
+
+
+async def streamed(client: AsyncClient) -> object:
+    return [piece async for piece in client.generate_stream("x")]
+
+
+@pytest.fixture(params=[whole, streamed])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    return request.param  # type: ignore[no-any-return]
+
+
+async def caught(ask: Ask, fail: Fail) -> CallError:
+    """How a call ends for the client that fails so at the proxy."""
+
+    async def generate(request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        fail(context)
+        return pb.GenerateResponse()
+
+    async def generate_stream(
+        request: pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        yield pb.GenerateChunk(text="a")
+        fail(context)
+
+    others = ("Chat", "ChatStream", "Abort", "GetModelInfo", "GetStats")
+    servicer = SimpleNamespace(
+        Generate=generate, GenerateStream=generate_stream, **dict.fromkeys(others)
+    )
+    server = grpc.aio.server()
+    add_memshare(servicer, server)  # type: ignore[arg-type]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with AsyncClient(f"127.0.0.1:{port}", retries=0) as client:
+            with pytest.raises(CallError) as error:
+                await ask(client)
+            return error.value
+    finally:
+        await server.stop(None)
+
+
+def status(code: grpc.StatusCode, details: str, **trailing: str) -> Fail:
+    def fail(context: Any) -> None:
+        context.set_code(code)
+        context.set_details(details)
+        pairs = [(name.replace("_", "-"), value) for name, value in trailing.items()]
+        context.set_trailing_metadata(pairs)
+
+    return fail
+
+
+async def test_a_full_queue_says_when_to_come_again(ask: Ask) -> None:
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = await caught(ask, status(full, "full", request_id="r"))
+    assert isinstance(error, OverloadedError)
+    assert (error.details, error.retry_after_s) == ("full", 2.0)
+    assert isinstance(error.__cause__, grpc.RpcError)
+    trailing = dict(error.__cause__.trailing_metadata())  # type: ignore[attr-defined]
+    assert trailing["request-id"] == "r"
+    assert trailing["grpc-retry-pushback-ms"] == "2000"
+
+
+async def test_a_limit_has_said_it_already(ask: Ask) -> None:
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = await caught(ask, status(full, "limit", retry_after="41"))
+    assert error.retry_after_s == 41.0
+
+
+async def test_a_dead_replica_is_unavailable_and_a_fault_of_ours_internal(ask: Ask) -> None:
+    internal = grpc.StatusCode.INTERNAL
+    dead = await caught(ask, status(internal, "The actor died unexpectedly"))
+    assert isinstance(dead, UnavailableError)
+    assert dead.details == "the replica has ended and is being replaced; try again"
+    assert dead.retry_after_s is None
+    ours = await caught(ask, status(internal, f"{OUR_FAULT}division by zero"))
+    assert ours.code == internal
+    assert ours.details == "internal error: division by zero"
