@@ -15,12 +15,13 @@ or everybody would run to the replica that was idle last.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
+
+import numpy as np
 
 from cluster.config import RoutingConfig
 from cluster.load import Load
@@ -36,40 +37,50 @@ class Ring:
 
     def __init__(self, members: Collection[str] = ()) -> None:
         """Place ``members`` on the ring."""
-        self._hashes: list[int] = []
-        self._members: list[str] = []  # whose each hash is
-        self._placed: set[str] = set()
+        self._points = np.empty(0, np.uint64)  # ascending
+        self._owners = np.empty(0, np.int32)  # whose each point is: indices of _names
+        self._names: list[str] = []
+        self._places: dict[str, int] = {}
+        self._vacant: list[int] = []
         self.update(members)
 
     def update(self, members: Collection[str]) -> None:
-        """Make ``members`` those on the ring. Only who comes is hashed, and the rest is in order
-        already: one more among 1,000 costs a fraction of placing them all."""
+        """Make ``members`` those on the ring. Points of who stays are copied, not sorted."""
         wanted = set(members)
-        points = [
-            (point, member)
-            for point, member in zip(self._hashes, self._members, strict=True)
-            if member in wanted
-        ]
-        points += [
-            (_hash(f"{member}:{i}"), member)
-            for member in wanted - self._placed
-            for i in range(_POINTS)
-        ]
-        points.sort()
-        self._hashes = [point for point, _ in points]
-        self._members = [member for _, member in points]
-        self._placed = wanted
+        gone = [self._places.pop(name) for name in self._places.keys() - wanted]
+        if gone:
+            stays = ~np.isin(self._owners, gone)
+            self._points, self._owners = self._points[stays], self._owners[stays]
+            self._vacant += gone
+        new = sorted(wanted - self._places.keys())
+        if new:
+            points = np.array([_hash(f"{n}:{i}") for n in new for i in range(_POINTS)], np.uint64)
+            owners = np.repeat(np.array([self._place(name) for name in new], np.int32), _POINTS)
+            order = points.argsort()
+            where = self._points.searchsorted(points[order])
+            self._points = np.insert(self._points, where, points[order])
+            self._owners = np.insert(self._owners, where, owners[order])
+
+    def _place(self, name: str) -> int:
+        if self._vacant:
+            place = self._vacant.pop()
+            self._names[place] = name
+        else:
+            place = len(self._names)
+            self._names.append(name)
+        self._places[name] = place
+        return place
 
     def walk(self, key: str) -> Iterator[str]:
         """All members once: first the key's home, then who would follow without it."""
-        start = bisect.bisect_right(self._hashes, _hash(key))
-        seen: set[str] = set()
-        for offset in range(len(self._members)):
-            member = self._members[(start + offset) % len(self._members)]
-            if member not in seen:
-                seen.add(member)
-                yield member
-                if len(seen) == len(self._placed):
+        start = int(self._points.searchsorted(np.uint64(_hash(key)), side="right"))
+        seen: set[int] = set()
+        for offset in range(len(self._owners)):
+            owner = int(self._owners[(start + offset) % len(self._owners)])
+            if owner not in seen:
+                seen.add(owner)
+                yield self._names[owner]
+                if len(seen) == len(self._places):
                     return
 
 

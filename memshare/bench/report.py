@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -13,6 +14,9 @@ from memshare.bench.run import Run
 from memshare.tables import table
 
 _Z = 1.96  # of a 95 % interval
+
+Samples = Sequence[bool]
+"""Whether each of several answers to one question is right."""
 
 
 def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
@@ -57,8 +61,8 @@ def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
 def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str | None:
     """Return a Markdown table of right answers of each group; None if no task has an answer.
 
-    The interval is Wilson's at 95 %. ``change`` is against the first arm, problem by problem, in
-    points, with the 95 % interval of the mean of the paired differences.
+    The interval is that of :func:`interval`. ``change`` is against the first arm, problem by
+    problem, in points, with the 95 % interval of the mean of the paired differences.
     """
     first = _of(arms[0], repeats[0])
     groups = sorted({o.group for o in first.outcomes if o.right is not None})
@@ -67,11 +71,11 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
     heads = ("arm", "problems", "right", "95 %", "change", "tokens an answer", "blocks given up")
     rows = []
     for group in groups:
-        base = _right(arms[0], repeats, group)
+        base = right_answers([_of(arms[0], runs) for runs in repeats], group)
         for arm in arms:
-            right = _right(arm, repeats, group)
-            outcomes = [o for runs in repeats for o in _of(arm, runs).outcomes if o.group == group]
-            count, *accuracy = accuracy_cells(right, base)
+            mine = [_of(arm, runs) for runs in repeats]
+            outcomes = [o for run in mine for o in run.outcomes if o.group == group]
+            count, *accuracy = accuracy_cells(right_answers(mine, group), base)
             row = [
                 arm,
                 f"{count} {group}",
@@ -83,21 +87,47 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
     return table(heads, rows)
 
 
-def accuracy_cells(right: Sequence[bool], base: Sequence[bool]) -> list[str]:
-    """Return cells of a table: count, share, its interval, and the change against ``base``.
+def right_answers(runs: Sequence[Run], group: str) -> list[Samples]:
+    """Whether each problem of a group was answered rightly, in every run of one arm."""
+    answers = [[bool(o.right) for o in run.outcomes if o.group == group] for run in runs]
+    return list(zip(*answers, strict=True))
+
+
+def accuracy_cells(right: Sequence[Samples], base: Sequence[Samples]) -> list[str]:
+    """Return cells of a table: answers, share, its interval, and the change against ``base``.
 
     Args:
-        right: ``[N]`` whether each answer is right.
-        base: ``[N]`` the same of the arm that is compared with, question by question.
+        right: ``[questions]`` whether each answer to a question is right.
+        base: the same of the arm that is compared with, question by question.
     """
-    low, high = wilson(sum(right), len(right))
-    share = f"{sum(right) / len(right):.1%}"
-    return [str(len(right)), share, f"{low:.1%} - {high:.1%}", _change(right, base)]
+    low, high = interval(right)
+    share = f"{statistics.fmean(itertools.chain(*right)):.1%}"
+    count = sum(map(len, right))
+    return [str(count), share, f"{low:.1%} - {high:.1%}", _change(right, base)]
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def interval(right: Sequence[Samples]) -> tuple[float, float]:
+    """Return the 95 % interval of the share of right answers: Wilson's, clustered by question.
+
+    Several answers to one question say less than answers to as many questions. How much less is
+    told by how far the shares of the questions lie apart: the interval is that of as many
+    independent answers as would spread so far.
+
+    Args:
+        right: as for :func:`accuracy_cells`.
+    """
+    shares = [statistics.fmean(samples) for samples in right]
+    share, questions, answers = statistics.fmean(shares), len(right), sum(map(len, right))
+    if answers == questions or not 0 < share < 1:
+        return wilson(share, questions)
+    between = statistics.variance(shares) / questions
+    worth = share * (1 - share) / between if between else answers
+    return wilson(share, min(max(worth, questions), answers))
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
     """Return the 95 % interval of a proportion (Wilson's score interval)."""
-    share, z2 = right / count, _Z * _Z
+    z2 = _Z * _Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     # Rounding must not push the share itself out of its interval.
@@ -127,12 +157,11 @@ def _of(arm: str, runs: Sequence[Run]) -> Run:
     return next(run for run in runs if run.arm == arm)
 
 
-def _right(arm: str, repeats: Sequence[Sequence[Run]], group: str) -> list[bool]:
-    return [bool(o.right) for runs in repeats for o in _of(arm, runs).outcomes if o.group == group]
-
-
-def _change(right: Sequence[bool], base: Sequence[bool]) -> str:
-    differences = [100.0 * (a - b) for a, b in zip(right, base, strict=True)]
+def _change(right: Sequence[Samples], base: Sequence[Samples]) -> str:
+    differences = [
+        100.0 * (statistics.fmean(a) - statistics.fmean(b))
+        for a, b in zip(right, base, strict=True)
+    ]
     mean = statistics.fmean(differences)
     if not any(differences) or len(differences) < 2:
         return "-"

@@ -7,8 +7,10 @@ The model is an engine of our own (``--model``), one for each arm, or one that i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
+import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +32,16 @@ SERVED_ARMS = ("exact", "shared")
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """What one arm has answered, a sample after the other: ``[questions * samples]``."""
+    """What one arm has answered: ``[questions][samples]``."""
 
     arm: str
-    answers: list[Answer]
-    right: list[bool]
+    answers: list[list[Answer]]
+    right: list[list[bool]]
+
+    @property
+    def every(self) -> list[tuple[Answer, bool]]:
+        """Answers, and whether they are right, a sample after the other."""
+        return list(zip(itertools.chain(*self.answers), itertools.chain(*self.right), strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +85,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--samples above 1 wants a --temperature above 0: all would be the same")
     questions = load(args.suite, args.limit, args.data, args.seed)
     found = _ask_server(args, questions, sampling) if args.url else _ask(args, questions, sampling)
-    heads = ("arm", args.suite, "right", "95 %", "change", "tokens an answer")
+    heads = ("arm", args.suite, "right", "95 %", "change", "tokens an answer", "cut off")
     rows = []
     base = found[0].right
     for graded in found:
-        tokens = sum(answer.tokens for answer in graded.answers) / len(graded.answers)
-        rows.append([graded.arm, *accuracy_cells(graded.right, base), f"{tokens:.0f}"])
+        answers = [answer for answer, _ in graded.every]
+        tokens = statistics.fmean(answer.tokens for answer in answers)
+        cut = sum(answer.cut for answer in answers)
+        rows.append([graded.arm, *accuracy_cells(graded.right, base), f"{tokens:.0f}", str(cut)])
     print(table(heads, rows))
     if args.json is not None:
         args.json.write_text(json.dumps(_record(questions, sampling, found)))
@@ -139,12 +148,13 @@ def _ask_server(
 
 def _grade(arm: str, questions: list[Question], answers: list[list[Answer]]) -> Graded:
     right = [
-        is_right(question, answer.text)
+        [is_right(question, answer.text) for answer in samples]
         for question, samples in zip(questions, answers, strict=True)
-        for answer in samples
     ]
-    logger.info("%s: %d of %d right", arm, sum(right), len(right))
-    return Graded(arm, [answer for samples in answers for answer in samples], right)
+    graded = Graded(arm, answers, right)
+    every = [right for _, right in graded.every]
+    logger.info("%s: %d of %d right", arm, sum(every), len(every))
+    return graded
 
 
 def _record(
@@ -156,8 +166,9 @@ def _record(
             "question": questions[i // sampling.samples].name,
             "right": right,
             "tokens": answer.tokens,
+            "cut_off": answer.cut,
             "text": answer.text,
         }
         for graded in found
-        for i, (answer, right) in enumerate(zip(graded.answers, graded.right, strict=True))
+        for i, (answer, right) in enumerate(graded.every)
     ]

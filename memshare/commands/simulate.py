@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import statistics
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,14 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     group = parser.add_argument_group("a deployment by published numbers")
     group.add_argument("--deployment", type=Path, metavar="YAML", help="model and accelerators")
+    group.add_argument(
+        "--accelerators", help="how many, several by ',' (default: as the file says)"
+    )
     group.add_argument("--requests", type=int, default=256)
     group.add_argument("--prompt", type=int, default=200, help="tokens")
     group.add_argument("--output", default="4000-16000", help="generated tokens: N, or FROM-TO")
+    group.add_argument(
+        "--traces", type=Path, metavar="DIR",
+        help="recorded texts (see `replay`) whose lengths take the place of --prompt and --output",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokenizer", default="smollm2-135m", metavar="MODEL", help="that counts their tokens"
+    )
     group.add_argument("--rate", type=float, help="requests a second (default: all at once)")
     group.add_argument("--seed", type=int, default=0, help="of lengths and arrivals")
     group.add_argument(
         "--freed", default="0.25,0.5", help="fractions of the blocks that may be given up, by ','"
     )
+    group.add_argument(
+        "--opportunity", type=Path, metavar="JSON",
+        help="record of `memshare bench`: one more row, whose requests can give up what those of "
+        "--arm did",
+    )  # fmt: skip
+    group.add_argument("--arm", default="twins", help="of the record")
     group.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
     group.add_argument("--max-num-seqs", type=int, default=256, help="requests at once")
     group.add_argument("--max-num-batched-tokens", type=int, default=8192, help="tokens of a step")
@@ -63,32 +80,86 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _deployment(args: argparse.Namespace) -> int:
-    from memshare.simulate.run import Engine, share, simulate
-
-    freed = fractions("--freed", args.freed)
     deployment = _read(args.deployment)
+    counts = _accelerators(args.accelerators) or [deployment.accelerators]
     jobs = _jobs(args)
+    arms = _arms(args, jobs)
+    print(f"{deployment.name}: {len(jobs)} requests. Simulated.\n")
+    heads = (
+        "accelerators", "KV blocks", "of what all need", "arm", "tok/s", "ratio", "mean running",
+        "preemptions", "recomputed tokens", "remaps",
+    )  # fmt: skip
+    print(table_head(heads))
+    for count in counts:
+        for line in _rows(deployment.model_copy(update={"accelerators": count}), jobs, arms, args):
+            print(line, flush=True)
+    return 0
+
+
+def _accelerators(text: str | None) -> list[int]:
+    try:
+        counts = [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        counts = [0]
+    if any(count < 1 for count in counts):
+        raise UserError(f"--accelerators {text}: give whole numbers from 1, separated by ','")
+    return counts
+
+
+def _arms(args: argparse.Namespace, jobs: list[Job]) -> dict[str, tuple[list[Job], float]]:
+    """Jobs and budget of each arm, by its name in the table."""
+    arms = {
+        f"up to {fraction:.0%} given up": (jobs, fraction)
+        for fraction in fractions("--freed", args.freed)
+    }
+    if args.opportunity is not None:
+        measured = _opportunity(args.opportunity, args.arm)
+        draw = random.Random(args.seed)
+        drawn = [job._replace(opportunity=draw.choice(measured)) for job in jobs]
+        mean = statistics.fmean(job.opportunity for job in drawn)
+        arms[f"as {args.arm} in {args.opportunity.name}: {mean:.0%}"] = (drawn, 1.0)
+    return arms
+
+
+def _opportunity(path: Path, arm: str) -> list[float]:
+    """Fractions of their blocks that the requests of a measured arm gave up."""
+    from memshare.bench.run import Record
+
+    runs = Record.load(path).runs
+    if arm not in runs:
+        raise UserError(f"--arm {arm}: {path} has none; it has {', '.join(runs)}")
+    return [outcome.repointed for run in runs[arm] for outcome in run.outcomes]
+
+
+def _rows(
+    deployment: Deployment,
+    jobs: list[Job],
+    arms: dict[str, tuple[list[Job], float]],
+    args: argparse.Namespace,
+) -> Iterator[str]:
+    """Lines of the table for one number of accelerators."""
+    from memshare.simulate.run import Engine, by_age, simulate
+
+    count = str(deployment.accelerators)
     try:
         blocks = deployment.blocks
+        engine = Engine(
+            blocks, deployment.block_size, args.max_num_seqs, args.max_num_batched_tokens,
+            deployment.costs,
+        )  # fmt: skip
+        dense = simulate(engine, jobs, None)
     except ValueError as error:
-        raise UserError(str(error)) from None
-    engine = Engine(
-        blocks, deployment.block_size, args.max_num_seqs, args.max_num_batched_tokens,
-        deployment.costs,
-    )  # fmt: skip
+        yield table_row([count, "-", "-", f"cannot run: {error}", *["-"] * 6])
+        return
     needed = sum(-(-(job.prompt + job.output) // deployment.block_size) for job in jobs)
-    print(
-        f"{deployment.name}: {blocks} KV blocks of {deployment.block_size} tokens, "
-        f"{blocks / needed:.2f} of what {len(jobs)} requests need at full length. Simulated.\n"
-    )
-    heads = ("arm", "tok/s", "ratio", "mean running", "preemptions", "recomputed tokens", "remaps")
-    print(table_head(heads))
-    dense = simulate(engine, jobs, None)
-    print(_row("dense", dense, dense), flush=True)
-    for fraction in freed:
-        found = simulate(engine, jobs, share(fraction, args.recent))
-        print(_row(f"up to {fraction:.0%} given up", found, dense), flush=True)
-    return 0
+    machine = [count, str(blocks), f"{blocks / needed:.2f}"]
+    yield _row(machine, "dense", dense, dense)
+    for name, (own_jobs, budget) in arms.items():
+        options = {
+            "budget": {"max_shared_fraction": budget},
+            "protect": {"recent_tokens": args.recent},
+        }
+        yield _row(machine, name, simulate(engine, own_jobs, by_age(options)), dense)
 
 
 def _read(path: Path) -> Deployment:
@@ -109,6 +180,19 @@ def _read(path: Path) -> Deployment:
 def _jobs(args: argparse.Namespace) -> list[Job]:
     from memshare.simulate.run import Job
 
+    if args.requests < 1:
+        raise UserError("--requests must be 1 or more")
+    draw, arrival, jobs = random.Random(args.seed), 0.0, []
+    lengths = _lengths(args, draw) if args.traces is None else _recorded_lengths(args, draw)
+    for _, (prompt, output) in zip(range(args.requests), lengths, strict=False):
+        if args.rate is not None:
+            arrival += draw.expovariate(args.rate)
+        jobs.append(Job(arrival, prompt, output))
+    return jobs
+
+
+def _lengths(args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[int, int]]:
+    """Tokens of prompts and outputs, without end."""
     first, _, last = args.output.partition("-")
     try:
         low, high = int(first), int(last or first)
@@ -116,18 +200,32 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         low, high = 0, 0
     if not 1 <= low <= high:
         raise UserError(f"--output {args.output}: give a number of tokens, or two as 4000-16000")
-    if args.requests < 1 or args.prompt < 1:
-        raise UserError("--requests and --prompt must be 1 or more")
-    draw, arrival, jobs = random.Random(args.seed), 0.0, []
-    for _ in range(args.requests):
-        if args.rate is not None:
-            arrival += draw.expovariate(args.rate)
-        jobs.append(Job(arrival, args.prompt, draw.randint(low, high)))
-    return jobs
+    if args.prompt < 1:
+        raise UserError("--prompt must be 1 or more")
+    while True:
+        yield args.prompt, draw.randint(low, high)
 
 
-def _row(arm: str, found: Prediction, dense: Prediction) -> str:
+def _recorded_lengths(args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[int, int]]:
+    """The same of recorded texts, in random order, again and again."""
+    from transformers import AutoTokenizer
+
+    from memshare.bench.models import resolve
+    from memshare.replay.traces import load_traces
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
+
+    def count(text: str) -> int:
+        return max(1, len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+
+    found = [(count(trace.problem), count(trace.reasoning)) for trace in load_traces(args.traces)]
+    while True:
+        yield from draw.sample(found, len(found))
+
+
+def _row(machine: list[str], arm: str, found: Prediction, dense: Prediction) -> str:
     cells = (
+        *machine,
         arm,
         f"{found.tokens_per_second:.0f}",
         f"{found.tokens_per_second / dense.tokens_per_second:.2f}",
@@ -144,7 +242,10 @@ def _measured(paths: list[Path]) -> int:
     from memshare.simulate.costs import fit
 
     records = [Record.load(path) for path in paths]
-    costs = fit([step for runs in records[0].repeats for run in runs for step in _steps(run)])
+    try:
+        costs = fit([step for runs in records[0].repeats for run in runs for step in _steps(run)])
+    except ValueError as error:
+        raise UserError(f"{paths[0]}: {error}") from None
     print(
         f"Costs fitted to {paths[0].name}: {1e3 * costs.step:.2f} ms a step, "
         f"{1e3 * costs.request:.3f} ms a request, {1e3 * costs.token:.3f} ms a token, "
@@ -170,37 +271,52 @@ def _steps(run: Run) -> list[tuple[StepWork, float]]:
 
 def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
     """Predict every arm of a record; lines of the table."""
-    from memshare.simulate.run import Engine, Job, simulate
+    from memshare.simulate.run import Engine, by_age, simulate
 
+    runs = record.runs
+    if "dense" not in runs:
+        raise UserError(f"{name}: a record without the arm 'dense' has nothing to compare with")
     engine = Engine(
         record.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens, costs
     )
-    dense: Prediction | None = None
-    lines = []
-    for arm, runs in record.runs.items():
-        options = record.arms[arm]
-        jobs = [
-            Job(0.0, prompt, outcome.tokens)
-            for prompt, outcome in zip(record.prompts, runs[0].outcomes, strict=True)
-        ]
-        # Which blocks go does not matter here, and how many is the arm's budget.
-        found = simulate(engine, jobs, options and options | {"policy": {"name": "oldest"}})
-        dense = dense or found
-        measured = statistics.median(
-            run.tokens_per_second / repeat[_dense(repeat)].tokens_per_second
-            for repeat in record.repeats
-            for run in repeat
-            if run.arm == arm
+    found = {
+        arm: simulate(engine, _jobs_of(record, arm), by_age(options) if options else None)
+        for arm, options in record.arms.items()
+        if arm in runs
+    }
+    return [
+        _comparison(name, runs["dense"], runs[arm], found["dense"], found[arm]) for arm in found
+    ]
+
+
+def _comparison(
+    name: str, dense: list[Run], arm: list[Run], dense_found: Prediction, found: Prediction
+) -> str:
+    # A repeat that was stopped in its middle has no pair.
+    measured = statistics.median(
+        run.tokens_per_second / other.tokens_per_second
+        for run, other in zip(arm, dense, strict=False)
+    )
+    predicted = found.tokens_per_second / dense_found.tokens_per_second
+    error = f"{predicted / measured - 1:+.1%}"
+    steps = (str(arm[0].steps), str(found.steps))
+    return table_row([name, arm[0].arm, f"{measured:.2f}", f"{predicted:.2f}", error, *steps])
+
+
+def _jobs_of(record: Record, arm: str) -> list[Job]:
+    """What an arm ran; a policy that compares found as much as it gave up, the others take any."""
+    from memshare.simulate.run import Job
+
+    runs = record.runs[arm]
+    policy = (record.arms[arm] or {}).get("policy", {}).get("name")
+    return [
+        Job(
+            0.0,
+            prompt,
+            outcomes[0].tokens,
+            1.0
+            if policy in ("oldest", "random", None)
+            else statistics.fmean(outcome.repointed for outcome in outcomes),
         )
-        predicted = found.tokens_per_second / dense.tokens_per_second
-        error = f"{predicted / measured - 1:+.1%}"
-        steps = (str(runs[0].steps), str(found.steps))
-        lines.append(table_row([name, arm, f"{measured:.2f}", f"{predicted:.2f}", error, *steps]))
-    return lines
-
-
-def _dense(repeat: list[Run]) -> int:
-    arms = [run.arm for run in repeat]
-    if "dense" not in arms:
-        raise UserError("a record without the arm 'dense' has nothing to compare with")
-    return arms.index("dense")
+        for prompt, *outcomes in zip(record.prompts, *(run.outcomes for run in runs), strict=True)
+    ]

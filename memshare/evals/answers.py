@@ -23,10 +23,12 @@ class Answer(NamedTuple):
     Attributes:
         text: all that the model wrote.
         tokens: how many tokens that was.
+        cut: whether the limit of tokens ended it.
     """
 
     text: str
     tokens: int
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def from_engine(
     return [[Answer(*answer) for answer in answers] for answers in found]
 
 
-def run_engine(argument: dict[str, Any]) -> list[list[tuple[str, int]]]:
+def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
     """Answer all prompts in this process (see :mod:`memshare.bench.child`)."""
     from vllm import LLM, SamplingParams
 
@@ -113,7 +115,10 @@ def run_engine(argument: dict[str, Any]) -> list[list[tuple[str, int]]]:
     prompts = json.loads(Path(argument["prompts"]).read_text())
     chats: Any = [[{"role": "user", "content": prompt}] for prompt in prompts]
     outputs = llm.chat(chats, params, use_tqdm=False)
-    return [[(o.text, len(o.token_ids)) for o in output.outputs] for output in outputs]
+    return [
+        [Answer(o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]
+        for output in outputs
+    ]
 
 
 def from_server(
@@ -173,6 +178,6 @@ async def _ask_once(
             seed=seed,
             extra_body=exact,
         )
-    usage = completion.usage
-    text = completion.choices[0].message.content or ""
-    return Answer(text, usage.completion_tokens if usage is not None else 0)
+    usage, choice = completion.usage, completion.choices[0]
+    tokens = usage.completion_tokens if usage is not None else 0
+    return Answer(choice.message.content or "", tokens, choice.finish_reason == "length")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 
 from memshare.errors import UserError
 from memshare.evals.questions import Question
 from memshare.reasoner.problems import read_answer
 
+_SECONDS = 10  # for parsing, and for comparing; an answer that takes longer is wrong
 _BOXED_LETTER = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-D])\b")
 
 
@@ -35,6 +37,9 @@ def _is_equal(reference: str, text: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         raise UserError("grading mathematics: pip install 'memshare[eval]'") from None
-    # No time limits: they are made by signals, which only a main thread may use.
-    gold = parse(f"${reference}$", parsing_timeout=None)
-    return bool(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
+    # An expression may take sympy for ever. The limit is made by a signal, which only a main thread
+    # may use: elsewhere there is none.
+    is_main = threading.current_thread() is threading.main_thread()
+    seconds = _SECONDS if is_main else None
+    gold = parse(f"${reference}$", parsing_timeout=seconds)
+    return bool(verify(gold, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))

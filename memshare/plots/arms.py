@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memshare.bench.report import wilson
+from memshare.bench.report import interval, right_answers
 from memshare.bench.run import Record, Run
 from memshare.plots.style import colour, figure
 
@@ -55,10 +56,11 @@ def panels(record: Record) -> dict[str, list[Bar]]:
 
 
 def _answers(arm: str, runs: Sequence[Run], group: str) -> Bar:
-    right = [bool(o.right) for run in runs for o in run.outcomes if o.group == group]
-    low, high = wilson(sum(right), len(right))
-    label = f"{sum(right)}/{len(right)}"
-    return Bar(arm, 100 * sum(right) / len(right), 100 * low, 100 * high, label)
+    right = right_answers(runs, group)
+    low, high = interval(right)
+    every = list(itertools.chain(*right))
+    label = f"{sum(every)}/{len(every)}"
+    return Bar(arm, 100 * statistics.fmean(every), 100 * low, 100 * high, label)
 
 
 def _count(arm: str, values: Sequence[float], digits: str) -> Bar:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memshare.bench.report import wilson
+from memshare.bench.report import interval, right_answers
 from memshare.bench.run import Record
 from memshare.plots.style import colour, figure
 
@@ -33,7 +34,7 @@ def accuracy_points(record: Record) -> dict[str, list[Point]]:
     """Right answers in percent, by group of tasks, against tokens a second.
 
     Groups are kept apart: one that no arm ever fails would hide what the others lose. Answers have
-    Wilson's 95 % interval. Speeds are medians over repeats of the ratio to the first arm's in the
+    their 95 % interval. Speeds are medians over repeats of the ratio to the first arm's in the
     same repeat; arms and groups without graded answers, or without such a ratio, give no point.
     """
     base = next(iter(record.arms))
@@ -45,11 +46,10 @@ def accuracy_points(record: Record) -> dict[str, list[Point]]:
                 speeds.setdefault(arm, []).append(speed / by_arm[base])
     points: dict[str, list[Point]] = {}
     for arm, runs in record.runs.items():
-        right: dict[str, list[bool]] = {}
-        for outcome in (o for run in runs for o in run.outcomes if o.right is not None):
-            right.setdefault(outcome.group, []).append(bool(outcome.right))
-        for group, answers in right.items() if arm in speeds else ():
-            cost, low, high = sum(answers) / len(answers), *wilson(sum(answers), len(answers))
+        groups = dict.fromkeys(o.group for o in runs[0].outcomes if o.right is not None)
+        for group in groups if arm in speeds else ():
+            right = right_answers(runs, group)
+            cost, (low, high) = statistics.fmean(itertools.chain(*right)), interval(right)
             point = Point(arm, statistics.median(speeds[arm]), 100 * cost, 100 * low, 100 * high)
             points.setdefault(group, []).append(point)
     return dict(sorted(points.items()))

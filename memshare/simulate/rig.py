@@ -232,9 +232,13 @@ class Rig:
         prompt: list[int],
         max_tokens: int,
         forced: list[int] | None = None,
+        extra_args: dict[str, Any] | None = None,
         **options: Any,
     ) -> Request:
-        """Add a request that writes ``max_tokens`` tokens: ``forced`` ones, or random ones."""
+        """Add a request that writes ``max_tokens`` tokens: ``forced`` ones, or random ones.
+
+        ``extra_args`` are MemShare's per-request options, ``options`` those of vLLM's ``Request``.
+        """
         from vllm import SamplingParams
         from vllm.utils.hashing import get_hash_fn_by_name
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -242,7 +246,9 @@ class Rig:
 
         caching_hash = get_hash_fn_by_name("sha256")
         init_none_hash(caching_hash)
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args
+        )
         params.update_from_generation_config({}, eos_token_id=None)
         request = Request(
             request_id, prompt, params, None,

@@ -29,11 +29,14 @@ class Job(NamedTuple):
         arrival: seconds from the start.
         prompt: tokens.
         output: tokens that it generates.
+        opportunity: fraction of its blocks that have something to stand in for them, measured; 1 if
+            the policy takes any block.
     """
 
     arrival: float
     prompt: int
     output: int
+    opportunity: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +79,12 @@ class Prediction:
         return self.tokens / self.seconds
 
 
-def share(fraction: float, recent: int) -> dict[str, Any]:
-    """MemShare's options for a workload of which up to ``fraction`` can be given up.
+def by_age(memshare: dict[str, Any]) -> dict[str, Any]:
+    """MemShare's options, with victims by age.
 
-    Which blocks are alike is not known without a model. How many may go is the measured
-    opportunity: the policy here takes them by age, and the budget stands for the opportunity.
+    Which blocks are alike is not known without a model. How many are is: a job's opportunity.
     """
-    return {
-        "policy": {"name": "oldest"},
-        "budget": {"max_shared_fraction": fraction},
-        "protect": {"recent_tokens": recent},
-    }
+    return memshare | {"policy": {"name": "oldest"}}
 
 
 def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | None) -> Prediction:
@@ -95,8 +93,16 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
     Args:
         engine: where.
         jobs: in the order of their arrivals.
-        memshare: MemShare's options; None is plain vLLM.
+        memshare: MemShare's options; None is plain vLLM. See :func:`by_age`.
+
+    Raises:
+        ValueError: a job can never run, as its KV does not fit.
     """
+    most = max(-(-(job.prompt + job.output) // engine.block_size) for job in jobs)
+    if most > engine.blocks:
+        raise ValueError(
+            f"the longest request needs {most} KV blocks, and there are {engine.blocks}"
+        )
     with tempfile.TemporaryDirectory(prefix="memshare-simulate-") as name:
         folder = Path(name)
         longest = max(job.prompt + job.output for job in jobs) + 1
@@ -122,7 +128,9 @@ def _run(rig: Rig, engine: Engine, jobs: Sequence[Job]) -> Prediction:
             seconds = max(seconds, jobs[added].arrival)
         while added < len(jobs) and jobs[added].arrival <= seconds:
             job = jobs[added]
-            rig.add(str(added), [draw.randrange(3, 30000) for _ in range(job.prompt)], job.output)
+            prompt = [draw.randrange(3, 30000) for _ in range(job.prompt)]
+            options = {"memshare_max_shared_fraction": job.opportunity}
+            rig.add(str(added), prompt, job.output, extra_args=options)
             added += 1
         output = rig.scheduler.schedule()
         work = work_of(rig.scheduler, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 
 from memshare.bench.arms import NAMES, POLICIES, expand
 from memshare.bench.child import call
-from memshare.bench.report import accuracy_cells, accuracy_table, speed_table, spread, wilson
+from memshare.bench.report import (
+    accuracy_cells,
+    accuracy_table,
+    interval,
+    speed_table,
+    spread,
+    wilson,
+)
 from memshare.bench.run import Moment, Outcome, Record, Run
 from memshare.bench.workloads import Source, Task, build
 from memshare.cli import main
@@ -110,18 +118,33 @@ def test_chats_differ_from_each_other() -> None:
 @given(right=st.integers(0, 200), wrong=st.integers(0, 200))
 def test_the_interval_holds_the_share_and_stays_within_0_and_1(right: int, wrong: int) -> None:
     if right + wrong:
-        low, high = wilson(right, right + wrong)
+        low, high = wilson(right / (right + wrong), right + wrong)
         assert 0.0 <= low <= right / (right + wrong) <= high <= 1.0
 
 
 def test_the_interval_is_wilsons() -> None:
-    low, high = wilson(190, 200)
+    low, high = wilson(190 / 200, 200)
     assert (round(low, 4), round(high, 4)) == (0.9104, 0.9726)
 
 
+def test_answers_to_one_question_are_no_independent_ones() -> None:
+    one = interval([[True]] * 20 + [[False]] * 20)
+    # Asked four times, with the same result each time, no more is known.
+    assert interval([[True] * 4] * 20 + [[False] * 4] * 20) == pytest.approx(one, abs=0.01)
+    # Where the answer is chance, each one counts.
+    every = wilson(0.5, 160)
+    assert interval([[True, False, True, False]] * 40) == pytest.approx(every)
+    draw = random.Random(0)
+    chance = [[draw.random() < 0.5 for _ in range(4)] for _ in range(40)]
+    low, high = interval(chance)
+    assert high - low == pytest.approx(every[1] - every[0], abs=0.02)
+    assert high - low < 0.7 * (one[1] - one[0])
+    assert interval([[True] * 4] * 40) == wilson(1.0, 40)
+
+
 def test_a_change_is_paired() -> None:
-    base = [True] * 90 + [False] * 10
-    worse = [True] * 88 + [False] * 12
+    base = [[True]] * 90 + [[False]] * 10
+    worse = [[True]] * 88 + [[False]] * 12
     assert accuracy_cells(base, base)[-1] == "-"
     count, share, _, change = accuracy_cells(worse, base)
     assert (count, share) == ("100", "88.0%")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_served_model_is_asked_with_sharing_and_exact(
     shown = capsys.readouterr().out.splitlines()
     assert shown[2].startswith("| exact | 6 | 50.0% |")
     assert shown[3].startswith("| shared | 6 | 50.0% |")
-    assert shown[3].endswith("| +0.0 ± 87.7 | 9 |"), "as many right, and all of them others"
+    assert shown[3].endswith("| +0.0 ± 196.0 | 9 | 0 |"), "as many right, and all of them others"
     exact = [body for body in asked if body.get("vllm_xargs") == {"memshare": "off"}]
     assert len(exact) == 6
     assert len(asked) == 12
@@ -183,3 +184,11 @@ def test_an_engine_has_room_for_the_longest_answer(
     assert main([*words, "--max-model-len", "8291"]) == 1
     assert "would cut answers off" in capsys.readouterr().err
     assert lengths == [8292, 9000], "nothing was started"
+
+
+def test_an_expression_that_takes_for_ever_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memshare.evals.grading._SECONDS", 1)
+    question = Question("q", "math", "How much?", "1")
+    began = time.monotonic()
+    assert not is_right(question, "So it is \\boxed{9^{9^{9^{9^{9}}}}}.")
+    assert time.monotonic() - began < 20
