@@ -31,7 +31,7 @@ def main() -> None:
     print("| policy | steps | quiet: median us (p99) | 16 finish a step: median us (p99) |")
     print("| --- | --- | --- | --- |")
     staged: dict[str, Any] = {"steps": {"max_tokens": BLOCK}}
-    for name, options in {"paper": staged, "oldest": {}}.items():
+    for name, options in {"twins": staged, "paper": staged, "oldest": {}}.items():
         quiet, busy = measure({"policy": {"name": name}} | options)
         print(f"| {name} | {len(quiet) + len(busy)} | {_show(quiet)} | {_show(busy)} |")
 

@@ -220,7 +220,7 @@ class Reader:
     def _twins(self, reading: Reading, params: TwinsParams) -> CopyLists:
         """Both stages over the whole prefix."""
         known = CopyLists(self._block_size)
-        known.grow(reading.prefix // self._block_size)
+        known.grow(-(-reading.prefix // self._block_size))
         index = TwinIndex(params.shortest_run)
         for first, last in pairwise([0, *self.steps(reading)]):
             earlier, later = index.add(reading.tokens[first:last].tolist(), first)
