@@ -9,7 +9,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from cluster.limits import Ledger, Report, Share
-from cluster.quiet import log_no_calls
+from cluster.serve_logs import log_no_calls
 
 _ANSWER_S = 2.0  # so long may the ledger take; then replicas enforce limits alone
 

@@ -33,6 +33,7 @@ from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
+from cluster.serve_logs import logs_kept
 from cluster.workers import Workers
 from memshare.config import MemShareConfig
 from memshare.logs import set_up_logging
@@ -97,11 +98,13 @@ class EngineReplica(GrpcService):
         from cluster.feed import StepFeed
         from cluster.generation import Generation
 
-        options = parse_engine_options(args, model, _on_this_machine(args.memshare))
         count_fault = partial(counts.add, "monitoring_faults")
         feed = StepFeed(count_fault)
-        engine = self._engine = start_engine(options, args.uses_memshare, gate, self._meter, feed)
-        app = await openai_app(engine, options)
+        with logs_kept():
+            options = parse_engine_options(args, model, _on_this_machine(args.memshare))
+            engine = start_engine(options, args.uses_memshare, gate, self._meter, feed)
+            self._engine = engine
+            app = await openai_app(engine, options)
         if board is not None:
             watch = watch_engine(engine, replica_id, platform.node(), args.page.show_text)
             feed.listeners.append(watch.record)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from logging.config import dictConfig
 
 from memshare.config import LogConfig
 
 _OURS = ("memshare", "cluster")
 _TEXT = "%(levelname)s %(asctime)s [%(name)s] %(message)s"
 _JSON = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"
+_FIELDS = {
+    "asctime": "time", "levelname": "level", "name": "logger", "processName": "process",
+    "process": "pid",
+}  # fmt: skip
 
 
 def set_up_logging(config: LogConfig) -> None:
@@ -20,35 +23,19 @@ def set_up_logging(config: LogConfig) -> None:
     """
     if config.format == "text" and logging.getLogger(_OURS[0]).hasHandlers():
         return
-    dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {
-                "text": {"format": _TEXT},
-                "json": {
-                    "()": "pythonjsonlogger.json.JsonFormatter",
-                    "format": _JSON,
-                    "rename_fields": {
-                        "asctime": "time", "levelname": "level", "name": "logger",
-                        "processName": "process", "process": "pid",
-                    },
-                },
-            },
-            "handlers": {
-                "memshare": {
-                    "class": "logging.StreamHandler",
-                    "formatter": config.format,
-                    "stream": "ext://sys.stderr",
-                }
-            },
-            "loggers": {
-                name: {
-                    "handlers": ["memshare"],
-                    "level": config.level.upper(),
-                    "propagate": False,
-                }
-                for name in _OURS
-            },
-        }
-    )  # fmt: skip
+    handler = logging.StreamHandler()
+    handler.setFormatter(_formatter(config))
+    # Not by dictConfig: it closes every handler of the process, ours or not.
+    for name in _OURS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(config.level.upper())
+        logger.propagate = False
+
+
+def _formatter(config: LogConfig) -> logging.Formatter:
+    if config.format == "text":
+        return logging.Formatter(_TEXT)
+    from pythonjsonlogger.json import JsonFormatter
+
+    return JsonFormatter(_JSON, rename_fields=_FIELDS)

@@ -84,9 +84,8 @@ def batches(
         # Not from short to long: neighbouring steps should not differ in kind.
         order = torch.randperm(per_pool, generator=torch.Generator().manual_seed(seed)).tolist()
         for i, slot in enumerate(order):
-            if pool * per_pool + i < first:
-                continue
-            yield pad(rows[slot * recipe.batch : (slot + 1) * recipe.batch])
+            if first <= pool * per_pool + i < recipe.steps:
+                yield pad(rows[slot * recipe.batch : (slot + 1) * recipe.batch])
 
 
 def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +224,8 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m", help="model to adapt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=4, help="problems a step")
+    sizes = [size for size in range(1, POOL + 1) if POOL % size == 0]
+    parser.add_argument("--batch", type=int, default=4, choices=sizes, help="problems a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--checkpoint-every", type=int, default=25, help="steps")

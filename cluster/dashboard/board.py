@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cluster.config import PageConfig
 from cluster.dashboard.records import Report, Sample, Trace
-from cluster.quiet import log_no_calls
+from cluster.serve_logs import log_no_calls
 
 _SILENT_INTERVALS = 5.0  # without a report: the replica is shown as silent
 _TRACE_WAIT_S = 10.0

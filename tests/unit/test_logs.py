@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import logging.handlers
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import logging, sys
@@ -52,11 +57,46 @@ def test_lines_below_the_level_are_not_written() -> None:
 
 
 def test_handlers_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
     from memshare.config import LogConfig
     from memshare.logs import set_up_logging
 
     before = logging.getLogger("memshare").handlers[:]
     set_up_logging(LogConfig())  # pytest has handlers of its own
     assert logging.getLogger("memshare").handlers == before
+
+
+def test_handlers_of_others_stay_open() -> None:
+    from memshare.config import LogConfig
+    from memshare.logs import set_up_logging
+
+    target = logging.NullHandler()
+    other = logging.handlers.MemoryHandler(10, target=target)
+    ours = [logging.getLogger(name) for name in ("memshare", "cluster")]
+    before = [(log, log.handlers, log.level, log.propagate) for log in ours]
+    try:
+        set_up_logging(LogConfig(format="json"))
+        assert other.target is target
+    finally:
+        for log, log.handlers, level, log.propagate in before:
+            log.setLevel(level)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ray_serves_log_survives_vllm(tmp_path: Path, kept: bool) -> None:
+    """In a process of its own, whose logging vLLM configures. Without our care it is closed."""
+    program = f"""
+import contextlib, logging
+from logging.handlers import MemoryHandler
+from cluster.serve_logs import logs_kept
+log = logging.getLogger("ray.serve")
+log.addHandler(MemoryHandler(10, target=logging.FileHandler({str(tmp_path / "serve.log")!r})))
+log.warning("before")
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging
+with logs_kept() if {kept} else contextlib.nullcontext():
+    configure_logging(LoggingConfig())
+log.warning("after")
+log.handlers[0].flush()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    assert (tmp_path / "serve.log").read_text().split() == ["before", "after"][: 1 + kept]

@@ -1,0 +1,41 @@
+"""Ray Serve's own log, in processes of ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+
+_SERVE = logging.getLogger("ray.serve")
+
+
+def log_no_calls() -> None:
+    """Leave Ray Serve's line for each call out of this process's log: for deployments that only
+    replicas call, once a second each.
+
+    ``logging_config`` of a deployment could do the same, but would take the place of the whole of
+    the application's own, its encoding included.
+    """
+    _SERVE.addFilter(_is_no_call)
+
+
+def _is_no_call(record: logging.LogRecord) -> bool:
+    return not getattr(record, "serve_access_log", False)
+
+
+@contextmanager
+def logs_kept() -> Iterator[None]:
+    """Around the start of vLLM, which closes every handler of the process (``vllm/logger.py``
+    configures logging by ``dictConfig``, and that does).
+
+    Ray Serve's handler then writes nowhere. And the replica can't say where its log is, which a
+    controller asks that comes back after a crash: it would take the replica for dead, and replace
+    it (``ReplicaActor.is_allocated`` in ``ray/serve/_private/replica.py``).
+    """
+    targets = [(h, h.target) for h in _SERVE.handlers if isinstance(h, MemoryHandler)]
+    try:
+        yield
+    finally:
+        for handler, target in targets:
+            handler.setTarget(target)
