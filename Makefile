@@ -83,8 +83,9 @@ headline: venv model ## Answers and preemptions of all policies, and the README'
 bench-serving: venv model ## Our server beside vLLM's own, in alternation
 	$(RUN) python tools/bench_serving.py
 
-test-long: venv ## Random schedules: 100,000 engine steps against vLLM's scheduler
+test-long: venv model ## Hours instead of minutes: random schedules, and bad input to a server
 	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/engine/test_state_machine.py --timeout 3600
+	FUZZ_TIMES=20 $(RUN) pytest tests/cluster -k "bad_input or any_grpc_message" --timeout 7200
 
 gpu-acceptance: ## Measure on your GPUs and print a report (GPU_ARGS="--help" lists options)
 	@$(PYTHON) tools/setup_env.py --accelerator gpu

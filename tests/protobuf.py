@@ -89,3 +89,22 @@ def requests(draw: st.DrawFn, descriptor: Descriptor) -> Any:
     if message.sampling.max_tokens not in (-1, 1, 2, 3):
         message.sampling.max_tokens = 2
     return message
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """The bytes of a message as a broken or hostile client may send them."""
+    if not data:
+        return draw(st.binary(max_size=16))
+    cut = draw(st.integers(0, len(data) - 1))
+    return draw(
+        st.sampled_from(
+            [
+                data[:cut],  # ends too early
+                data + data[cut:],  # fields twice, or the middle of one
+                data[:cut] + bytes([data[cut] ^ 1 << draw(st.integers(0, 7))]) + data[cut + 1 :],
+                data[:cut] + draw(st.binary(min_size=1, max_size=8)) + data[cut:],
+                data + draw(st.binary(min_size=1, max_size=8)),
+            ]
+        )
+    )

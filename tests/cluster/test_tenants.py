@@ -28,6 +28,7 @@ from schemathesis import GenerationMode
 
 from cluster.keys import hash_key, new_key
 from memshare.client import NotAllowedError, Sampling
+from tests.fuzzing import TIMES
 from tools.local_cluster import (
     START_S,
     Server,
@@ -343,7 +344,7 @@ def test_bad_input_is_never_an_error_of_the_server(keyed: Keyed) -> None:
                 judge(label, path, body, lambda b=body: keyed.post("platform", path, b).status_code)
 
     for operation in tried:
-        end = time.monotonic() + FUZZ_S / len(tried)
+        end = time.monotonic() + FUZZ_S * TIMES / len(tried)
         for mode in GenerationMode:
             fuzz(operation.as_strategy(generation_mode=mode), call, end)
     print(f"\nanswers by status: {dict(sorted(answers.items()))}")
@@ -374,11 +375,11 @@ def fuzz(
     call: Callable[[schemathesis.Case], None],
     end: float,
 ) -> None:
-    """Call with up to ten cases, but not after ``end``."""
+    """Call with a few cases, but not after ``end``."""
 
     @given(cases)
     @settings(
-        max_examples=10,
+        max_examples=10 * TIMES,
         deadline=None,
         database=None,
         phases=[Phase.generate],  # each case is judged by itself: nothing to shrink
