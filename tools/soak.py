@@ -53,6 +53,7 @@ from tools.local_cluster import (  # noqa: E402
     processes,
     start,
     stop,
+    victims,
     wait_until_whole,
 )
 from tools.runtime_env import runtime_env  # noqa: E402
@@ -196,7 +197,8 @@ class Soak:
 
     async def _break_something(self) -> None:
         if not self.turns:  # at random, but everybody gets a turn
-            roles = self.args.faults.split(",")
+            # On a GPU the worker of a single rank is no process of its own.
+            roles = [role for role in self.args.faults if victims(role)]
             self.turns = self.random.sample(roles, len(roles))
         role = self.turns.pop()
         at = self.now
@@ -358,7 +360,8 @@ def _accuracy(record: Record) -> Check:
     halves = whole[: len(whole) // 2], whole[len(whole) // 2 :]
     right = [sum(map(_is_right, half)) for half in halves]
     bounds = [
-        wilson(r, len(half)) if half else (0.0, 1.0) for r, half in zip(right, halves, strict=True)
+        wilson(r / len(half), len(half)) if half else (0.0, 1.0)
+        for r, half in zip(right, halves, strict=True)
     ]
     shown = ", then ".join(f"{r} of {len(half)}" for r, half in zip(right, halves, strict=True))
     return Check("accuracy does not drift", bounds[1][1] >= bounds[0][0], f"{shown} right")
@@ -472,7 +475,7 @@ def _document(args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=2048,  # problems need less; one request of this length has to fit the blocks
         tensor_parallel_size=args.tensor_parallel,
     )
-    if "evaluator" in args.faults.split(",") and not args.load:
+    if "evaluator" in args.faults and not args.load:
         memshare_in(document)["evaluator"] = memshare_in(cluster_file("demo.yaml"))["evaluator"]
     memshare_in(document)["integrity"] = {"check_every": args.check_every}
     return document
@@ -492,7 +495,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, help="at once; default: 8; with --load 256")
     parser.add_argument("--blocks", type=int, help="KV blocks; default: 110; with --load 1400")
     parser.add_argument("--every", type=float, default=60.0, help="seconds from rest to fault")
-    parser.add_argument("--faults", default=",".join(ROLES), help=", ".join(ROLES))
+    parser.add_argument("--faults", help=f"default: all of {', '.join(ROLES)} that there are")
     parser.add_argument("--check-every", type=int, default=64, help="integrity.check_every")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument(
@@ -503,9 +506,8 @@ def main() -> int:
     for name, value in zip(("replicas", "streams", "blocks"), defaults, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if "worker" in args.faults and args.tensor_parallel == 1:
-        parser.error("--faults worker: needs --tensor-parallel 2 or more")
-    if unknown := set(args.faults.split(",")) - set(ROLES):
+    args.faults = list(ROLES) if args.faults is None else args.faults.split(",")
+    if unknown := set(args.faults) - set(ROLES):
         parser.error(f"--faults {', '.join(sorted(unknown))}: choose from {', '.join(ROLES)}")
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.update(runtime_env(os.environ))
