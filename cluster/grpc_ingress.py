@@ -6,6 +6,7 @@ Kept light, and free of vLLM: a proxy that cannot import this does not start.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,9 @@ HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """Proxies take no larger request; replicas may be stricter (``replica.max_body_bytes``)."""
-OUR_FAULT = "internal error: "
-"""How the details of what a replica calls INTERNAL begin."""
-
 _RETRY_AFTER_S = 2  # the default of `replica.retry_after_s`, which a proxy does not know
+_AGAIN = re.compile(r"try again in (\d+) s")
+_DEAD = re.compile("The actor ")  # how the errors of ray.exceptions begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def too_large(size: int, limit: int) -> str:
 
 
 class _Methods(grpc.ServiceRpcHandler):
-    """The methods of a service, around what Ray Serve makes of them: see :func:`_amended`."""
+    """The methods of a service, around what Ray Serve makes of them: see :func:`_amend`."""
 
     def __init__(self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
         self._service = service
@@ -145,24 +145,27 @@ def _streamed(read: Any) -> Any:
 def _amend(context: Any) -> None:
     """Say what Ray Serve leaves unsaid of a call that has failed before or at the replica.
 
-    - A full queue has no word of when to come again, which HTTP has.
-    - A replica that was killed is INTERNAL, as if another try were no use. What a replica itself
-      calls INTERNAL begins with :data:`OUR_FAULT`.
+    Of a failed call only code and details come from a replica, no metadata.
+
+    - Who is refused is told when to come again, as over HTTP: what the refusal's text says (see
+      :class:`cluster.limits.LimitReachedError`), or the usual time for a full queue.
+    - A replica that was killed would be INTERNAL, as if another try were no use.
     """
-    code = context.code()
+    code, details = context.code(), _text(context.details())
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        if not any(name == "retry-after" for name, _ in context.trailing_metadata() or ()):
-            context.set_trailing_metadata(
-                [*(context.trailing_metadata() or ()), *retry_hint(_RETRY_AFTER_S)]
-            )
-    elif code == grpc.StatusCode.INTERNAL and not _text(context.details()).startswith(OUR_FAULT):
+        said = _AGAIN.search(details)
+        seconds = int(said[1]) if said else _RETRY_AFTER_S
+        context.set_trailing_metadata(
+            [
+                *(context.trailing_metadata() or ()),
+                # As gRPC's own retries heed it, and as in HTTP.
+                ("grpc-retry-pushback-ms", str(1000 * seconds)),
+                ("retry-after", str(seconds)),
+            ]
+        )
+    elif code == grpc.StatusCode.INTERNAL and _DEAD.match(details):
         context.set_code(grpc.StatusCode.UNAVAILABLE)
         context.set_details("the replica has ended and is being replaced; try again")
-
-
-def retry_hint(seconds: int) -> list[tuple[str, str]]:
-    """When to come again, in trailing metadata: as gRPC's own retries heed it, and as in HTTP."""
-    return [("grpc-retry-pushback-ms", str(1000 * seconds)), ("retry-after", str(seconds))]
 
 
 def _text(details: bytes | str) -> str:

@@ -9,8 +9,7 @@ from urllib.parse import unquote
 import grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cluster.auth import Call, Caller, Gate, RefusedError, key_of
-from cluster.grpc_ingress import retry_hint
+from cluster.auth import Call, Caller, Gate, key_of
 
 CODES = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
@@ -34,17 +33,11 @@ async def admit(gate: Gate, context: RayServegRPCContext) -> AsyncIterator[Call]
     """A call within its caller's limits, in the context of what runs inside.
 
     Raises:
-        RefusedError: unauthenticated, or limited; then ``context`` says when to come again, in the
-            trailing metadata that gRPC's own retries heed, and as HTTP does.
+        RefusedError: unauthenticated, or limited. The text says when to come again, and the proxy
+            makes metadata of it.
     """
-    caller = identify(gate, context)
-    try:
-        async with gate.admit(caller) as call:
-            yield call
-    except RefusedError as refusal:
-        if refusal.retry_after_s is not None:
-            context.set_trailing_metadata(retry_hint(refusal.retry_after_s))
-        raise
+    async with gate.admit(identify(gate, context)) as call:
+        yield call
 
 
 def host_of(peer: str | None) -> str | None:

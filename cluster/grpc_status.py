@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.auth import RefusedError
-from cluster.grpc_ingress import OUR_FAULT
 from cluster.grpc_keys import CODES
 
 logger = logging.getLogger(__name__)
@@ -104,10 +103,7 @@ def status_of(error: BaseException) -> StatusError:
 
 def http_status(status: HTTPStatus, message: str) -> StatusError:
     """The status for one of HTTP."""
-    code = _CODES.get(status)
-    if code is None:
-        return StatusError(grpc.StatusCode.INTERNAL, OUR_FAULT + message)
-    return StatusError(code, message)
+    return StatusError(_CODES.get(status, grpc.StatusCode.INTERNAL), message)
 
 
 def _invalid_body(error: ValidationError) -> StatusError:

@@ -48,7 +48,7 @@ class RequestSpans:
         self._tracer: Tracer = trace.get_tracer("memshare")
         # Clients may send several requests under one id at the same time.
         self._open: defaultdict[str, list[Span]] = defaultdict(list)
-        self._blocks: Counter[str] = Counter()  # given up, by request id
+        self._blocks: Counter[Span] = Counter()  # given up
 
     async def follow(
         self, request_id: str, headers: Mapping[str, str] | None, start: Start
@@ -83,11 +83,11 @@ class RequestSpans:
         finally:
             if times is not None:
                 self._add_phases(span, times)
-            span.set_attribute("memshare.blocks_reclaimed", self._blocks[request_id])
+            span.set_attribute("memshare.blocks_reclaimed", self._blocks.pop(span, 0))
             span.end()
             self._open[request_id].remove(span)
             if not self._open[request_id]:
-                del self._open[request_id], self._blocks[request_id]
+                del self._open[request_id]
 
     def record(self, step: Step) -> None:
         """Note on the spans what MemShare and vLLM did to their requests in an engine step.
@@ -100,8 +100,8 @@ class RequestSpans:
         for remap in map(RemapNote._make, step.payload["remaps"]):
             remaps[self._client_id(remap.request) or ""].append(remap)
         for name, notes in remaps.items():
-            if name in self._open:
-                self._blocks[name] += len(notes)
+            for span in self._open.get(name, ()):
+                self._blocks[span] += len(notes)
             self._add_event(
                 name,
                 "memshare.reclaimed",

@@ -35,7 +35,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(72 * 2**20),
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }

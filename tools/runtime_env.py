@@ -17,7 +17,7 @@ DEFAULTS = {
     # A proxy that has died is noticed within 2 s, instead of 10.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Proxies read no larger gRPC message into memory, instead of 2 GiB.
-    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(72 * 2**20),
     # Ray's memory monitor kills Serve replicas when anything else on the machine uses the RAM.
     "RAY_memory_monitor_refresh_ms": "0",
     # Ray starts workers at nice 15, and the engine would inherit it.

@@ -199,6 +199,7 @@ class Soak:
         if not self.turns:  # at random, but everybody gets a turn
             # On a GPU the worker of a single rank is no process of its own.
             roles = [role for role in self.args.faults if victims(role)]
+            assert roles, f"nobody plays {', '.join(self.args.faults)} here"
             self.turns = self.random.sample(roles, len(roles))
         role = self.turns.pop()
         at = self.now

@@ -118,7 +118,7 @@ def interval(right: Sequence[Samples]) -> tuple[float, float]:
     """
     shares = [statistics.fmean(samples) for samples in right]
     share, questions, answers = statistics.fmean(shares), len(right), sum(map(len, right))
-    if answers == questions or not 0 < share < 1:
+    if questions == 1 or answers == questions or not 0 < share < 1:
         return wilson(share, questions)
     between = statistics.variance(shares) / questions
     worth = share * (1 - share) / between if between else answers

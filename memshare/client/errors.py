@@ -42,7 +42,7 @@ class OverloadedError(CallError):
 
 
 class UnavailableError(CallError):
-    """There is no server at the address, or its engine has died. Sending it again may work."""
+    """Nobody is at the address, or the engine or replica has died. Sending it again may work."""
 
 
 class TimedOutError(CallError):

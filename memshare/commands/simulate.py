@@ -138,6 +138,7 @@ def _rows(
     args: argparse.Namespace,
 ) -> Iterator[str]:
     """Lines of the table for one number of accelerators."""
+    from memshare.simulate.costs import DoesNotFitError
     from memshare.simulate.run import Engine, by_age, simulate
 
     count = str(deployment.accelerators)
@@ -148,7 +149,7 @@ def _rows(
             deployment.costs,
         )  # fmt: skip
         dense = simulate(engine, jobs, None)
-    except ValueError as error:
+    except DoesNotFitError as error:
         yield table_row([count, "-", "-", f"cannot run: {error}", *["-"] * 6])
         return
     needed = sum(-(-(job.prompt + job.output) // deployment.block_size) for job in jobs)
@@ -183,7 +184,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if args.requests < 1:
         raise UserError("--requests must be 1 or more")
     draw, arrival, jobs = random.Random(args.seed), 0.0, []
-    lengths = _lengths(args, draw) if args.traces is None else _recorded_lengths(args, draw)
+    own_draw = random.Random(args.seed)
+    lengths = _lengths(args, own_draw) if args.traces is None else _recorded_lengths(args, own_draw)
     for _, (prompt, output) in zip(range(args.requests), lengths, strict=False):
         if args.rate is not None:
             arrival += draw.expovariate(args.rate)

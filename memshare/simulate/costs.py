@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 
+class DoesNotFitError(ValueError):
+    """Weights, or a request, need more memory than there is."""
+
+
 class StepWork(NamedTuple):
     """What one engine step does.
 
@@ -133,13 +137,13 @@ class Deployment(BaseModel):
         """KV blocks that fit beside the weights.
 
         Raises:
-            ValueError: none do.
+            DoesNotFitError: none do.
         """
         memory = self.accelerators * (self.memory_gb * self.memory_utilization - self.reserved_gb)
         left = memory * 1e9 - self.parameters * self.weight_bytes
         blocks = int(left // (self.kv_bytes_per_token * self.block_size))
         if blocks < 1:
-            raise ValueError(
+            raise DoesNotFitError(
                 f"{self.name}: {self.parameters * self.weight_bytes / 1e9:.0f} GB of weights leave "
                 f"no room for KV on {self.accelerators} x {self.memory_gb} GB; raise accelerators"
             )

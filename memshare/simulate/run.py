@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memshare.simulate.costs import StepCosts, work_of
+from memshare.simulate.costs import DoesNotFitError, StepCosts, work_of
 from memshare.simulate.rig import Rig
 
 # The smallest model that vLLM's configuration accepts: nothing of it is ever computed.
@@ -96,11 +96,11 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
         memshare: MemShare's options; None is plain vLLM. See :func:`by_age`.
 
     Raises:
-        ValueError: a job can never run, as its KV does not fit.
+        DoesNotFitError: a job can never run, as its KV does not fit.
     """
     most = max(-(-(job.prompt + job.output) // engine.block_size) for job in jobs)
     if most > engine.blocks:
-        raise ValueError(
+        raise DoesNotFitError(
             f"the longest request needs {most} KV blocks, and there are {engine.blocks}"
         )
     with tempfile.TemporaryDirectory(prefix="memshare-simulate-") as name:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -126,8 +126,16 @@ def test_both_replicas_answer(address: str) -> None:
 
 
 def test_who_comes_to_a_full_queue_is_told_when_to_come_again(address: str) -> None:
-    with Client(address) as client, ThreadPoolExecutor(80) as pool:
-        calls = [pool.submit(client.generate, "x", ENDLESS, timeout=8) for _ in range(80)]
+    with Client(address) as client, ThreadPoolExecutor(92) as pool:
+
+        def ask(count: int) -> list[Future[object]]:
+            return [pool.submit(client.generate, "x", ENDLESS, timeout=15) for _ in range(count)]
+
+        calls = []
+        while (now := running()) < 32:  # a few at once: who is on the way counts as waiting, too
+            calls += ask(min(4, 32 - now))
+            time.sleep(0.2)
+        calls += ask(60)
         errors = [call.exception() for call in calls]
     refused = [error for error in errors if isinstance(error, OverloadedError)]
     assert refused

@@ -27,7 +27,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from cluster.keys import hash_key, new_key
-from memshare.client import NotAllowedError, Sampling
+from memshare.client import NotAllowedError, OverloadedError, Sampling
 from tests.fuzzing import TIMES
 from tools.local_cluster import (
     START_S,
@@ -195,6 +195,12 @@ def test_one_request_at_a_time(keyed: Keyed) -> None:
         refused = keyed.ask("narrow")
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
+        with (
+            keyed.server.grpc_client(key=keyed.keys["narrow"]) as client,
+            pytest.raises(OverloadedError) as limited,
+        ):
+            client.generate(STORY)
+        assert limited.value.retry_after_s == 1.0
         assert keyed.ask("acme").status_code == 200
     end = time.monotonic() + 20
     while keyed.ask("narrow").status_code != 200:

@@ -6,6 +6,11 @@ SmolLM2 where outputs must mean something. Engines are started once and shared b
 
 from __future__ import annotations
 
+import os
+
+# Before libraries are imported, which read these once. Servers may inherit them.
+os.environ.update(OMP_NUM_THREADS="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +23,8 @@ from tests.engine.harness import Engine, StartEngine, write_tiny_model
 
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
 }
 
 

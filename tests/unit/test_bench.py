@@ -140,6 +140,7 @@ def test_answers_to_one_question_are_no_independent_ones() -> None:
     assert high - low == pytest.approx(every[1] - every[0], abs=0.02)
     assert high - low < 0.7 * (one[1] - one[0])
     assert interval([[True] * 4] * 40) == wilson(1.0, 40)
+    assert interval([[True, False]]) == wilson(0.5, 1)
 
 
 def test_a_change_is_paired() -> None:

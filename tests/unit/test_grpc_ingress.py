@@ -11,8 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+from ray.exceptions import ActorDiedError
 
-from cluster.grpc_ingress import OUR_FAULT, add_memshare
+from cluster.grpc_ingress import add_memshare
+from cluster.limits import LimitReachedError
 from memshare.client import AsyncClient, CallError, OverloadedError, UnavailableError
 from memshare.proto import memshare_pb2 as pb
 
@@ -84,18 +86,18 @@ async def test_a_full_queue_says_when_to_come_again(ask: Ask) -> None:
     assert trailing["grpc-retry-pushback-ms"] == "2000"
 
 
-async def test_a_limit_has_said_it_already(ask: Ask) -> None:
+async def test_a_limit_says_it_in_its_text(ask: Ask) -> None:
     full = grpc.StatusCode.RESOURCE_EXHAUSTED
-    error = await caught(ask, status(full, "limit", retry_after="41"))
+    error = await caught(ask, status(full, str(LimitReachedError("tokens", 60, 41))))
     assert error.retry_after_s == 41.0
 
 
 async def test_a_dead_replica_is_unavailable_and_a_fault_of_ours_internal(ask: Ask) -> None:
     internal = grpc.StatusCode.INTERNAL
-    dead = await caught(ask, status(internal, "The actor died unexpectedly"))
+    dead = await caught(ask, status(internal, str(ActorDiedError())))
     assert isinstance(dead, UnavailableError)
     assert dead.details == "the replica has ended and is being replaced; try again"
     assert dead.retry_after_s is None
-    ours = await caught(ask, status(internal, f"{OUR_FAULT}division by zero"))
+    ours = await caught(ask, status(internal, "division by zero"))
     assert ours.code == internal
-    assert ours.details == "internal error: division by zero"
+    assert ours.details == "division by zero"

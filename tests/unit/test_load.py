@@ -164,12 +164,14 @@ async def test_a_soak_run_breaks_rests_and_reports(monkeypatch: pytest.MonkeyPat
         return Killed(role, 1, 0.0, {})
 
     monkeypatch.setattr(soak, "kill", kill)
+    monkeypatch.setattr(soak, "victims", lambda role: [role] * (role != "worker"))
     monkeypatch.setattr(soak, "wait_until_whole", lambda server, fault: 0.5)
     monkeypatch.setattr(soak, "SAMPLE_S", 0.2)
     monkeypatch.setattr(soak, "SETTLE_S", 0.05)
     args = argparse.Namespace(
-        load=False, streams=3, hours=4 / 3600, every=0.1, faults="engine,proxy", seed=1, replicas=1
-    )
+        load=False, streams=3, hours=4 / 3600, every=0.1, faults=["engine", "proxy", "worker"],
+        seed=1, replicas=1,
+    )  # fmt: skip
     server: Any = Server(subprocess.Popen(["true"]), url, "", Path())
     try:
         run = await soak.Soak(server, args).run()
