@@ -92,7 +92,8 @@ def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
             assert shared.preemptions < dense.preemptions
             without = [job._replace(opportunity=0.0) for job in jobs]
             found = simulate(engine, without, half)
-            assert (found.remaps, found.steps) == (0, dense.steps)
+            assert found.remaps == 0
+            assert found.tokens_per_second < shared.tokens_per_second
         else:
             assert shared == dense
             assert shared.remaps == 0
