@@ -74,19 +74,24 @@ class CopyLists:
         displaced, likeness = self._next[earlier], self._similarity[earlier]
         self._next[earlier], self._previous[later] = later, earlier
         self._similarity[earlier] = similarity
-        pushed = np.flatnonzero(displaced >= 0)
-        tails = later[pushed]
-        # Within one call, tokens may follow each other: what stood there comes behind the last.
-        for _ in range(_HOPS):
-            further = self._next[tails]
-            tails = np.where(further >= 0, further, tails)
-        behind = displaced[pushed]
-        apart = tails // self._block_size != behind // self._block_size
-        apart &= self._next[tails] < 0
+        pushed = displaced >= 0
+        tails, behind = later[pushed], displaced[pushed]
+        likeness = np.minimum(likeness[pushed], similarity[pushed])
         self._previous[behind] = -1
-        tails, behind, pushed = tails[apart], behind[apart], pushed[apart]
-        self._next[tails], self._previous[behind] = behind, tails
-        self._similarity[tails] = np.minimum(likeness[pushed], similarity[pushed])
+        # Within one call, tokens may follow each other: what stood there comes behind the last. Of
+        # those that come behind the same one, each comes behind the one before.
+        while len(tails):
+            for _ in range(_HOPS):
+                further = self._next[tails]
+                tails = np.where(further >= 0, further, tails)
+            fits = (self._next[tails] < 0) & (
+                tails // self._block_size != behind // self._block_size
+            )
+            tails, behind, likeness = tails[fits], behind[fits], likeness[fits]
+            _, first = np.unique(tails, return_index=True)
+            self._next[tails[first]], self._previous[behind[first]] = behind[first], tails[first]
+            self._similarity[tails[first]] = likeness[first]
+            tails, behind, likeness = (np.delete(x, first) for x in (tails, behind, likeness))
 
     def give_up(self, index: int) -> tuple[Positions, Positions]:
         """Block ``index`` is re-pointed; its tokens live on in their neighbours.

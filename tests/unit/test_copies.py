@@ -90,6 +90,14 @@ def test_a_chain_is_put_in_front_of_what_stood_there() -> None:
     assert blocks(known.last_copies) == [2], "9 is the last of four"
 
 
+def test_what_stood_in_two_places_may_come_behind_the_same_token() -> None:
+    known = learnt(lists(), (21, 24, 0.9), (25, 32, 0.8))
+    learnt(known, (21, 25, 0.7), (25, 28, 0.6))  # 24 and 32 both come behind 28
+    assert known._next[[21, 25, 28]].tolist() == [25, 28, 24]
+    assert known._next[24] == 32
+    assert known._previous[[24, 32]].tolist() == [28, 24]
+
+
 def test_a_twin_that_is_found_too_late_stays() -> None:
     known = lists()
     known.give_up(0)  # nothing was known of it
