@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from tests.cluster.faults import PROMPT, Old, Record, Stream, recover
+from tests.cluster.monitoring import wait_for
 from tools.local_cluster import (
     Server,
     cluster_file,
@@ -70,8 +71,9 @@ def test_both_ranks_serve(server: Server) -> None:
 
 def test_blocks_are_as_check_says(server: Server) -> None:
     """What ``memshare check`` counts for one of two ranks is what vLLM has, without an override."""
-    log = server.log.read_text()
-    (found,) = set(re.findall(r"Overriding num_gpu_blocks=(\d+) with", log))
+    line = r"Overriding num_gpu_blocks=(\d+) with"
+    # Ray brings an engine's lines to the log in its own time.
+    (found,) = wait_for("its number", lambda: set(re.findall(line, server.log.read_text())))
     # 4 KV heads on 2 ranks: 30 layers x 2 heads x 64 channels x K and V x 2 bytes x 32 tokens.
     assert int(found) == (1 << 30) // (30 * 2 * 64 * 2 * 2 * 32)
     (config,) = re.findall(r"vllm:cache_config_info{(.*?)}", server.metrics())
