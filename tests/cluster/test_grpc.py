@@ -129,7 +129,7 @@ def test_who_comes_to_a_full_queue_is_told_when_to_come_again(address: str) -> N
     with Client(address) as client, ThreadPoolExecutor(92) as pool:
 
         def ask(count: int) -> list[Future[object]]:
-            return [pool.submit(client.generate, "x", ENDLESS, timeout=10) for _ in range(count)]
+            return [pool.submit(client.generate, "x", ENDLESS, timeout=15) for _ in range(count)]
 
         calls = []
         while (now := running()) < 32:  # a few at once: who is on the way counts as waiting, too

@@ -295,7 +295,7 @@ def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
 NOT_TRIED = {"/scale_elastic_ep"}
 # Answers of 5xx that are none to bad input (docs/limits.md).
 KNOWN = {("/v1/systemone", 501)}
-FUZZ_S = 20.0
+FUZZ_S = 30.0
 # Good requests: with one field of a generated request each, they come further than that request.
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "smollm2", "prompt": "Once", "max_tokens": 2},
