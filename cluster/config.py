@@ -23,6 +23,9 @@ from memshare.config import (
 
 ExtraValue = str | int | float | bool
 
+MAX_REQUEST_BYTES = 64 * 2**20
+"""No replica may be told to take larger requests, and gRPC proxies take none."""
+
 
 class EngineConfig(Section):
     """Options of the vLLM engine in every replica. None leaves vLLM's own default."""
@@ -104,7 +107,7 @@ class ReplicaConfig(Section):
     ``RESOURCE_EXHAUSTED``. None has no limit."""
     retry_after_s: float = Field(default=2.0, gt=0.0)
     """Seconds after which a client that got HTTP 429 should try again: its ``Retry-After``."""
-    max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=64 * 2**20)
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=MAX_REQUEST_BYTES)
     """Bytes of a request; larger ones get HTTP 413 or gRPC ``INVALID_ARGUMENT``."""
     health_check_period_s: float = Field(default=1.0, gt=0.0)
     """Seconds between health checks. A dead engine ends its replica at once; it is replaced at the

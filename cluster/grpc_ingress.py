@@ -17,16 +17,15 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
+from cluster.config import MAX_REQUEST_BYTES
 from memshare.proto import memshare_pb2
 
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
 HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
-MAX_REQUEST_BYTES = 64 * 2**20
-"""Proxies take no larger request; replicas may be stricter (``replica.max_body_bytes``)."""
 _RETRY_AFTER_S = 2  # the default of `replica.retry_after_s`, which a proxy does not know
 _AGAIN = re.compile(r"try again in (\d+) s")
-_DEAD = re.compile("The actor ")  # how the errors of ray.exceptions begin
+_DEAD = "The actor "  # how the errors of ray.exceptions begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +162,7 @@ def _amend(context: Any) -> None:
                 ("retry-after", str(seconds)),
             ]
         )
-    elif code == grpc.StatusCode.INTERNAL and _DEAD.match(details):
+    elif code == grpc.StatusCode.INTERNAL and details.startswith(_DEAD):
         context.set_code(grpc.StatusCode.UNAVAILABLE)
         context.set_details("the replica has ended and is being replaced; try again")
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memshare.tables import table_head, table_row
 from tools.load import Load, http_streams
-from tools.local_cluster import Server, cluster_file, local_ray, start, stop
+from tools.local_cluster import Server, cluster_file, local_ray, replica_states, start, stop
 
 WAIT_S = 600.0
 PROMPT = "Story {index}. The keeper of the lighthouse counts the ships, one after another:"
@@ -108,12 +108,10 @@ class Scaling:
 
 
 def running() -> int:
-    """Replicas that run, by Ray Serve's own account."""
-    from ray import serve
+    """Replicas that run."""
     from ray.serve.schema import ReplicaState
 
-    states = serve.status().applications["memshare"].deployments["Engine"].replica_states
-    return states.get(ReplicaState.RUNNING, 0)
+    return replica_states().get(ReplicaState.RUNNING, 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -25,20 +25,22 @@ import psutil
 import yaml
 
 from memshare.client import Client
+from tools.runtime_env import DEFAULTS
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ReplicaState
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 600.0  # until the model answers; machines that run tests are busy
 # For Ray's own processes and for everything that they start.
-_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "RAY_memory_monitor_refresh_ms": "0",  # or Ray kills actors when others use the memory
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(72 * 2**20),
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-}
+_ENVIRONMENT = {"PYTHONPATH": str(ROOT)} | {
+    name: DEFAULTS[name]
+    for name in (
+        "RAY_memory_monitor_refresh_ms", "RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE",
+        "VLLM_NO_USAGE_STATS", "OMP_NUM_THREADS",
+    )
+}  # fmt: skip
 ROLES = {
     "evaluator": "ray::Evaluator",
     "engine": "VLLM::EngineCore",
@@ -278,9 +280,13 @@ def _is_staffed(killed: Killed) -> bool:
 
 
 def _all_running(killed: Killed) -> bool:
-    from ray import serve
     from ray.serve.schema import ReplicaState
 
-    deployments = serve.status().applications["memshare"].deployments
-    states = deployments["Engine"].replica_states
-    return states == {ReplicaState.RUNNING: killed.before["replica"]}
+    return replica_states() == {ReplicaState.RUNNING: killed.before["replica"]}
+
+
+def replica_states() -> dict[ReplicaState, int]:
+    """How many of our replicas are in each state, by Ray Serve's own account."""
+    from ray import serve
+
+    return serve.status().applications["memshare"].deployments["Engine"].replica_states

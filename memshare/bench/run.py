@@ -208,6 +208,16 @@ class Record:
         }
         return {arm: runs for arm, runs in found.items() if runs}
 
+    def ratios(self, base: str) -> dict[str, list[float]]:
+        """Tokens a second of each arm, ``base`` = 1, in every repeat in which both have run."""
+        found: dict[str, list[float]] = {}
+        for repeat in self.repeats:
+            speeds = {run.arm: run.tokens_per_second for run in repeat}
+            if base in speeds:
+                for arm, speed in speeds.items():
+                    found.setdefault(arm, []).append(speed / speeds[base])
+        return found
+
     @classmethod
     def load(cls, path: Path) -> Record:
         """Read what :meth:`save` wrote.

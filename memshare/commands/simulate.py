@@ -184,8 +184,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if args.requests < 1:
         raise UserError("--requests must be 1 or more")
     draw, arrival, jobs = random.Random(args.seed), 0.0, []
-    own_draw = random.Random(args.seed)
-    lengths = _lengths(args, own_draw) if args.traces is None else _recorded_lengths(args, own_draw)
+    lengths = (_lengths if args.traces is None else _recorded_lengths)(args)
     for _, (prompt, output) in zip(range(args.requests), lengths, strict=False):
         if args.rate is not None:
             arrival += draw.expovariate(args.rate)
@@ -193,7 +192,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def _lengths(args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[int, int]]:
+def _lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """Tokens of prompts and outputs, without end."""
     first, _, last = args.output.partition("-")
     try:
@@ -204,23 +203,25 @@ def _lengths(args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[in
         raise UserError(f"--output {args.output}: give a number of tokens, or two as 4000-16000")
     if args.prompt < 1:
         raise UserError("--prompt must be 1 or more")
+    draw = random.Random(args.seed)
     while True:
         yield args.prompt, draw.randint(low, high)
 
 
-def _recorded_lengths(args: argparse.Namespace, draw: random.Random) -> Iterator[tuple[int, int]]:
+def _recorded_lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """The same of recorded texts, in random order, again and again."""
     from transformers import AutoTokenizer
 
     from memshare.bench.models import resolve
+    from memshare.bench.workloads import Source
     from memshare.replay.traces import load_traces
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.tokenizer))
-
-    def count(text: str) -> int:
-        return max(1, len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-
-    found = [(count(trace.problem), count(trace.reasoning)) for trace in load_traces(args.traces)]
+    source = Source(AutoTokenizer.from_pretrained(resolve(args.tokenizer)), 0, 0)
+    found = [
+        (max(1, len(source.ids(trace.problem))), max(1, len(source.ids(trace.reasoning))))
+        for trace in load_traces(args.traces)
+    ]
+    draw = random.Random(args.seed)
     while True:
         yield from draw.sample(found, len(found))
 
@@ -281,28 +282,20 @@ def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
     engine = Engine(
         record.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens, costs
     )
+    ratios = record.ratios("dense")
     found = {
         arm: simulate(engine, _jobs_of(record, arm), by_age(options) if options else None)
         for arm, options in record.arms.items()
-        if arm in runs
+        if arm in ratios
     }
-    return [
-        _comparison(name, runs["dense"], runs[arm], found["dense"], found[arm]) for arm in found
-    ]
-
-
-def _comparison(
-    name: str, dense: list[Run], arm: list[Run], dense_found: Prediction, found: Prediction
-) -> str:
-    # A repeat that was stopped in its middle has no pair.
-    measured = statistics.median(
-        run.tokens_per_second / other.tokens_per_second
-        for run, other in zip(arm, dense, strict=False)
-    )
-    predicted = found.tokens_per_second / dense_found.tokens_per_second
-    error = f"{predicted / measured - 1:+.1%}"
-    steps = (str(arm[0].steps), str(found.steps))
-    return table_row([name, arm[0].arm, f"{measured:.2f}", f"{predicted:.2f}", error, *steps])
+    lines = []
+    for arm, prediction in found.items():
+        measured = statistics.median(ratios[arm])
+        predicted = prediction.tokens_per_second / found["dense"].tokens_per_second
+        error = f"{predicted / measured - 1:+.1%}"
+        steps = (str(runs[arm][0].steps), str(prediction.steps))
+        lines.append(table_row([name, arm, f"{measured:.2f}", f"{predicted:.2f}", error, *steps]))
+    return lines
 
 
 def _jobs_of(record: Record, arm: str) -> list[Job]:

@@ -37,13 +37,7 @@ def accuracy_points(record: Record) -> dict[str, list[Point]]:
     their 95 % interval. Speeds are medians over repeats of the ratio to the first arm's in the
     same repeat; arms and groups without graded answers, or without such a ratio, give no point.
     """
-    base = next(iter(record.arms))
-    speeds: dict[str, list[float]] = {}
-    for repeat in record.repeats:
-        by_arm = {run.arm: run.tokens_per_second for run in repeat}
-        if base in by_arm:
-            for arm, speed in by_arm.items():
-                speeds.setdefault(arm, []).append(speed / by_arm[base])
+    speeds = record.ratios(next(iter(record.arms)))
     points: dict[str, list[Point]] = {}
     for arm, runs in record.runs.items():
         groups = dict.fromkeys(o.group for o in runs[0].outcomes if o.right is not None)
