@@ -188,7 +188,7 @@ class TwinsParams(Section):
     age_weight: Real = Field(default=1.0, ge=0.0, le=8.0)
     """Exponent of a block's place in its request, 0..1, in what losing it is expected to cost: what
     has no twin, times place to this power. 0 looks at coverage alone."""
-    min_coverage: Fraction = 0.25
+    min_coverage: Fraction = 0.05
     """Coverage, 0..1. Blocks below it are never targets, and vLLM preempts if memory is short all
     the same; with 0, memory comes before exactness."""
     order: Literal["most_covered", "least_covered"] = "most_covered"
