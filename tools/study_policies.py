@@ -37,21 +37,20 @@ from memshare.tables import table_head, table_row
 HEADS = (
     "policy", "given up", "KL", "late KL", "change of NLL", "same top token", "no other token",
 )  # fmt: skip
-BLOCK = 32
-RECENT = 128  # tokens, as protect.recent_tokens
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"name": "random"},
     "oldest": {"name": "oldest"},
     "twins": {"name": "twins"},
     "twins age 0": {"name": "twins", "age_weight": 0.0},
     "twins age 0.5": {"name": "twins", "age_weight": 0.5},
+    "twins age 1.5": {"name": "twins", "age_weight": 1.5},
     "twins age 2": {"name": "twins", "age_weight": 2.0},
     "twins run 1": {"name": "twins", "shortest_run": 1},
     "twins run 2": {"name": "twins", "shortest_run": 2},
     "twins run 8": {"name": "twins", "shortest_run": 8},
     "twins no floor": {"name": "twins", "min_coverage": 0.0},
-    "twins floor 0.35": {"name": "twins", "min_coverage": 0.35},
-    "twins floor 0.65": {"name": "twins", "min_coverage": 0.65},
+    "twins floor 0.1": {"name": "twins", "min_coverage": 0.1},
+    "twins floor 0.25": {"name": "twins", "min_coverage": 0.25},
     "control": {"name": "twins", "order": "least_covered", "min_coverage": 0.0},
 }
 
@@ -70,12 +69,13 @@ def traces(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
 def solutions(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
     """Yield worked solutions; the prefix ends with the block in which the last part begins."""
     source = Source(reader.tokenizer, options.limit, options.continuation)
+    size = options.block_size
     for seed in range(options.seed, options.seed + options.limit):
         problem = generate(options.family, seed)
         prompt, text = source.chat(problem.prompt), source.ids(problem.solution)
         last = problem.solution.find("Now I add")
         done = source.ids(problem.solution[: last if last > 0 else len(problem.solution) // 2])
-        yield reader.read(prompt, text, (len(prompt) + len(done)) // BLOCK * BLOCK)
+        yield reader.read(prompt, text, (len(prompt) + len(done)) // size * size)
 
 
 def main() -> None:
@@ -91,10 +91,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20000, help="number of the first problem")
     parser.add_argument("--prefix", type=int, default=2560, help="tokens, of --traces")
     parser.add_argument("--continuation", type=int, default=512, help="tokens, of --traces")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens")
+    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
     options = parser.parse_args()
 
     model = options.model or ("smollm2-135m" if options.family is None else REASONER)
-    reader = Reader(resolve(model), BLOCK, RECENT)
+    reader = Reader(resolve(model), options.block_size, options.recent)
     arms = [arm.strip() for arm in options.arms.split(",")]
     fractions = [float(fraction) for fraction in options.freed.split(",")]
     measured: dict[tuple[float, str], list[npt.NDArray[np.float32]]] = {}
