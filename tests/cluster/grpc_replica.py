@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from cluster.auth import Gate
 from cluster.config import ClusterArgs
 from cluster.grpc_service import GrpcService
@@ -28,5 +30,6 @@ class Replica(GrpcService):
             self.engine,  # type: ignore[arg-type]
         )
 
-    async def running(self) -> int:
-        return len(self.engine.running)
+    async def running(self) -> tuple[int, list[str]]:
+        """The replica's process, and the engine's ids of the requests that run in it."""
+        return os.getpid(), list(self.engine.running)
