@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from memshare.bench.models import resolve
 from memshare.bench.workloads import Source
-from memshare.config import PolicyParams
+from memshare.config import DistanceConfig, PolicyParams
 from memshare.reasoner.model import NAME as REASONER
 from memshare.reasoner.problems import FAMILIES, generate
 from memshare.replay.damage import Damage
@@ -93,10 +93,13 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=512, help="tokens, of --traces")
     parser.add_argument("--block-size", type=int, default=32, help="tokens")
     parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    parser.add_argument("--layers", default=DistanceConfig().layers, help="distance.layers")
+    parser.add_argument("--tensors", default=DistanceConfig().tensors, help="distance.tensors")
     options = parser.parse_args()
 
     model = options.model or ("smollm2-135m" if options.family is None else REASONER)
-    reader = Reader(resolve(model), options.block_size, options.recent)
+    distance = DistanceConfig.model_validate({"layers": options.layers, "tensors": options.tensors})
+    reader = Reader(resolve(model), options.block_size, options.recent, distance)
     arms = [arm.strip() for arm in options.arms.split(",")]
     fractions = [float(fraction) for fraction in options.freed.split(",")]
     measured: dict[tuple[float, str], list[npt.NDArray[np.float32]]] = {}

@@ -60,6 +60,7 @@ _OTHERS = {
     "observe": Arm("observe", {"mode": "observe"} | POLICIES["twins"]),
     "fp8": Arm("fp8", None, kv_dtype="fp8"),
 }
+_FP8 = "-fp8"
 NAMES = (*_OTHERS, *POLICIES)
 
 
@@ -67,7 +68,7 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
     """Yield the arms that a user names, those that give up blocks once a budget.
 
     Args:
-        names: separated by ``,``.
+        names: separated by ``,``. A policy with ``-fp8`` behind it runs on an fp8 KV cache.
         budgets: values of ``budget.max_shared_fraction``.
         common: further options of all arms with MemShare.
 
@@ -75,14 +76,15 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
         UserError: there is no such arm.
     """
     for name in names.split(","):
+        policy = name.removesuffix(_FP8)
         if name in _OTHERS:
             arm = _OTHERS[name]
             yield arm if arm.memshare is None else Arm(name, common | arm.memshare)
-        elif name in POLICIES:
+        elif policy in POLICIES:
+            kv_dtype = "auto" if policy == name else "fp8"
             for budget in budgets:
                 shown = name if len(budgets) == 1 else f"{name} {budget:g}"
-                yield Arm(
-                    shown, common | POLICIES[name] | {"budget": {"max_shared_fraction": budget}}
-                )
+                limit = {"budget": {"max_shared_fraction": budget}}
+                yield Arm(shown, common | POLICIES[policy] | limit, kv_dtype)
         else:
             raise UserError(f"there is no arm {name!r}; choose of {', '.join(NAMES)}")

@@ -21,13 +21,15 @@ _COLOURS = {
     "paper": "#009e73",
     "control": "#d55e00",
     "fp8": "#56b4e9",
+    "twins-fp8": "#f0e442",
 }
 _OTHER = "#999999"
 
 
 def colour(arm: str) -> str:
     """Colour of an arm; ``twins 0.25`` and ``twins-0.25`` have that of ``twins``."""
-    return _COLOURS.get(arm.replace("-", " ").split()[0], _OTHER)
+    name = arm.split(maxsplit=1)[0]
+    return _COLOURS.get(name) or _COLOURS.get(name.split("-")[0], _OTHER)
 
 
 @contextmanager

@@ -108,13 +108,17 @@ class Prefix:
 class Reader:
     """A model that reads texts, and reads them again with blocks given up."""
 
-    def __init__(self, model: str, block_size: int, recent: int) -> None:
+    def __init__(
+        self, model: str, block_size: int, recent: int, distance: DistanceConfig | None = None
+    ) -> None:
         """Load a model in float32.
 
         Args:
             model: folder or hub id of a model with rotary embeddings like Llama's.
             block_size: tokens.
             recent: as ``protect.recent_tokens``.
+            distance: layers and tensors of stage two (default: the configuration's); the norm is
+                the relative one.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,6 +126,7 @@ class Reader:
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._block_size = block_size
         self._recent = recent
+        self._distance = distance or DistanceConfig()
         steps = StepConfig()
         self._automaton = compile_delimiters(steps.delimiters, token_bytes(self.tokenizer))
         self._steps = (steps.min_tokens, steps.max_tokens)
@@ -147,10 +152,11 @@ class Reader:
         half = cos.shape[-1] // 2
         table = torch.cat((cos[0, :, :half], sin[0, :, :half]), 1)
         rotation = Rotation.from_cache(table, neox=True)
-        for layer in spread_layers(range(len(keys)), DistanceConfig().layers):
+        for layer in spread_layers(range(len(keys)), self._distance.layers):
             by_token = keys[layer].transpose(0, 1)[:, :, None]
             upright = rotation.turn(by_token, -positions)[:, :, 0]
-            for tensor in (upright, values[layer].transpose(0, 1)):
+            tensors = {"k": upright, "v": values[layer].transpose(0, 1)}
+            for tensor in map(tensors.__getitem__, self._distance.tensors):
                 scale = TokenScale()
                 scale.update(tensor)
                 yield tensor, scale

@@ -73,14 +73,21 @@ def test_every_arm_has_options_that_load() -> None:
     ("dtype", "blocks"), [("bfloat16", 201), ("float16", 201), ("float32", 401)]
 )
 def test_an_fp8_cache_has_the_bytes_of_the_others(dtype: str, blocks: int) -> None:
-    arms = {arm.name: arm.blocks(101, dtype) for arm in expand(",".join(NAMES), [0.5], {})}
-    assert arms.pop("fp8") == blocks  # the null block is not doubled
+    names = ",".join((*NAMES, "twins-fp8"))
+    arms = {arm.name: arm.blocks(101, dtype) for arm in expand(names, [0.5], {})}
+    assert arms.pop("fp8") == arms.pop("twins-fp8") == blocks  # the null block is not doubled
     assert set(arms.values()) == {101}
 
 
+def test_a_policy_on_an_fp8_cache_keeps_its_options() -> None:
+    plain, narrow = expand("twins,twins-fp8", [0.3], {"trigger": {"kind": "eager"}})
+    assert (narrow.memshare, narrow.kv_dtype) == (plain.memshare, "fp8")
+
+
 def test_an_unknown_arm_is_named() -> None:
-    with pytest.raises(UserError, match="no arm 'best'"):
-        list(expand("dense,best", [0.5], {}))
+    for name in ("best", "dense-fp8"):
+        with pytest.raises(UserError, match=f"no arm '{name}'"):
+            list(expand(f"dense,{name}", [0.5], {}))
 
 
 def test_problems_come_in_both_families_with_their_answers() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from memshare.cli import main
-from memshare.config import OldestParams, PaperParams, TwinsParams
+from memshare.config import DistanceConfig, OldestParams, PaperParams, TwinsParams
 from memshare.plots.steps import kv
 from memshare.plots.trace import marks
 from memshare.replay.damage import COLUMNS
@@ -78,6 +78,14 @@ def test_position_is_taken_out_of_keys(reading: Reading) -> None:
     assert np.allclose(upright[first], upright[last], atol=1e-4)
     rotated = reading.keys[0].transpose(0, 1)
     assert not np.allclose(rotated[first], rotated[last], atol=1e-2)
+
+
+def test_the_tensors_compared_are_those_asked_for(model: Path, reading: Reading) -> None:
+    distance = DistanceConfig(layers="all", tensors="v")
+    values = read(Reader(str(model), SIZE, 2 * SIZE, distance), TEXT, 20 * SIZE, 80)
+    assert len(values.compared) == len(reading.values)
+    for (tensor, _), exact in zip(values.compared, reading.values, strict=True):
+        assert tensor.equal(exact.transpose(0, 1))
 
 
 def test_similarity_is_1_of_a_token_to_itself_and_less_of_others(reading: Reading) -> None:
