@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,3 +88,22 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
                 yield Arm(shown, common | POLICIES[policy] | limit, kv_dtype)
         else:
             raise UserError(f"there is no arm {name!r}; choose of {', '.join(NAMES)}")
+
+
+def require_kv_types(arms: Iterable[Arm]) -> None:
+    """Refuse arms with an fp8 KV cache where vLLM has none.
+
+    Raises:
+        UserError: this CPU lacks what vLLM asks for (its ``v1/attention/backends/cpu_attn.py``).
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    narrow = [arm.name for arm in arms if arm.kv_dtype != "auto"]
+    if not narrow or not current_platform.is_cpu():
+        return
+    if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        raise UserError(
+            f"--arms: {', '.join(narrow)}: vLLM's fp8 KV cache needs a GPU, or a CPU with AVX-512; "
+            "leave them out"
+        )

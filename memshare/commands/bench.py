@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     budgets = fractions("--budget", args.budget)
     arms = list(known_arms.expand(args.arms, budgets, sharing(args)))
+    known_arms.require_kv_types(arms)
     if args.requests < 1 or args.tokens < 1 or args.repeats < 1:
         raise UserError("--requests, --tokens and --repeats must be 1 or more")
     plan = _plan(args)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memshare.bench.arms import NAMES as ARMS
-from memshare.bench.arms import expand
+from memshare.bench.arms import expand, require_kv_types
 from memshare.bench.report import accuracy_cells
 from memshare.commands.options import add_sharing, fractions, sharing
 from memshare.errors import UserError
@@ -103,6 +103,7 @@ def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling
     from memshare.bench.models import resolve
 
     arms = list(expand(args.arms, fractions("--budget", args.budget), sharing(args)))
+    require_kv_types(arms)
     prompts = [question.prompt for question in questions]
     model = resolve(args.model)
     length = longest(model, prompts) + sampling.max_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.bench.arms import NAMES, POLICIES, expand
+from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types
 from memshare.bench.child import call
 from memshare.bench.report import (
     accuracy_cells,
@@ -82,6 +83,17 @@ def test_an_fp8_cache_has_the_bytes_of_the_others(dtype: str, blocks: int) -> No
 def test_a_policy_on_an_fp8_cache_keeps_its_options() -> None:
     plain, narrow = expand("twins,twins-fp8", [0.3], {"trigger": {"kind": "eager"}})
     assert (narrow.memshare, narrow.kv_dtype) == (plain.memshare, "fp8")
+
+
+def test_an_fp8_arm_is_refused_by_a_cpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = list(expand("dense,fp8,twins-fp8", [0.5], {}))
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    for has_it in (True, False):
+        monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda answer=has_it: answer)
+        require_kv_types(arms[:1])
+        with nullcontext() if has_it else pytest.raises(UserError, match="fp8, twins-fp8: vLLM"):
+            require_kv_types(arms)
 
 
 def test_an_unknown_arm_is_named() -> None:
