@@ -64,7 +64,7 @@ END
 READY_GRPC = """
 Ask over gRPC, and see what it cost in KV memory:
 
-{memshare} chat --address 127.0.0.1:{port} "What is the capital of France?"
+{memshare} chat --address 127.0.0.1:{port} --temperature 0 "What is the capital of France?"
 """
 RUNNING = """
 Page: {url}/memshare/     Metrics: {url}/metrics     Log: {log}
