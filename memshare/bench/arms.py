@@ -62,6 +62,8 @@ _OTHERS = {
 }
 _FP8 = "-fp8"
 NAMES = (*_OTHERS, *POLICIES)
+CHOICES = f"{', '.join(NAMES)}; or a policy on an fp8 KV cache, as twins{_FP8}"
+"""What users may name, for help and errors."""
 
 
 def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator[Arm]:
@@ -87,7 +89,7 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
                 limit = {"budget": {"max_shared_fraction": budget}}
                 yield Arm(shown, common | POLICIES[policy] | limit, kv_dtype)
         else:
-            raise UserError(f"there is no arm {name!r}; choose of {', '.join(NAMES)}")
+            raise UserError(f"there is no arm {name!r}; choose of {CHOICES}")
 
 
 def require_kv_types(arms: Iterable[Arm]) -> None:
@@ -96,13 +98,14 @@ def require_kv_types(arms: Iterable[Arm]) -> None:
     Raises:
         UserError: this CPU lacks what vLLM asks for (its ``v1/attention/backends/cpu_attn.py``).
     """
-    import torch
-    from vllm.platforms import current_platform
-
     narrow = [arm.name for arm in arms if arm.kv_dtype != "auto"]
-    if not narrow or not current_platform.is_cpu():
+    if not narrow:
         return
-    if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+    import torch
+    from vllm.platforms import current_platform  # takes seconds, which other arms need not wait
+
+    supported = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    if current_platform.is_cpu() and not supported:
         raise UserError(
             f"--arms: {', '.join(narrow)}: vLLM's fp8 KV cache needs a GPU, or a CPU with AVX-512; "
             "leave them out"

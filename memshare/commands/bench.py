@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traces", type=Path, metavar="DIR", help="recorded texts, to be forced")
     parser.add_argument(
         "--arms", default="dense,twins,oldest,random,paper",
-        help=f"separated by ','; of {', '.join(known_arms.NAMES)}; or a policy on fp8: twins-fp8",
+        help=f"separated by ','; of {known_arms.CHOICES}",
     )  # fmt: skip
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=400, help="generated tokens a request")

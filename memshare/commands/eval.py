@@ -15,8 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from memshare.bench.arms import NAMES as ARMS
-from memshare.bench.arms import expand, require_kv_types
+from memshare.bench.arms import CHOICES, expand, require_kv_types
 from memshare.bench.report import accuracy_cells
 from memshare.commands.options import add_sharing, fractions, sharing
 from memshare.errors import UserError
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     served.add_argument("--at-once", type=int, default=32, help="requests under way")
     engine = parser.add_argument_group("an engine of our own")
     parser.add_argument("--model", default="smollm2-135m-reasoner", help="name, folder or hub id")
-    engine.add_argument("--arms", default="dense,twins", help=f"of {', '.join(ARMS)}")
+    engine.add_argument("--arms", default="dense,twins", help=f"of {CHOICES}")
     add_sharing(engine)
     engine.add_argument("--dtype", default="bfloat16", help="of weights and cache")
     engine.add_argument(

@@ -27,7 +27,7 @@ _OTHER = "#999999"
 
 
 def colour(arm: str) -> str:
-    """Colour of an arm; ``twins 0.25`` and ``twins-0.25`` have that of ``twins``."""
+    """Colour of an arm; without one of its own, ``twins 0.25`` and ``twins-x`` have ``twins``'s."""
     name = arm.split(maxsplit=1)[0]
     return _COLOURS.get(name) or _COLOURS.get(name.split("-")[0], _OTHER)
 

@@ -156,10 +156,10 @@ class Reader:
             by_token = keys[layer].transpose(0, 1)[:, :, None]
             upright = rotation.turn(by_token, -positions)[:, :, 0]
             tensors = {"k": upright, "v": values[layer].transpose(0, 1)}
-            for tensor in map(tensors.__getitem__, self._distance.tensors):
+            for name in self._distance.tensors:
                 scale = TokenScale()
-                scale.update(tensor)
-                yield tensor, scale
+                scale.update(tensors[name])
+                yield tensors[name], scale
 
     @torch.inference_mode()
     def judge(self, reading: Reading, donor_of: dict[int, int]) -> npt.NDArray[np.float32]:

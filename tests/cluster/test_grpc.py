@@ -185,8 +185,9 @@ def streams_on_both(client: Client, count: int = 8) -> dict[str, Iterator[object
 def test_a_killed_replica_ends_its_own_streams_and_no_other(address: str) -> None:
     with Client(address) as client:
         streams = streams_on_both(client)
-        dead, alive = running_by_replica()
-        own = {engine_id.split("-")[1] for engine_id in running_by_replica()[dead]}
+        placed = running_by_replica()
+        dead, alive = placed
+        own = {engine_id.split("-")[1] for engine_id in placed[dead]}
         psutil.Process(dead).kill()
         assert {at for at, stream in streams.items() if breaks_off(stream)} == own
         assert len(running_by_replica()[alive]) == len(streams) - len(own)
