@@ -172,9 +172,24 @@ def _text(details: bytes | str) -> str:
 
 
 async def _cancel(messages: AsyncGenerator[bytes, None]) -> None:
-    """Read on, and be cancelled at it."""
+    """Read on, and be cancelled at it.
+
+    A failed write is followed by gRPC's cancellation of the call's task, which is this one. It must
+    neither reach a read that has not begun, where it would be lost, nor let the call end before the
+    read: Serve asks the call for its peer then, which crashes the proxy if the call is gone.
+
+    Raises:
+        asyncio.CancelledError: this task was cancelled meanwhile.
+    """
     reading: asyncio.Future[bytes] = asyncio.ensure_future(anext(messages))
-    await asyncio.sleep(0)  # it waits now
-    reading.cancel()
+    # Right after its first step, in which it begins to wait for the replica.
+    asyncio.get_running_loop().call_soon(reading.cancel)
+    cancelled = None
+    while not reading.done():
+        try:
+            await asyncio.wait([reading])
+        except asyncio.CancelledError as error:
+            cancelled = error
     await asyncio.gather(reading, return_exceptions=True)  # its end is expected: no log of it
-    await messages.aclose()
+    if cancelled is not None:
+        raise cancelled

@@ -5,7 +5,8 @@ A service that fails as Ray Serve's handlers do, by a status on the context, tak
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,3 +102,53 @@ async def test_a_dead_replica_is_unavailable_and_a_fault_of_ours_internal(ask: A
     ours = await caught(ask, status(internal, "division by zero"))
     assert ours.code == internal
     assert ours.details == "division by zero"
+
+
+class Handlers:
+    """Takes what is added to a server."""
+
+    def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler]) -> None:
+        self.generate_stream: Any = (
+            handlers[0]
+            .service(
+                SimpleNamespace(method="/memshare.v1.MemShare/GenerateStream")  # type: ignore[arg-type]
+            )
+            .unary_stream
+        )  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rounds", [None, *range(6)])
+async def test_a_client_that_leaves_while_a_message_is_written_ends_the_call(
+    rounds: int | None,
+) -> None:
+    """gRPC cancels the call's task so many rounds of the loop after the write has failed."""
+    events: list[str] = []
+
+    async def read(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
+        """As Ray Serve: what ends the call to the replica is a cancelled wait, and no end of us."""
+        yield b"a"
+        try:
+            await asyncio.wait([asyncio.ensure_future(asyncio.sleep(10))])
+        except asyncio.CancelledError:
+            events.append("replica cancelled")
+
+    def cancel_in(rounds: int, task: asyncio.Task[None]) -> None:
+        if rounds == 0:
+            task.cancel()
+        else:
+            asyncio.get_running_loop().call_soon(cancel_in, rounds - 1, task)
+
+    class Context:
+        async def write(self, message: bytes) -> None:
+            if rounds is not None:
+                cancel_in(rounds, asyncio.current_task())  # type: ignore[arg-type]
+            raise OSError("the client has left")
+
+    handlers, others = Handlers(), ("Generate", "Chat", "ChatStream", "Abort", "GetModelInfo")
+    servicer = SimpleNamespace(GenerateStream=read, GetStats=None, **dict.fromkeys(others))
+    add_memshare(servicer, handlers)  # type: ignore[arg-type]
+    call = asyncio.ensure_future(handlers.generate_stream(None, Context()))
+    call.add_done_callback(lambda _: events.append("call ended"))
+    await asyncio.wait([call])
+    await asyncio.sleep(0)
+    assert events == ["replica cancelled", "call ended"]
