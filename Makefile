@@ -11,10 +11,13 @@ CONFIG      ?= configs/cluster.yaml
 MODEL_TP    ?= 2
 GPU_ARGS    ?=
 HOURS       ?= 1
+WORKERS     ?= 2
 
 BIN := .venv/bin
 # Runs a command of the venv with the process environment for local runs.
 RUN := $(BIN)/python tools/runtime_env.py
+# Test files share WORKERS processes. Engines take a core and 3 GB each.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
@@ -47,7 +50,7 @@ format: venv ## Fix what ruff can fix
 	$(BIN)/ruff format .
 
 test-unit: venv ## Fast tests: no engine, no Ray, no browser
-	$(RUN) pytest -m "not engine and not cluster and not browser"
+	$(RUN) pytest -m "not engine and not cluster and not browser" $(SPREAD)
 
 browser: venv ## Find a Chromium for tests of the live page, or install Debian's (as root)
 	@$(RUN) python tools/setup_browser.py
@@ -56,10 +59,11 @@ test-browser: venv browser ## Tests of the live page in a real browser
 	$(RUN) pytest -m "browser and not cluster"
 
 test-engine: venv model ## Tests that start a real vLLM engine
-	$(RUN) pytest -m "engine and not cluster" --timeout 600
+	$(RUN) pytest -m "engine and not cluster" --timeout 600 $(SPREAD)
 
-test-cluster: venv model ## Tests that start Ray
-	$(RUN) pytest -m cluster --timeout 900
+test-cluster: venv model ## Tests that start Ray; those with real engines one by one
+	$(RUN) pytest -m "cluster and not engine" --timeout 900 $(SPREAD)
+	$(RUN) pytest -m "cluster and engine" --timeout 900
 
 docs: venv ## Build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) python -m mkdocs --quiet build --strict

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
     parser.add_argument("--layers", default=DistanceConfig().layers, help="distance.layers")
     parser.add_argument("--tensors", default=DistanceConfig().tensors, help="distance.tensors")
+    parser.add_argument("--kv", choices=("float32", "fp8"), default="float32", help="of the cache")
     options = parser.parse_args()
 
     model = options.model or ("smollm2-135m" if options.family is None else REASONER)
@@ -105,7 +106,8 @@ def main() -> None:
     measured: dict[tuple[float, str], list[npt.NDArray[np.float32]]] = {}
     gone: dict[tuple[float, str], list[float]] = {}
     read = 0
-    for reading in (traces if options.family is None else solutions)(reader, options):
+    for exact in (traces if options.family is None else solutions)(reader, options):
+        reading = exact if options.kv == "float32" else reader.in_fp8(exact)
         for fraction in fractions:
             for arm in arms:
                 params = TypeAdapter(PolicyParams).validate_python(ARMS[arm])

@@ -9,7 +9,7 @@ the donors', as a remap does. The model reads the rest again over that cache. Wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Reading:
         log_probs: ``[C, vocabulary]`` over the exact cache.
         compared: per compared layer and tensor, ``[P, heads, channels]`` with the position of keys
             undone, and the distance of its random tokens.
+        fp8: whether keys and values were and are to be rounded, see :meth:`Reader.in_fp8`.
     """
 
     tokens: Tensor
@@ -55,6 +56,7 @@ class Reading:
     values: Tensor
     log_probs: Tensor
     compared: list[tuple[Tensor, TokenScale]]
+    fp8: bool = False
 
     def similarity(self, earlier: Positions, later: Positions) -> npt.NDArray[np.float32]:
         """``[N]``: stage two of pairs of tokens of the prefix."""
@@ -134,17 +136,25 @@ class Reader:
     @torch.inference_mode()
     def read(self, prompt: Sequence[int], text: Sequence[int], prefix: int) -> Reading:
         """Read ``text`` behind ``prompt``; the first ``prefix`` tokens of both are the prefix."""
-        from transformers import DynamicCache
-
         tokens = torch.tensor([*prompt, *text])
-        cache = DynamicCache()
+        cache = _new_cache(fp8=False)
         hidden = self._model.model(tokens[None], past_key_values=cache).last_hidden_state
         log_probs = self._model.lm_head(hidden[0, prefix:]).log_softmax(-1)
-        layers: list[Any] = cache.layers
-        keys = torch.stack([layer.keys[0, :, :prefix] for layer in layers])
-        values = torch.stack([layer.values[0, :, :prefix] for layer in layers])
+        keys, values = _cached(cache, prefix)
         compared = list(self._compared(keys, values))
         return Reading(tokens, len(prompt), prefix, keys, values, log_probs, compared)
+
+    @torch.inference_mode()
+    def in_fp8(self, reading: Reading) -> Reading:
+        """Read the prefix again over an fp8 cache; the exact distributions stay.
+
+        What is judged of it is the damage of fp8, and of what is given up beside.
+        """
+        cache = _new_cache(fp8=True)
+        self._model.model(reading.tokens[None, : reading.prefix], past_key_values=cache)
+        keys, values = _cached(cache, reading.prefix)
+        compared = list(self._compared(keys, values))
+        return replace(reading, keys=keys, values=values, compared=compared, fp8=True)
 
     def _compared(self, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, TokenScale]]:
         positions = torch.arange(keys.shape[2])
@@ -168,8 +178,6 @@ class Reader:
         Returns:
             ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.replay.damage`).
         """
-        from transformers import DynamicCache
-
         size = self._block_size
         keys, values = reading.keys.clone(), reading.values.clone()
         for target, donor in donor_of.items():
@@ -177,7 +185,7 @@ class Reader:
                 tensor[:, :, target * size : (target + 1) * size] = exact[
                     :, :, donor * size : (donor + 1) * size
                 ]
-        cache = DynamicCache()
+        cache = _new_cache(reading.fp8)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k[None], v[None], layer)
         rest = reading.tokens[reading.prefix :]
@@ -234,3 +242,21 @@ class Reader:
             earlier, later = earlier[apart], later[apart]
             known.learn(earlier, later, reading.similarity(earlier, later))
         return known
+
+
+def _new_cache(fp8: bool) -> Any:
+    from transformers import DynamicCache
+
+    if not fp8:
+        return DynamicCache()
+    from memshare.replay.fp8 import Fp8Cache
+
+    return Fp8Cache()
+
+
+def _cached(cache: Any, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first tokens, each ``[layers, heads, length, channels]``."""
+    layers = cache.layers
+    keys = torch.stack([layer.keys[0, :, :length] for layer in layers])
+    values = torch.stack([layer.values[0, :, :length] for layer in layers])
+    return keys, values

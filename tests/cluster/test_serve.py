@@ -54,6 +54,7 @@ from tests.cluster.faults import Old, Record, Stream, recover
 from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
 from tests.documents import Block, blocks, chat_bodies
 from tests.fuzzing import TIMES
+from tests.machine import DTYPE
 from tests.protobuf import damaged, requests
 from tools.local_cluster import (
     ROOT,
@@ -91,6 +92,7 @@ def server(
     memshare_in(document)["logs"] = {"format": "json", "explain_every_s": 1.0}
     arguments = document["applications"][0]["args"]
     arguments["page"] = {"show_text": True}
+    arguments["engine"]["dtype"] = DTYPE
     arguments["engine"]["extra"] = {"otlp_traces_endpoint": collector.url}
     server = start(tmp_path_factory.mktemp("serve"), document)
     try:

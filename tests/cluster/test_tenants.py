@@ -29,6 +29,7 @@ from schemathesis import GenerationMode
 from cluster.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
 from tests.fuzzing import TIMES
+from tests.machine import DTYPE
 from tools.local_cluster import (
     START_S,
     Server,
@@ -110,7 +111,7 @@ def keyed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     arguments["engine"] |= {
         "max_model_len": 1024,
         "num_gpu_blocks_override": 80,
-        "dtype": "float32",  # faster on CPUs that only emulate bfloat16
+        "dtype": DTYPE,
         "max_num_seqs": 16,
     }
     memshare_in(document).update(memshare_in(cluster_file("demo.yaml")))

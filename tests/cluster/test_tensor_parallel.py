@@ -16,6 +16,7 @@ import ray
 
 from tests.cluster.faults import PROMPT, Old, Record, Stream, recover
 from tests.cluster.monitoring import wait_for
+from tests.machine import DTYPE
 from tools.local_cluster import (
     Server,
     cluster_file,
@@ -41,7 +42,7 @@ def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     document = cluster_file()
     args = document["applications"][0]["args"]
     args["model"] = "smollm2-135m-tp2"
-    args["engine"].update(tensor_parallel_size=2, num_gpu_blocks_override=BLOCKS)
+    args["engine"].update(tensor_parallel_size=2, num_gpu_blocks_override=BLOCKS, dtype=DTYPE)
     args["replica"]["env"]["VLLM_LOGGING_LEVEL"] = "INFO"  # a test reads what vLLM counted
     memshare = memshare_in(document)
     memshare.update(memshare_in(cluster_file("demo.yaml")))
@@ -74,8 +75,8 @@ def test_blocks_are_as_check_says(server: Server) -> None:
     line = r"Overriding num_gpu_blocks=(\d+) with"
     # Ray brings an engine's lines to the log in its own time.
     (found,) = wait_for("its number", lambda: set(re.findall(line, server.log.read_text())))
-    # 4 KV heads on 2 ranks: 30 layers x 2 heads x 64 channels x K and V x 2 bytes x 32 tokens.
-    assert int(found) == (1 << 30) // (30 * 2 * 64 * 2 * 2 * 32)
+    # 4 KV heads on 2 ranks: 30 layers x 2 heads x 64 channels x K and V x 4 bytes x 32 tokens.
+    assert int(found) == (1 << 30) // (30 * 2 * 64 * 2 * 4 * 32)
     (config,) = re.findall(r"vllm:cache_config_info{(.*?)}", server.metrics())
     assert f'num_gpu_blocks="{BLOCKS}"' in config
 

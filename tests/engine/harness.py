@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memshare.plug_in import plug_in
+from tests.machine import DTYPE
 
 BLOCK = 32
 
@@ -27,8 +28,7 @@ class Engine:
             "block_size": BLOCK,
             "enforce_eager": True,
             "seed": 0,
-            # Twice as fast as bfloat16 on CPUs that only emulate it.
-            "dtype": "float32",
+            "dtype": DTYPE,
             "disable_log_stats": False,
         }
         self.llm = LLM(model, **settings | plug_in(memshare) | options)

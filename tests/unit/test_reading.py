@@ -9,12 +9,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from memshare.cli import main
 from memshare.config import DistanceConfig, OldestParams, PaperParams, TwinsParams
 from memshare.plots.steps import kv
 from memshare.plots.trace import marks
 from memshare.replay.damage import COLUMNS
+from memshare.replay.fp8 import to_fp8
 from memshare.replay.reading import Reader, Reading
 from tests.engine.harness import write_tiny_model
 
@@ -28,7 +30,6 @@ DAMAGE = {name: i for i, name in enumerate(COLUMNS)}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with weights, and a chat template that adds nothing."""
-    import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
@@ -67,6 +68,23 @@ def test_a_cache_of_which_nothing_was_given_up_is_exact(reader: Reader, reading:
     assert exact[:, DAMAGE["same_top"]].all()
     shared = reader.judge(reading, {8: 5, 9: 6})
     assert shared[:, DAMAGE["kl"]].mean() > 1e-6, "another block's KV must make a difference"
+
+
+def test_an_fp8_cache_costs_less_than_a_wrong_block(reader: Reader, reading: Reading) -> None:
+    narrow = reader.in_fp8(reading)
+    for rounded, exact in ((narrow.keys, reading.keys), (narrow.values, reading.values)):
+        assert rounded[0].equal(to_fp8(exact[0]))
+        assert not rounded[1].equal(to_fp8(exact[1])), "it has read the rounded layer below"
+        assert rounded[1].equal(to_fp8(rounded[1]))
+
+    def kl(read: Reading, donor_of: dict[int, int]) -> float:
+        return float(reader.judge(read, donor_of)[:, DAMAGE["kl"]].mean())
+
+    assert kl(reading, {}) < kl(narrow, {}) < kl(narrow, {8: 5, 9: 6})
+
+
+def test_what_fp8_cannot_hold_becomes_the_largest_number() -> None:
+    assert to_fp8(torch.tensor([1e4, -1e4, 0.3])).tolist() == [448.0, -448.0, 0.3125]
 
 
 def test_position_is_taken_out_of_keys(reading: Reading) -> None:

@@ -1,4 +1,4 @@
-"""bench, eval and simulate through real engines and vLLM's real scheduler, as a user runs them."""
+"""bench and eval through real engines, as a user runs them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import pytest
 from memshare.bench.run import Record
 from memshare.cli import main
 from memshare.simulate.costs import StepCosts
-from memshare.simulate.run import Engine, Job, by_age, simulate
+from memshare.simulate.run import Engine, Job, simulate
+from tests.machine import DTYPE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[2]
-DEPLOYMENT = ROOT / "configs" / "simulate" / "qwq-32b-4xh100.yaml"
-PROBLEMS = ["--model", "smollm2-135m-reasoner", "--dtype", "float32"]
+PROBLEMS = ["--model", "smollm2-135m-reasoner", "--dtype", DTYPE]
 
 
 def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
@@ -45,7 +44,7 @@ def test_recorded_tokens_are_written_under_pressure(tmp_path: Path) -> None:
     status = main(
         [
             "bench", "--workload", "solutions", "--requests", "6", "--tokens", "300",
-            "--dtype", "float32", "--memory", "0.5", "--recent", "32", "--arms", "dense,twins",
+            "--dtype", DTYPE, "--memory", "0.5", "--recent", "32", "--arms", "dense,twins",
             "--repeats", "1", "--json", str(file),
         ]
     )  # fmt: skip
@@ -76,40 +75,3 @@ def test_an_engine_is_asked_and_graded(tmp_path: Path) -> None:
     assert [answer["question"] for answer in answers] == ["50", "51"]
     assert all("The final answer is" in answer["text"] for answer in answers)
     assert any(answer["right"] for answer in answers)
-
-
-def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
-    costs = StepCosts(0.02, 0.0, 0.0001, 1e-7)
-    jobs = [Job(0.0, 45, 400)] * 24
-    for blocks, gains in ((109, True), (400, False)):
-        engine = Engine(blocks, 32, 64, 2048, costs)
-        half = by_age({"budget": {"max_shared_fraction": 0.5}})
-        dense, shared = simulate(engine, jobs, None), simulate(engine, jobs, half)
-        assert dense.tokens == shared.tokens == 24 * 400
-        assert simulate(engine, jobs, None) == dense, "the same every time"
-        if gains:
-            assert shared.tokens_per_second > 1.1 * dense.tokens_per_second
-            assert shared.preemptions < dense.preemptions
-            without = [job._replace(opportunity=0.0) for job in jobs]
-            found = simulate(engine, without, half)
-            assert found.remaps == 0
-            assert found.tokens_per_second < shared.tokens_per_second
-        else:
-            assert shared == dense
-            assert shared.remaps == 0
-
-
-def test_a_deployment_by_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = DEPLOYMENT.read_text(encoding="utf-8")
-    small = tmp_path / "small.yaml"
-    small.write_text(text.replace("memory_gb: 80", "memory_gb: 22.8"))
-    words = ["simulate", "--deployment", str(small), "--requests", "24", "--output", "1000-2000"]
-    assert main([*words, "--freed", "0.5"]) == 0
-    dense, shared = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert dense.split("|")[4].strip() == "dense"
-    assert float(shared.split("|")[6]) > 1.0, "faster under pressure"
-    words = ["simulate", "--deployment", str(DEPLOYMENT), "--requests", "1", "--output", "90000"]
-    assert main([*words, "--accelerators", "1,4", "--freed", "0.5"]) == 0
-    one, *four = capsys.readouterr().out.strip().splitlines()[-3:]
-    assert "cannot run: the longest request needs" in one
-    assert [row.split("|")[1].strip() for row in four] == ["4", "4"]
