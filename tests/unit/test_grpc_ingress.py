@@ -14,7 +14,7 @@ import grpc
 import pytest
 from ray.exceptions import ActorDiedError
 
-from cluster.grpc_ingress import add_memshare
+from cluster.grpc_ingress import SERVICE, add_memshare
 from cluster.limits import LimitReachedError
 from memshare.client import AsyncClient, CallError, OverloadedError, UnavailableError
 from memshare.proto import memshare_pb2 as pb
@@ -36,6 +36,11 @@ def ask(request: pytest.FixtureRequest) -> Ask:
     return request.param  # type: ignore[no-any-return]
 
 
+def servicer(**methods: Any) -> SimpleNamespace:
+    """What Ray Serve adds to a server; of the other methods nobody is called."""
+    return SimpleNamespace(**dict.fromkeys(SERVICE.methods_by_name) | methods)
+
+
 async def caught(ask: Ask, fail: Fail) -> CallError:
     """How a call ends for the client that fails so at the proxy."""
 
@@ -49,12 +54,8 @@ async def caught(ask: Ask, fail: Fail) -> CallError:
         yield pb.GenerateChunk(text="a")
         fail(context)
 
-    others = ("Chat", "ChatStream", "Abort", "GetModelInfo", "GetStats")
-    servicer = SimpleNamespace(
-        Generate=generate, GenerateStream=generate_stream, **dict.fromkeys(others)
-    )
     server = grpc.aio.server()
-    add_memshare(servicer, server)  # type: ignore[arg-type]
+    add_memshare(servicer(Generate=generate, GenerateStream=generate_stream), server)  # type: ignore[arg-type]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -107,14 +108,10 @@ async def test_a_dead_replica_is_unavailable_and_a_fault_of_ours_internal(ask: A
 class Handlers:
     """Takes what is added to a server."""
 
-    def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler]) -> None:
-        self.generate_stream: Any = (
-            handlers[0]
-            .service(
-                SimpleNamespace(method="/memshare.v1.MemShare/GenerateStream")  # type: ignore[arg-type]
-            )
-            .unary_stream
-        )  # type: ignore[union-attr]
+    def add_generic_rpc_handlers(self, handlers: tuple[Any]) -> None:
+        [service] = handlers
+        called = SimpleNamespace(method=f"/{SERVICE.full_name}/GenerateStream")
+        self.generate_stream: Any = service.service(called).unary_stream
 
 
 @pytest.mark.parametrize("rounds", [None, *range(6)])
@@ -144,9 +141,8 @@ async def test_a_client_that_leaves_while_a_message_is_written_ends_the_call(
                 cancel_in(rounds, asyncio.current_task())  # type: ignore[arg-type]
             raise OSError("the client has left")
 
-    handlers, others = Handlers(), ("Generate", "Chat", "ChatStream", "Abort", "GetModelInfo")
-    servicer = SimpleNamespace(GenerateStream=read, GetStats=None, **dict.fromkeys(others))
-    add_memshare(servicer, handlers)  # type: ignore[arg-type]
+    handlers = Handlers()
+    add_memshare(servicer(GenerateStream=read), handlers)  # type: ignore[arg-type]
     call = asyncio.ensure_future(handlers.generate_stream(None, Context()))
     call.add_done_callback(lambda _: events.append("call ended"))
     await asyncio.wait([call])
