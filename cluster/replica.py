@@ -27,6 +27,7 @@ from cluster.dashboard.routes import PREFIX, page_app
 from cluster.exposure import require_keys_or_localhost
 from cluster.grpc_service import GrpcService
 from cluster.guard import Guard
+from cluster.head_start import HeadStart, collector_at_rest
 from cluster.http import DisconnectOnCancel, KeyGate
 from cluster.keys import WatchedKeys
 from cluster.ledger import LedgerDesk
@@ -78,6 +79,7 @@ class EngineReplica(GrpcService):
         guard = Guard()
         set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
+        head_start = HeadStart()
         replica_id = serve.get_replica_context().replica_id.unique_id
         counts = ReplicaMetrics(args.public_name, replica_id)
         gate = _gate(args.auth, ledger, replica_id, counts)
@@ -92,17 +94,21 @@ class EngineReplica(GrpcService):
             await _await_pool(pool)
         model = await asyncio.to_thread(resolve_model, args.model)
 
-        from cluster.dashboard.front_end import watch_engine
-        from cluster.engine import openai_app, start_engine
-        from cluster.engine_options import parse_engine_options
-        from cluster.feed import StepFeed
-        from cluster.generation import Generation
+        with collector_at_rest():
+            from vllm.utils.gc_utils import freeze_gc_heap
+
+            from cluster.dashboard.front_end import watch_engine
+            from cluster.engine import openai_app, start_engine
+            from cluster.engine_options import parse_engine_options
+            from cluster.feed import StepFeed
+            from cluster.generation import Generation
 
         count_fault = partial(counts.add, "monitoring_faults")
         feed = StepFeed(count_fault)
         with logs_kept():
             options = parse_engine_options(args, model, _on_this_machine(args.memshare))
-            engine = start_engine(options, args.uses_memshare, gate, self._meter, feed)
+            with head_start.taken():
+                engine = start_engine(options, args.uses_memshare, gate, self._meter, feed)
             self._engine = engine
             app = await openai_app(engine, options)
         if board is not None:
@@ -119,6 +125,7 @@ class EngineReplica(GrpcService):
         guard.remove_at_the_end(workers.shared_memory())
         self._watch = asyncio.create_task(_exit_with(engine, workers))
         self._tending = asyncio.create_task(gate.tend())
+        freeze_gc_heap()  # as vLLM's own server: what is here now stays, and is not searched again
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app that Ray Serve runs, called once after the constructor."""
