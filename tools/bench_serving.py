@@ -162,6 +162,7 @@ def main() -> None:
         parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if "rival" in names and not args.rival_python:
         parser.error("arm rival needs --rival-python")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and the servers with it
     with ExitStack() as servers:
         found: dict[str, Arm] = {}
         if "bare" in names:
