@@ -66,8 +66,9 @@ def test_it_becomes_the_process_that_is_asked_for(
 
 def test_its_end_is_seen(early: HeadStart) -> None:
     with early.taken():
-        process = spawn.Process(target=signal.pause)
+        process = spawn.Process(target=signal.pause, daemon=True)  # no test waits for it
         process.start()
+    assert process.pid == early.pid
     assert process.is_alive()
     process.kill()
     process.join(60)
@@ -101,14 +102,16 @@ def test_another_interpreter_is_spawned_as_always(early: HeadStart, tmp_path: Pa
     assert process.pid != early.pid
 
 
-def test_one_that_failed_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unseen", [0, os.WNOWAIT], ids=["others were told", "nobody was told"])
+def test_one_that_failed_is_replaced(unseen: int, tmp_path: Path) -> None:
     early = HeadStart(("no_such_module",))
-    psutil.Process(early.pid).wait(60)
+    os.waitid(os.P_PID, early.pid, os.WEXITED | unseen)
     with early.taken():
         process = spawn.Process(target=tell, args=(tmp_path / "told", ()))
         process.start()
     process.join(60)
     assert process.exitcode == 0
+    assert not psutil.pid_exists(early.pid)
 
 
 def test_one_that_nobody_needs_is_ended() -> None:
