@@ -32,6 +32,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says every default that is a value, where the help does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        if silent or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Command(Protocol):
     """What a subcommand's module provides."""
 
@@ -57,7 +67,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (_, help_line) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=help_line)
+        subparser = subparsers.add_parser(name, help=help_line, formatter_class=_Help)
         if name == chosen:
             load(name).add_arguments(subparser)
     return parser

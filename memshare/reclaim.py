@@ -41,6 +41,10 @@ class ReclaimQueue(Generic[Pair]):
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a pair for this target waits."""
+        return key in self._pairs
+
     def push(self, pair: Pair) -> Pair | None:
         """Add a pair; returns the pair for the same target that had to give way, if any.
 

@@ -3,8 +3,8 @@
 Two tokens of one request are *twins* if they stand at the same place of a passage that occurs
 twice. Causal attention makes a token's KV a function of what stands before it, so twins are the
 likelier to have similar KV, and to mean the same, the longer the text before the two is the same.
-The index therefore remembers, for runs of 8, 4, 2 and 1 tokens, where each occurred last, and links
-a new token to the occurrence with the longest run. Runs that are too short are chance: the 5 in
+The index therefore remembers, for runs of 8 and 4 tokens (and, if asked for, 2 and 1), where each
+occurred last, and links a new token to the occurrence with the longest run. Runs that are too short are chance: the 5 in
 another sum is no copy of this one. Where a run is long enough, all of its tokens are twins, its
 first ones too.
 
@@ -30,7 +30,7 @@ _FIRST_SIZE = 1024  # tokens
 class TwinIndex:
     """The tokens of one request, and the search for the twins that new ones are.
 
-    About 120 bytes a token: 4 MB for a request of 32,768.
+    About 60 bytes a token: 2 MB for a request of 32,768 (docs/benchmarks.md).
     """
 
     def __init__(self, shortest_run: int = 1) -> None:

@@ -6,9 +6,9 @@ a stand-in (memshare/simulate/rig.py), so a run takes seconds and gives the same
     python tools/bench_schedule.py
     python tools/bench_schedule.py --texts solutions
 
-The first has requests of given lengths, whose blocks nobody compares: policies that need not know
-what is alike. The second writes real texts, so that `twins` takes part: stage one runs; how similar
-the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
+The first has requests of given lengths that write random tokens: `oldest` and `random` need not
+know what is alike, and `twins` finds nothing. The second writes real texts: stage one runs; how
+similar the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "`oldest`, admission by vLLM": SHARE | UNHELD,
     "`oldest`": SHARE,
     "`random`": POLICIES["random"],
+    "`twins`": POLICIES["twins"],
 }
 
 
@@ -109,7 +110,7 @@ def of_texts(model: Path, options: argparse.Namespace) -> Workload:
         options.traces,
     )  # fmt: skip
     tasks = build(options.texts, source)
-    blocks = int(sum(-(-task.length // BLOCK) for task in tasks) * options.fit / len(tasks))
+    blocks = int(sum(-(-task.need // BLOCK) for task in tasks) * options.fit / len(tasks))
     return Workload(
         f"{len(tasks)} x {options.texts} of up to {options.tokens} tokens, all at once",
         [Job(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, get_args
 
 from memshare.config import MemShareConfig, PaperParams, TwinsParams
@@ -18,12 +19,20 @@ FATES: tuple[Fate, ...] = get_args(Fate)
 """``given up``, or why not: the first reason that holds, in this order."""
 
 
-def fates(view: Victims, config: MemShareConfig) -> Counter[Fate]:
-    """Count the full blocks of a request by their fate."""
-    return Counter(_fate(view, index, config) for index in range(view.full))
+def fates(view: Victims, config: MemShareConfig, has_pair: Callable[[int], bool]) -> Counter[Fate]:
+    """Count the full blocks of a request by their fate.
+
+    Args:
+        view: the request's blocks.
+        config: MemShare's configuration.
+        has_pair: whether a verified pair, of a staged policy, waits for the block of that index.
+    """
+    return Counter(_fate(view, index, config, has_pair) for index in range(view.full))
 
 
-def _fate(view: Victims, index: int, config: MemShareConfig) -> Fate:
+def _fate(
+    view: Victims, index: int, config: MemShareConfig, has_pair: Callable[[int], bool]
+) -> Fate:
     policy = config.policy
     if index < view.first:
         return "prompt"
@@ -35,7 +44,7 @@ def _fate(view: Victims, index: int, config: MemShareConfig) -> Fate:
         return "in other tables"
     if not view.is_target(index):
         return "last copy"
-    if isinstance(policy, PaperParams):
+    if isinstance(policy, PaperParams) and not has_pair(index):
         return "no similar block"
     if isinstance(policy, TwinsParams) and view.coverage[index] < policy.min_coverage:
         return "badly covered"

@@ -68,7 +68,10 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
     groups = sorted({o.group for o in first.outcomes if o.right is not None})
     if not groups:
         return None
-    heads = ("arm", "problems", "right", "95 %", "change", "tokens an answer", "blocks given up")
+    heads = (
+        "arm", "problems", "right", "95 %", "change", "tokens an answer", "cut off",
+        "blocks given up",
+    )  # fmt: skip
     rows = []
     for group in groups:
         base = right_answers([_of(arms[0], runs) for runs in repeats], group)
@@ -81,6 +84,7 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
                 f"{count} {group}",
                 *accuracy,
                 f"{statistics.fmean(o.tokens for o in outcomes):.0f}",
+                str(sum(o.cut for o in outcomes)),
                 f"{statistics.fmean(o.repointed for o in outcomes):.1%}",
             ]
             rows.append(row)

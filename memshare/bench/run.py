@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,12 +102,14 @@ class Outcome(NamedTuple):
         tokens: that it generated.
         right: whether the final answer was right; None if it has none.
         repointed: fraction of its blocks that were re-pointed when it ended.
+        cut: whether the limit of tokens ended it, and not the model.
     """
 
     group: str
     tokens: int
     right: bool | None
     repointed: float
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ class Run:
     """What one run measured. Seconds are of wall-clock time unless they say otherwise."""
 
     arm: str
+    blocks: int
+    """Usable KV blocks of its engine: of a narrower cache there are more in as many bytes."""
     seconds: float
     cpu_seconds: float
     steps: int
@@ -167,14 +172,12 @@ class Record:
     """A comparison on disk.
 
     Attributes:
-        blocks: usable KV blocks; ``block_size``, ``max_num_seqs`` and ``max_num_batched_tokens`` as
-            in :class:`Plan`.
+        block_size: tokens; ``max_num_seqs`` and ``max_num_batched_tokens`` as in :class:`Plan`.
         prompts: tokens of each task's prompt.
         arms: MemShare's options by arm; None is plain vLLM.
         repeats: the runs of each repeat.
     """
 
-    blocks: int
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -186,7 +189,6 @@ class Record:
     def of(cls, plan: Plan, arms: Sequence[Arm], repeats: list[list[Run]]) -> Record:
         """Put together what is kept."""
         return cls(
-            plan.blocks - 1,
             plan.block_size,
             plan.max_num_seqs,
             plan.max_num_batched_tokens,
@@ -333,7 +335,8 @@ class _Watch:
         state = side.roster.get(request_id)
         if state is not None and side.book.table(request_id) is not None:
             self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
-            self._fates += fates(side.reclaimer.view(state), side.config)
+            has_pair = partial(side.reclaimer.has_pair, state)
+            self._fates += fates(side.reclaimer.view(state), side.config, has_pair)
 
     def step(self, start: float) -> None:
         """One engine step."""
@@ -366,6 +369,7 @@ class _Watch:
                 self._texts[name][1],
                 None if task.answer is None else read_answer(self._texts[name][0]) == task.answer,
                 round(self._repointed_of(name), 4),
+                task.ends and self._texts[name][1] >= task.max_tokens,
             )
             for name, task in tasks.items()
         ]
@@ -379,6 +383,7 @@ class _Watch:
         ]
         return Run(
             arm=arm,
+            blocks=self._scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
             steps=len(self.moments),

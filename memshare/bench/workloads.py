@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from memshare.errors import UserError
-from memshare.reasoner.problems import FAMILIES, generate
+from memshare.reasoner.problems import FAMILIES, Family, generate
 from memshare.replay.traces import load_traces
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Task(NamedTuple):
         forced: token ids that it writes whatever the model says; None lets the model write.
         answer: the right final answer; None if it has none.
         ends: whether it stops at the end of its answer, or goes on to ``max_tokens``.
+        expected: tokens that it is likely to write, where it ends before ``max_tokens``.
     """
 
     group: str
@@ -54,11 +56,17 @@ class Task(NamedTuple):
     forced: list[int] | None = None
     answer: int | None = None
     ends: bool = False
+    expected: int | None = None
 
     @property
-    def length(self) -> int:
-        """Tokens at full length."""
+    def longest(self) -> int:
+        """Tokens of prompt and answer, at most."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def need(self) -> int:
+        """Tokens of prompt and answer, most likely."""
+        return len(self.prompt) + (self.expected or self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +113,16 @@ def _chat(source: Source) -> Iterator[Task]:
         yield Task("chat", source.chat(chat.format(topic=topic)), source.tokens)
 
 
-def _problems(source: Source) -> Iterator[Task]:
+def _problems(source: Source, families: Sequence[Family] = FAMILIES) -> Iterator[Task]:
     for i in range(source.count):
-        family = FAMILIES[i % len(FAMILIES)]
+        family = families[i % len(families)]
         problem = generate(family, source.seed + i)
         prompt = source.chat(problem.prompt)
-        yield Task(family, prompt, source.tokens, answer=problem.answer, ends=True)
+        # A model that was trained on such solutions writes one about as long.
+        expected = min(len(source.ids(problem.solution)), source.tokens)
+        yield Task(
+            family, prompt, source.tokens, answer=problem.answer, ends=True, expected=expected
+        )
 
 
 def _solutions(source: Source) -> Iterator[Task]:
@@ -137,11 +149,15 @@ def _traces(source: Source) -> Iterator[Task]:
 
 WORKLOADS: dict[str, Callable[[Source], Iterator[Task]]] = {
     "problems": _problems,
+    "recall": partial(_problems, families=("recall",)),
     "solutions": _solutions,
     "traces": _traces,
     "reasoning": _reasoning,
     "chat": _chat,
 }
+
+GRADED = frozenset({"problems", "recall"})
+"""Workloads that ask the reasoner's problems: for a model that can answer them."""
 
 
 def build(name: str, source: Source) -> list[Task]:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from memshare.bench import arms as known_arms
 from memshare.bench.child import call
 from memshare.bench.models import DUMMY
-from memshare.bench.workloads import WORKLOADS
-from memshare.commands.options import add_sharing, fractions, sharing
+from memshare.bench.workloads import GRADED, WORKLOADS
+from memshare.commands.options import add_sharing, count, fractions, new_file, sharing
 from memshare.errors import UserError
+from memshare.model import SMOLLM2
+from memshare.reasoner.model import NAME as REASONER
 
 if TYPE_CHECKING:
     from memshare.bench.arms import Arm
@@ -33,7 +35,11 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = __doc__
-    parser.add_argument("--model", default="smollm2-135m", help=f"name, folder, hub id, or {DUMMY}")
+    parser.add_argument(
+        "--model",
+        help=f"name, folder, hub id, or {DUMMY} (default: {REASONER} where answers are graded, "
+        f"else {SMOLLM2.name})",
+    )
     parser.add_argument(
         "--workload", default="reasoning", choices=WORKLOADS, help="what the requests are"
     )
@@ -42,24 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms", default="dense,twins,oldest,random,paper",
         help=f"separated by ','; of {known_arms.CHOICES}",
     )  # fmt: skip
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=400, help="generated tokens a request")
+    parser.add_argument("--requests", type=count, default=24, help="all of them at once")
+    parser.add_argument(
+        "--tokens", type=count,
+        help="generated tokens a request, at most (default: 1100 where answers are graded, else "
+        "400)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="number of the first problem")
     parser.add_argument(
         "--memory", type=float, default=0.33,
-        help="KV memory, as a fraction of what all requests need at full length",
+        help="KV memory, as a fraction of what prompts and answers of all requests fill",
     )  # fmt: skip
-    parser.add_argument("--blocks", type=int, help="KV blocks, instead of --memory")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens")
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once")
+    parser.add_argument(
+        "--blocks", type=count, help="KV blocks, instead of --memory; vLLM keeps one for itself"
+    )
+    parser.add_argument("--block-size", type=count, default=32, help="tokens")
+    parser.add_argument("--max-num-seqs", type=count, default=256, help="requests that run at once")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and cache")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--tensor-parallel-size", type=count, default=1, help="ranks")
     parser.add_argument(
         "--compile", action="store_true", help="with CUDA graphs, as in service: for GPUs"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=count, default=3, help="runs of every arm")
     add_sharing(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write every run there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     budgets = fractions("--budget", args.budget)
     arms = list(known_arms.expand(args.arms, budgets, sharing(args)))
     known_arms.require_kv_types(arms)
-    if args.requests < 1 or args.tokens < 1 or args.repeats < 1:
-        raise UserError("--requests, --tokens and --repeats must be 1 or more")
+    graded = args.workload in GRADED
+    args.model = args.model or (REASONER if graded else SMOLLM2.name)
+    args.tokens = args.tokens or (1100 if graded else 400)
     plan = _plan(args)
     print(
         f"{len(plan.tasks)} requests ({args.workload}), {sum(t.max_tokens for t in plan.tasks)} "
@@ -114,7 +127,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     source = Source(tokenizer, args.requests, args.tokens, args.seed, args.traces)
     tasks = build(args.workload, source)
     blocks = args.blocks or 1 + round(args.memory * sum(_blocks(t, args.block_size) for t in tasks))
-    longest = max(task.length for task in tasks)
+    longest = max(task.longest for task in tasks)
     if (blocks - 1) * args.block_size < longest:
         raise UserError(
             f"{blocks - 1} usable KV blocks of {args.block_size} tokens cannot hold the longest "
@@ -137,7 +150,7 @@ def _wider(arms: list[Arm], plan: Plan) -> str:
 
 
 def _blocks(task: Task, block_size: int) -> int:
-    return -(-task.length // block_size)
+    return -(-task.need // block_size)
 
 
 def _measure(plan: Path, arm: Arm) -> Any:

@@ -12,12 +12,13 @@ import json
 import logging
 import statistics
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from memshare.bench.arms import CHOICES, expand, require_kv_types
 from memshare.bench.report import accuracy_cells
-from memshare.commands.options import add_sharing, fractions, sharing
+from memshare.commands.options import add_sharing, count, fractions, new_file, sharing
 from memshare.errors import UserError
 from memshare.evals.answers import Answer, EngineSettings, Sampling, from_engine, from_server
 from memshare.evals.grading import is_right
@@ -48,29 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--suite", default="recall", choices=NAMES, help="what is asked")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL in the suite's format")
-    parser.add_argument("--limit", type=int, help="questions (default: all; 200 if generated)")
+    parser.add_argument("--limit", type=count, help="questions (default: all; 200 if generated)")
     parser.add_argument("--seed", type=int, default=0, help="of generated questions, and sampling")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each question")
-    parser.add_argument("--max-tokens", type=int, default=1536, help="of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--samples", type=count, default=1, help="answers to each question")
+    parser.add_argument("--max-tokens", type=count, default=1536, help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of nucleus sampling")
     served = parser.add_argument_group("a served model")
     served.add_argument("--url", help="OpenAI API, as http://127.0.0.1:8000/v1")
     served.add_argument("--key", default="none", help="API key")
-    served.add_argument("--at-once", type=int, default=32, help="requests under way")
+    served.add_argument("--at-once", type=count, default=32, help="requests under way")
     engine = parser.add_argument_group("an engine of our own")
     parser.add_argument("--model", default="smollm2-135m-reasoner", help="name, folder or hub id")
     engine.add_argument("--arms", default="dense,twins", help=f"of {CHOICES}")
     add_sharing(engine)
     engine.add_argument("--dtype", default="bfloat16", help="of weights and cache")
     engine.add_argument(
-        "--max-model-len", type=int, help="tokens (default: the longest question and --max-tokens)"
+        "--max-model-len",
+        type=count,
+        help="tokens (default: the longest question and --max-tokens)",
     )
-    engine.add_argument("--block-size", type=int, default=32, help="tokens")
-    engine.add_argument("--blocks", type=int, help="KV blocks (default: what the machine has)")
-    engine.add_argument("--tensor-parallel-size", type=int, default=1)
+    engine.add_argument("--block-size", type=count, default=32, help="tokens")
+    engine.add_argument("--blocks", type=count, help="KV blocks (default: what the machine has)")
+    engine.add_argument("--tensor-parallel-size", type=count, default=1, help="ranks")
     engine.add_argument("--eager", action="store_true", help="compile nothing: starts at once")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every answer there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write every answer there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,22 +86,42 @@ def run(args: argparse.Namespace) -> int:
     if sampling.samples > 1 and sampling.temperature == 0:
         raise UserError("--samples above 1 wants a --temperature above 0: all would be the same")
     questions = load(args.suite, args.limit, args.data, args.seed)
-    found = _ask_server(args, questions, sampling) if args.url else _ask(args, questions, sampling)
-    heads = ("arm", args.suite, "right", "95 %", "change", "tokens an answer", "cut off")
-    rows = []
-    base = found[0].right
-    for graded in found:
-        answers = [answer for answer, _ in graded.every]
-        tokens = statistics.fmean(answer.tokens for answer in answers)
-        cut = sum(answer.cut for answer in answers)
-        rows.append([graded.arm, *accuracy_cells(graded.right, base), f"{tokens:.0f}", str(cut)])
-    print(table(heads, rows))
-    if args.json is not None:
-        args.json.write_text(json.dumps(_record(questions, sampling, found)))
+    arms = (_ask_server if args.url else _ask_engines)(args, questions, sampling)
+    found: list[Graded] = []
+    for graded in arms:
+        found.append(graded)
+        if args.json is not None:  # after every arm: a later one may fail
+            args.json.write_text(json.dumps(_record(questions, sampling, found)))
+    print(_table(args.suite, found))
+    if len(found) > 1 and not any(a.given_up for graded in found for a, _ in graded.every):
+        print(
+            "\nNo request gave up a block, so nothing was compared: memory was enough. "
+            + ("Ask more at once (--at-once)." if args.url else "Give less of it (--blocks).")
+        )
     return 0
 
 
-def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling) -> list[Graded]:
+def _table(suite: str, found: list[Graded]) -> str:
+    heads = (
+        "arm", suite, "right", "95 %", "change", "tokens an answer", "cut off", "gave up blocks",
+    )  # fmt: skip
+    rows = []
+    for graded in found:
+        answers = [answer for answer, _ in graded.every]
+        row = [
+            graded.arm,
+            *accuracy_cells(graded.right, found[0].right),
+            f"{statistics.fmean(answer.tokens for answer in answers):.0f}",
+            str(sum(answer.cut for answer in answers)),
+            str(sum(answer.given_up > 0 for answer in answers)),
+        ]
+        rows.append(row)
+    return table(heads, rows)
+
+
+def _ask_engines(
+    args: argparse.Namespace, questions: list[Question], sampling: Sampling
+) -> Iterator[Graded]:
     from memshare.bench.models import resolve
 
     arms = list(expand(args.arms, fractions("--budget", args.budget), sharing(args)))
@@ -115,12 +138,10 @@ def _ask(args: argparse.Namespace, questions: list[Question], sampling: Sampling
         model, args.dtype, args.max_model_len or length, args.block_size, args.blocks,
         args.tensor_parallel_size, args.eager,
     )  # fmt: skip
-    graded = []
     with tempfile.TemporaryDirectory(prefix="memshare-eval-") as folder:
         for arm in arms:
             answers = from_engine(prompts, sampling, engine, arm, Path(folder))
-            graded.append(_grade(arm.name, questions, answers))
-    return graded
+            yield _grade(arm.name, questions, answers)
 
 
 def longest(model: str, prompts: list[str]) -> int:
@@ -135,15 +156,13 @@ def longest(model: str, prompts: list[str]) -> int:
 
 def _ask_server(
     args: argparse.Namespace, questions: list[Question], sampling: Sampling
-) -> list[Graded]:
+) -> Iterator[Graded]:
     prompts = [question.prompt for question in questions]
-    graded = []
     for arm in SERVED_ARMS:
         answers = from_server(
             prompts, sampling, args.url, args.model, args.key, args.at_once, arm == "shared"
         )
-        graded.append(_grade(arm, questions, answers))
-    return graded
+        yield _grade(arm, questions, answers)
 
 
 def _grade(arm: str, questions: list[Question], answers: list[list[Answer]]) -> Graded:
@@ -167,6 +186,7 @@ def _record(
             "right": right,
             "tokens": answer.tokens,
             "cut_off": answer.cut,
+            "blocks_given_up": answer.given_up,
             "text": answer.text,
         }
         for graded in found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.bench.arms import DENSE, POLICIES, Arm
 from memshare.bench.child import call
-from memshare.commands.options import fractions
+from memshare.commands.options import count, fractions, new_file
 from memshare.errors import UserError
 from memshare.tables import table
 
@@ -52,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-only", action="store_true", help="with --observe: by token ids, without an engine"
     )
-    parser.add_argument("--prefix", type=int, default=2432, help="output tokens before sharing")
-    parser.add_argument("--continuation", type=int, default=512, help="output tokens after it")
-    parser.add_argument("--limit", type=int, default=16, help="texts; all are in memory at once")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens")
+    parser.add_argument("--prefix", type=count, default=2432, help="output tokens before sharing")
+    parser.add_argument("--continuation", type=count, default=512, help="output tokens after it")
+    parser.add_argument("--limit", type=count, default=16, help="texts; all are in memory at once")
+    parser.add_argument("--block-size", type=count, default=32, help="tokens")
     parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
     parser.add_argument("--dtype", default="float32", help="of weights and cache")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the table there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
         for fraction in freed:
             for arm in arms:
                 rows.append(_row(folder, arm, fraction, args.recent))
+                if args.json is not None:  # after every row: a long comparison may be stopped
+                    args.json.write_text(json.dumps([row._asdict() for row in rows]))
                 logger.info("%s, %.0f %% given up: measured", arm, 100 * fraction)
     print(_table(rows))
-    if args.json is not None:
-        args.json.write_text(json.dumps([row._asdict() for row in rows]))
     return 0
 
 
@@ -98,12 +98,15 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
     """Print what could be given up, and what that means."""
     from memshare.replay.opportunity import Sighting, mean_opportunity, report
 
+    sizes = [size for size in _SIZES if 2 * size <= args.prefix]
+    if not sizes:
+        raise UserError(f"--prefix {args.prefix}: give {2 * _SIZES[0]} tokens or more")
     args.continuation = 0
     plan = _plan(args, folder)
     prefixes = [output[: args.prefix] for output in plan.outputs]
     print(f"{len(prefixes)} texts, the first {args.prefix} tokens of each.\n")
     rows = []
-    for size in _SIZES:
+    for size in sizes:
         found = mean_opportunity(prefixes, size)
         rows.append([str(size), *(f"{fraction:.1%}" for fraction in found)])
     heads = ("block size", "equal to another", "75 % equal, slot by slot", "75 % written again")

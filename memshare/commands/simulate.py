@@ -279,15 +279,16 @@ def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
     runs = record.runs
     if "dense" not in runs:
         raise UserError(f"{name}: a record without the arm 'dense' has nothing to compare with")
-    engine = Engine(
-        record.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens, costs
-    )
     ratios = record.ratios("dense")
-    found = {
-        arm: simulate(engine, _jobs_of(record, arm), by_age(options) if options else None)
-        for arm, options in record.arms.items()
-        if arm in ratios
-    }
+    found = {}
+    for arm, options in record.arms.items():
+        if arm in ratios:
+            engine = Engine(
+                runs[arm][0].blocks, record.block_size, record.max_num_seqs,
+                record.max_num_batched_tokens, costs,
+            )  # fmt: skip
+            memshare = by_age(options) if options else None
+            found[arm] = simulate(engine, _jobs_of(record, arm), memshare)
     lines = []
     for arm, prediction in found.items():
         measured = statistics.median(ratios[arm])

@@ -81,6 +81,11 @@ class Reclaimer:
         """The request's blocks as an on-demand policy sees them; it must hold some."""
         return Victims(self._roster, self._book, self._survey, state)
 
+    def has_pair(self, state: RequestState, index: int) -> bool:
+        """Whether a verified pair whose target is that entry waits, or is held back."""
+        key = (state.request_id, state.generation, index)
+        return key in self._queue or any(pair.target_key == key for pair in state.held_back)
+
     def add(self, candidate: Candidate) -> None:
         """Queue a verified pair, or hold it back until its target leaves the recent window."""
         state = candidate.target.state

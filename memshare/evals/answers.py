@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memshare.bench.arms import Arm
 from memshare.bench.child import call
 from memshare.errors import UserError
+from memshare.request_options import USAGE
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+_ASK_USAGE = {USAGE: "on"}
 
 
 class Answer(NamedTuple):
@@ -24,11 +27,13 @@ class Answer(NamedTuple):
         text: all that the model wrote.
         tokens: how many tokens that was.
         cut: whether the limit of tokens ended it.
+        given_up: KV blocks that it has given up; 0 if it is the model's own, exactly.
     """
 
     text: str
     tokens: int
     cut: bool = False
+    given_up: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +110,31 @@ def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
         "enforce_eager": engine.eager,
     }  # fmt: skip
     llm = LLM(engine.model, seed=0, **options, **plug_in(arm.memshare))
-    params = SamplingParams(
-        n=sampling.samples,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-    )
+    # A request for each sample, and not one with n: vLLM returns what a request has cost, not what
+    # each of its samples has.
+    params = [
+        SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed + k,
+            extra_args=_ASK_USAGE,
+        )
+        for k in range(sampling.samples)
+    ]
     prompts = json.loads(Path(argument["prompts"]).read_text())
-    chats: Any = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    outputs = llm.chat(chats, params, use_tqdm=False)
-    return [
-        [Answer(o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]
+    chats: Any = [[{"role": "user", "content": prompt}] for prompt in prompts for _ in params]
+    outputs = llm.chat(chats, params * len(prompts), use_tqdm=False)
+    answers = [
+        Answer(
+            output.outputs[0].text,
+            len(output.outputs[0].token_ids),
+            output.outputs[0].finish_reason == "length",
+            _given_up(output.kv_transfer_params),
+        )
         for output in outputs
     ]
+    return _by_prompt(answers, sampling.samples)
 
 
 def from_server(
@@ -159,15 +175,14 @@ async def _ask(
             answers = await asyncio.gather(*asked)
         except OpenAIError as error:
             raise UserError(f"{url}: {error}") from None
-    n = sampling.samples
-    return [list(answers[i : i + n]) for i in range(0, len(answers), n)]
+    return _by_prompt(answers, sampling.samples)
 
 
 async def _ask_once(
     client: AsyncOpenAI, gate: asyncio.Semaphore, prompt: str, sampling: Sampling, model: str,
     seed: int, share: bool,
 ) -> Answer:  # fmt: skip
-    exact = {} if share else {"vllm_xargs": {"memshare": "off"}}
+    asked = _ASK_USAGE if share else _ASK_USAGE | {"memshare": "off"}
     async with gate:
         completion = await client.chat.completions.create(
             model=model,
@@ -176,8 +191,22 @@ async def _ask_once(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=seed,
-            extra_body=exact,
+            extra_body={"vllm_xargs": asked},
         )
     usage, choice = completion.usage, completion.choices[0]
     tokens = usage.completion_tokens if usage is not None else 0
-    return Answer(choice.message.content or "", tokens, choice.finish_reason == "length")
+    return Answer(
+        choice.message.content or "",
+        tokens,
+        choice.finish_reason == "length",
+        _given_up((completion.model_extra or {}).get("kv_transfer_params")),
+    )
+
+
+def _given_up(returned: Mapping[str, Any] | None) -> int:
+    """Blocks that a request has given up, by what vLLM returned with it; plain vLLM, nothing."""
+    return int((returned or {}).get("memshare", {}).get("blocks_shared", 0))
+
+
+def _by_prompt(answers: Sequence[Answer], samples: int) -> list[list[Answer]]:
+    return [list(answers[i : i + samples]) for i in range(0, len(answers), samples)]

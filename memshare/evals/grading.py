@@ -10,7 +10,8 @@ from memshare.evals.questions import Question
 from memshare.reasoner.problems import read_answer
 
 _SECONDS = 10  # for parsing, and for comparing; an answer that takes longer is wrong
-_BOXED_LETTER = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-D])\b")
+# The letter may be set in a font: \boxed{\textbf{(B)}}.
+_BOXED_LETTER = re.compile(r"\\boxed\{\s*(?:\\(?:text|math)(?:rm|bf|it|sf|tt)?\{)?\s*\(?([A-D])\b")
 
 
 def is_right(question: Question, text: str) -> bool:

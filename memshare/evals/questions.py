@@ -100,7 +100,7 @@ def load(name: str, limit: int | None, data: Path | None = None, seed: int = 0) 
     if name in FAMILIES:
         if data is not None:
             raise UserError(f"problems of {name!r} are generated: leave --data away")
-        problems = [generate(name, seed + i) for i in range(limit or 200)]
+        problems = [generate(name, seed + i) for i in range(200 if limit is None else limit)]
         return [
             Question(str(seed + i), "reasoner", problem.prompt, str(problem.answer))
             for i, problem in enumerate(problems)
@@ -116,6 +116,8 @@ def load(name: str, limit: int | None, data: Path | None = None, seed: int = 0) 
         if missing:
             raise UserError(f"{data or suite.path}, line {number + 1}: wants {missing[0]!r}")
         questions.append(suite.read(line, number))
+    if not questions:
+        raise UserError(f"{data or suite.path} has no questions")
     return questions
 
 

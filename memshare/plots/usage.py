@@ -1,4 +1,4 @@
-"""KV memory over time, one panel an arm, with a tick for every preemption."""
+"""KV memory over time, one panel an arm, with a tick for every step that preempts."""
 
 from __future__ import annotations
 
@@ -27,24 +27,30 @@ def plot_usage(record: Record, arms: Sequence[str], path: Path) -> None:
         for panel, arm in zip(panels, arms, strict=True):
             run = runs[arm]
             seconds = [moment.seconds for moment in run.timeline]
-            used = [100 * moment.used / record.blocks for moment in run.timeline]
+            used = in_use(run)
             panel.fill_between(seconds, used, color=colour(arm), alpha=0.25, linewidth=0)
             panel.plot(seconds, used, color=colour(arm), linewidth=0.8)
             for name, mark, height in (("preemptions", "|", 106.0), ("remaps", ".", 114.0)):
-                at = _rises(run.timeline, name)
+                at = rises(run.timeline, name)
                 panel.plot(at, [height] * len(at), mark, color=colour(arm), clip_on=False)
             panel.axhline(100, color="black", linewidth=0.5, linestyle=":")
             panel.set(xlim=(0, longest), ylim=(0, 120), ylabel="KV blocks in use, %")
             panel.set_title(_title(run), loc="left", fontsize="medium")
-        panels[-1].set_xlabel("seconds;  | a preemption   · blocks re-pointed")
+        panels[-1].set_xlabel("seconds;  | a step that preempts   · one that re-points blocks")
 
 
-def _rises(timeline: Sequence[Moment], name: str) -> list[float]:
-    """When the count ``name`` went up."""
+def in_use(run: Run) -> list[float]:
+    """Percent of the engine's KV blocks that are in use, step by step."""
+    return [100 * moment.used / run.blocks for moment in run.timeline]
+
+
+def rises(timeline: Sequence[Moment], name: str) -> list[float]:
+    """When the count ``name`` went up, from 0 before the first step."""
+    counts = [0, *(getattr(moment, name) for moment in timeline)]
     return [
-        later.seconds
-        for earlier, later in pairwise(timeline)
-        if getattr(later, name) > getattr(earlier, name)
+        moment.seconds
+        for moment, (earlier, later) in zip(timeline, pairwise(counts), strict=True)
+        if later > earlier
     ]
 
 

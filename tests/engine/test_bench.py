@@ -39,7 +39,9 @@ def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
     assert "| ratio |" in shown
 
 
-def test_recorded_tokens_are_written_under_pressure(tmp_path: Path) -> None:
+def test_recorded_tokens_are_written_under_pressure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "record.json"
     status = main(
         [
@@ -58,13 +60,20 @@ def test_recorded_tokens_are_written_under_pressure(tmp_path: Path) -> None:
     assert record.arms["dense"] is None
     # The simulator runs the same scheduler on the same lengths: it needs the same steps.
     engine = Engine(
-        record.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens,
+        dense.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens,
         StepCosts(0.01, 0.001, 0.001, 0.0),
     )  # fmt: skip
     jobs = [Job(0.0, prompt, 300) for prompt in record.prompts]
     predicted = simulate(engine, jobs, None)
     assert predicted.steps == pytest.approx(dense.steps, rel=0.03)
     assert predicted.preemptions == pytest.approx(dense.preemptions, abs=2)
+    capsys.readouterr()
+    assert main(["simulate", "--measured", str(file), str(file)]) == 0
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines() if "| record |" in row]
+    assert [row[2].strip() for row in rows] == ["dense", "twins"] * 2
+    for row in rows:
+        measured, predicted_steps = map(int, row[6:8])
+        assert predicted_steps == pytest.approx(measured, rel=0.1)
 
 
 def test_an_engine_is_asked_and_graded(tmp_path: Path) -> None:

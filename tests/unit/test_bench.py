@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types
 from memshare.bench.child import call
+from memshare.bench.fates import fates
 from memshare.bench.report import (
     accuracy_cells,
     accuracy_table,
@@ -23,7 +24,7 @@ from memshare.bench.report import (
     spread,
     wilson,
 )
-from memshare.bench.run import Moment, Outcome, Record, Run
+from memshare.bench.run import Moment, Outcome, Plan, Record, Run
 from memshare.bench.workloads import Source, Task, build
 from memshare.cli import main
 from memshare.config import load_config
@@ -48,7 +49,7 @@ def source(**options: Any) -> Source:
 
 def a_run(arm: str, **fields: Any) -> Run:
     settings: dict[str, Any] = {
-        "arm": arm, "seconds": 10.0, "cpu_seconds": 9.0, "steps": 100, "tokens": 1000,
+        "arm": arm, "blocks": 80, "seconds": 10.0, "cpu_seconds": 9.0, "steps": 100, "tokens": 1000,
         "preemptions": 4, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 0,
         "reclaimed": 0, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
         "outcomes": [Outcome("recall", 300, True, 0.0), Outcome("recall", 320, False, 0.0)],
@@ -192,7 +193,7 @@ def test_one_value_has_no_spread() -> None:
 
 
 def test_a_record_survives_the_disk(tmp_path: Path) -> None:
-    record = Record(80, 32, 64, 2048, [10, 12], {"dense": None}, [[a_run("dense")]])
+    record = Record(32, 64, 2048, [10, 12], {"dense": None}, [[a_run("dense")]])
     record.save(tmp_path / "r.json")
     assert Record.load(tmp_path / "r.json") == record
     (tmp_path / "other.json").write_text('{"repeats": []}')
@@ -200,10 +201,12 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
         Record.load(tmp_path / "other.json")
 
 
-def test_a_task_of_a_plan_keeps_its_type() -> None:
-    task = Task("recall", [1, 2], 5, answer=3)
-    assert Task(*dataclasses.astuple(a_run("x"))[:0], *task) == task
-    assert task.length == 7
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    tasks = [Task("recall", [1, 2], 5, answer=3, expected=4), Task("chat", [1], 2, forced=[7, 8])]
+    plan = Plan("model", "float32", 32, 80, 100, 64, 2048, tasks, eager=False)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [(task.need, task.longest) for task in tasks] == [(6, 7), (3, 3)]
 
 
 def in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +232,6 @@ def test_a_child_is_another_process_and_its_failure_is_told(
     [
         (["bench", "--arms", "dense,best"], "no arm 'best'"),
         (["bench", "--budget", "2"], "--budget 2"),
-        (["bench", "--repeats", "0"], "--repeats"),
         (["eval", "--samples", "4"], "--temperature"),
         (["simulate"], "either --deployment or --measured"),
         (["simulate", "--deployment", "x", "--measured", "y"], "either"),
@@ -242,3 +244,75 @@ def test_a_wrong_option_ends_before_anything_is_loaded(
 ) -> None:
     assert main(words) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "--repeats", "0"], "argument --repeats: 0: give a whole number from 1 on"),
+        (["bench", "--tokens", "1.5"], "argument --tokens: 1.5"),
+        (["bench", "--json", "/nowhere/r.json"], "there is no folder /nowhere"),
+        (["replay", "--json", "/"], "argument --json: / is a folder"),
+        (["replay", "--limit", "0"], "argument --limit"),
+        (["eval", "--limit", "0"], "argument --limit"),
+        (["eval", "--samples", "-1"], "argument --samples"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_at_once(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_says_every_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "runs of every arm (default: 3)" in shown
+    assert "(default: smollm2-135m-reasoner where answers are graded" in shown
+    assert "(default: None)" not in shown
+    assert "(default: False)" not in shown
+
+
+@dataclass
+class Blocks:
+    """A finished request of ten blocks, of which the first is prompt and the last is recent."""
+
+    full: int = 10
+    first: int = 1
+    end: int = 9
+    given_up: tuple[int, ...] = (2,)
+    shared: tuple[int, ...] = (3,)
+    last_copies: tuple[int, ...] = (4,)
+    coverage: tuple[float, ...] = (0.0, 0.0, 0.9, 0.9, 0.9, 0.01, 0.9, 0.9, 0.9, 0.9)
+    has_budget: bool = True
+
+    def is_own(self, index: int) -> bool:
+        return index not in self.given_up
+
+    def is_alone(self, index: int) -> bool:
+        return index not in self.shared
+
+    def is_target(self, index: int) -> bool:
+        return self.is_own(index) and self.is_alone(index) and index not in self.last_copies
+
+
+@pytest.mark.parametrize(
+    ("policy", "has_budget", "found"),
+    [
+        ("twins", True, {"badly covered": 2, "not asked for": 3}),
+        ("twins", False, {"badly covered": 2, "over budget": 3}),
+        ("oldest", True, {"not asked for": 5}),
+        ("paper", True, {"no similar block": 3, "not asked for": 2}),
+        ("paper", False, {"no similar block": 3, "over budget": 2}),
+    ],
+)
+def test_every_block_has_one_fate(policy: str, has_budget: bool, found: dict[str, int]) -> None:
+    view: Any = Blocks(has_budget=has_budget)
+    config = load_config({"policy": {"name": policy}})
+    counted = fates(view, config, has_pair=lambda index: index in (7, 8))
+    same = {"prompt": 1, "given up": 1, "in other tables": 1, "last copy": 1, "recent window": 1}
+    assert counted == same | found

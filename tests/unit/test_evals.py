@@ -58,7 +58,9 @@ def test_choices_are_shuffled_the_same_way_every_time(tmp_path: Path) -> None:
         assert is_right(question, f"First \\boxed{{X}}, then \\boxed{{{question.reference}}}")
         other = "A" if question.reference != "A" else "B"
         assert not is_right(question, f"\\boxed{{{question.reference}}} or \\boxed{{{other}}}")
-        assert is_right(question, f"\\boxed{{\\text{{({question.reference})}}}}")
+        for font in ("text", "textbf", "mathrm", "mathbf", "textit"):
+            assert is_right(question, f"\\boxed{{\\{font}{{({question.reference})}}}}")
+        assert is_right(question, f"\\boxed{{\\textbf{{({question.reference})}}\\ 12}}")
         assert not is_right(question, "I do not know.")
 
 
@@ -101,11 +103,14 @@ class StandIn(BaseHTTPRequestHandler):
     """A server that answers as OpenAI's API does: 7 to requests that share, 8 to exact ones."""
 
     asked: list[dict[str, Any]]
+    gives_up = 2  # blocks of a request that shares
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
-        number = 8 if "vllm_xargs" in body else 7
+        exact = body["vllm_xargs"].get("memshare") == "off"
+        number = 8 if exact else 7
+        given_up = 0 if exact else self.gives_up
         answer = json.dumps(
             {
                 "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
@@ -115,6 +120,7 @@ class StandIn(BaseHTTPRequestHandler):
                         "message": {"role": "assistant", "content": f"\\boxed{{{number}}}"},
                     }
                 ],
+                "kv_transfer_params": {"memshare": {"blocks_shared": given_up}},
                 "usage": {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14},
             }
         ).encode()  # fmt: skip
@@ -151,12 +157,50 @@ def test_a_served_model_is_asked_with_sharing_and_exact(
     shown = capsys.readouterr().out.splitlines()
     assert shown[2].startswith("| exact | 6 | 50.0% |")
     assert shown[3].startswith("| shared | 6 | 50.0% |")
-    assert shown[3].endswith("| +0.0 ± 196.0 | 9 | 0 |"), "as many right, and all of them others"
-    exact = [body for body in asked if body.get("vllm_xargs") == {"memshare": "off"}]
+    assert shown[2].endswith("| - | 9 | 0 | 0 |")
+    assert shown[3].endswith("| +0.0 ± 196.0 | 9 | 0 | 6 |"), "as many right, and all others"
+    assert len(shown) == 4
+    exact = [body for body in asked if body["vllm_xargs"].get("memshare") == "off"]
+    assert all(body["vllm_xargs"]["memshare_usage"] == "on" for body in asked)
     assert len(exact) == 6
     assert len(asked) == 12
     assert sorted(body["seed"] for body in exact) == [0, 0, 1, 1, 2, 2]
     assert [answer["right"] for answer in json.loads(record.read_text())][:3] == [True] * 3
+
+
+def test_a_comparison_in_which_nothing_was_given_up_says_so(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    server: tuple[str, list[dict[str, Any]]],
+) -> None:
+    monkeypatch.setattr(StandIn, "gives_up", 0)
+    assert (
+        main(["eval", "--url", server[0], "--model", "m", "--suite", "chain", "--limit", "2"]) == 0
+    )
+    assert "nothing was compared" in capsys.readouterr().out
+
+
+def test_answers_are_kept_when_a_later_arm_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(prompts: list[str], *rest: Any) -> list[list[Answer]]:
+        if rest[2].name == "twins":
+            raise UserError("the engine of twins failed")
+        return [[Answer("The final answer is 1.", 6)] for _ in prompts]
+
+    monkeypatch.setattr("memshare.bench.models.resolve", lambda name: name)
+    monkeypatch.setattr("memshare.commands.eval.longest", lambda model, prompts: 100)
+    monkeypatch.setattr("memshare.commands.eval.from_engine", answer)
+    record = tmp_path / "answers.json"
+    assert main(["eval", "--suite", "chain", "--limit", "2", "--json", str(record)]) == 1
+    assert [kept["arm"] for kept in json.loads(record.read_text())] == ["dense", "dense"]
+
+
+def test_a_suite_without_questions_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "empty.jsonl"
+    file.write_text("\n")
+    with pytest.raises(UserError, match="empty"):
+        load("math500", None, file)
 
 
 def test_a_server_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:

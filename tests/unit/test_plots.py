@@ -18,6 +18,7 @@ from memshare.plots.pareto import Point, accuracy_points, by_policy
 from memshare.plots.steps import lexical, shared_steps
 from memshare.plots.style import figure
 from memshare.plots.trace import Mark, runs, with_twin, write_trace
+from memshare.plots.usage import in_use, rises
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,7 +26,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 def a_run(arm: str, seconds: float, right: list[bool], **fields: Any) -> Run:
     moments = [Moment(seconds * i / 4, 3, 3, 90, 10 * i, 1, i // 2, i // 3) for i in range(5)]
     settings: dict[str, Any] = {
-        "arm": arm, "seconds": seconds, "cpu_seconds": 9.0, "steps": 5, "tokens": 1000,
+        "arm": arm, "blocks": 40, "seconds": seconds, "cpu_seconds": 9.0, "steps": 5,
+        "tokens": 1000,
         "preemptions": 2, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 1,
         "reclaimed": 1, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
         "outcomes": [Outcome("recall", 300, ok, 0.0) for ok in right], "fates": {},
@@ -44,7 +46,7 @@ def record(tmp_path: Path) -> Path:
     ]
     arms: dict[str, dict[str, Any] | None] = {"dense": None, "twins": {"mode": "share"}}
     path = tmp_path / "record.json"
-    Record(40, 32, 256, 2048, [10] * 10, arms, repeats).save(path)
+    Record(32, 256, 2048, [10] * 10, arms, repeats).save(path)
     return path
 
 
@@ -71,6 +73,14 @@ def test_a_repeat_that_was_stopped_before_the_first_arm_gives_no_ratio(record: P
     del loaded.repeats[1][1]
     _, twins = accuracy_points(loaded)["recall"]
     assert twins.gain == pytest.approx(10 / 8), "of the first repeat alone"
+
+
+def test_usage_is_of_the_runs_own_blocks_and_every_rise_is_seen() -> None:
+    run = a_run("fp8", 4.0, [True], blocks=80)
+    assert in_use(run) == [0.0, 12.5, 25.0, 37.5, 50.0]
+    assert rises(run.timeline, "preemptions") == [2.0, 4.0]
+    first = run.timeline[0]._replace(preemptions=1)
+    assert rises([first, *run.timeline[3:]], "preemptions") == [0.0, 4.0]
 
 
 def test_budgets_of_one_policy_are_joined() -> None:
