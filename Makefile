@@ -61,9 +61,10 @@ test-browser: venv browser ## Tests of the live page in a real browser
 test-engine: venv model ## Tests that start a real vLLM engine
 	$(RUN) pytest -m "engine and not cluster" --timeout 600 $(SPREAD)
 
-test-cluster: venv model ## Tests that start Ray; those with real engines one by one
+test-cluster: venv model ## Tests that start Ray; those that measure times one by one
 	$(RUN) pytest -m "cluster and not engine" --timeout 900 $(SPREAD)
-	$(RUN) pytest -m "cluster and engine" --timeout 900
+	$(RUN) pytest -m "cluster and engine and not alone" --timeout 900 $(SPREAD)
+	$(RUN) pytest -m "cluster and alone" --timeout 900
 
 docs: venv ## Build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) python -m mkdocs --quiet build --strict
@@ -78,10 +79,10 @@ soak: venv model ## Kill parts of a cluster under load for HOURS=1; report in .r
 load: venv model ## 256 short streams on two replicas for HOURS=1; report in .run/load
 	$(RUN) python tools/soak.py --load --hours $(HOURS) --output .run/load
 
-headline: venv model ## Answers and preemptions of all policies, and the README's picture (about 40 min)
+headline: venv model ## Answers and preemptions of all policies, and the README's picture (about an hour)
 	@mkdir -p build
-	$(RUN) memshare bench --model smollm2-135m-reasoner --workload problems --requests 100 --tokens 1100 \
-		--arms dense,twins,oldest,random --memory 0.33 --repeats 1 --json build/headline.json
+	$(RUN) memshare bench --workload problems --requests 100 --arms dense,twins,oldest,random --memory 0.33 \
+		--dtype float32 --repeats 1 --json build/headline.json
 	@$(RUN) memshare plot arms build/headline.json --output docs/figures/headline.svg
 
 bench-serving: venv model ## Our server beside vLLM's own, in alternation

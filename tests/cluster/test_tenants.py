@@ -110,7 +110,7 @@ def keyed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     arguments["auth"] = {"file": str(table)}
     arguments["engine"] |= {
         "max_model_len": 1024,
-        "num_gpu_blocks_override": 80,
+        "num_gpu_blocks_override": 60,
         "dtype": DTYPE,
         "max_num_seqs": 16,
     }
@@ -264,11 +264,11 @@ def test_prefix_cache_hits_never_cross_tenants(keyed: Keyed) -> None:
 def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
     """Two tenants with the same prompts and, greedily decoded, much the same output.
 
-    Seven requests want 17 blocks each, and there are 80.
+    Seven requests want 12 blocks each, and there are 60.
     """
 
     def ask(tenant: str) -> int:
-        return keyed.ask(tenant, max_tokens=500, ignore_eos=True).status_code
+        return keyed.ask(tenant, max_tokens=350, ignore_eos=True).status_code
 
     tenants = ["acme", "bravo"] * 3 + ["exact"]
     with ThreadPoolExecutor(len(tenants)) as pool:

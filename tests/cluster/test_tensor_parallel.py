@@ -28,7 +28,7 @@ from tools.local_cluster import (
     victims,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.alone]
 
 BLOCKS = 200
 STORY = {
