@@ -48,15 +48,15 @@ def test_recorded_tokens_are_written_under_pressure(
     file = tmp_path / "record.json"
     status = main(
         [
-            "bench", "--workload", "solutions", "--requests", "6", "--tokens", "200",
-            "--dtype", DTYPE, "--memory", "0.5", "--recent", "32", "--arms", "dense,twins",
+            "bench", "--workload", "solutions", "--requests", "4", "--tokens", "300",
+            "--dtype", DTYPE, "--memory", "0.7", "--recent", "32", "--arms", "dense,twins",
             "--repeats", "1", "--json", str(file),
         ]
     )  # fmt: skip
     assert status == 0
     record = Record.load(file)
     dense, twins = record.repeats[0]
-    assert dense.tokens == twins.tokens == 6 * 200
+    assert dense.tokens == twins.tokens == 4 * 300
     assert dense.preemptions > 0
     assert twins.reclaimed > 0
     assert twins.tokens_per_step > dense.tokens_per_step
@@ -66,7 +66,7 @@ def test_recorded_tokens_are_written_under_pressure(
         dense.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens,
         StepCosts(0.01, 0.001, 0.001, 0.0),
     )  # fmt: skip
-    jobs = [Job(0.0, prompt, 200) for prompt in record.prompts]
+    jobs = [Job(0.0, prompt, 300) for prompt in record.prompts]
     predicted = simulate(engine, jobs, None)
     assert predicted.steps == pytest.approx(dense.steps, rel=0.03)
     assert predicted.preemptions == pytest.approx(dense.preemptions, abs=2)
