@@ -32,7 +32,7 @@ def plot_usage(record: Record, arms: Sequence[str], path: Path) -> None:
             panel.plot(seconds, used, color=colour(arm), linewidth=0.8)
             for name, mark, height in (("preemptions", "|", 106.0), ("remaps", ".", 114.0)):
                 at = rises(run.timeline, name)
-                panel.plot(at, [height] * len(at), mark, color=colour(arm), clip_on=False)
+                panel.plot(at, [height] * len(at), mark, color=colour(arm))
             panel.axhline(100, color="black", linewidth=0.5, linestyle=":")
             panel.set(xlim=(0, longest), ylim=(0, 120), ylabel="KV blocks in use, %")
             panel.set_title(_title(run), loc="left", fontsize="medium")

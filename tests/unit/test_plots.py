@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from memshare.bench.run import Moment, Outcome, Record, Run
 from memshare.cli import main
@@ -18,7 +19,7 @@ from memshare.plots.pareto import Point, accuracy_points, by_policy
 from memshare.plots.steps import lexical, shared_steps
 from memshare.plots.style import figure
 from memshare.plots.trace import Mark, runs, with_twin, write_trace
-from memshare.plots.usage import in_use, rises
+from memshare.plots.usage import in_use, plot_usage, rises
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -81,6 +82,16 @@ def test_usage_is_of_the_runs_own_blocks_and_every_rise_is_seen() -> None:
     assert rises(run.timeline, "preemptions") == [2.0, 4.0]
     first = run.timeline[0]._replace(preemptions=1)
     assert rises([first, *run.timeline[3:]], "preemptions") == [0.0, 4.0]
+
+
+def test_panels_fill_the_picture(tmp_path: Path) -> None:
+    """Also where an arm has nothing to mark: plain vLLM re-points no block."""
+    quiet = [moment._replace(remaps=0) for moment in a_run("dense", 4.0, [True]).timeline]
+    runs = [a_run("dense", 4.0, [True], timeline=quiet), a_run("twins", 4.0, [True])]
+    record = Record(32, 256, 2048, [10], {"dense": None, "twins": {}}, [runs])
+    plot_usage(record, ["dense", "twins"], tmp_path / "usage.png")
+    pixels = np.asarray(Image.open(tmp_path / "usage.png").convert("L"))
+    assert (pixels < 250).any(axis=1).mean() > 0.8, "rows that are not empty"
 
 
 def test_budgets_of_one_policy_are_joined() -> None:
