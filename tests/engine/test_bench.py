@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 PROBLEMS = ["--model", "smollm2-135m-reasoner", "--dtype", DTYPE]
 SHORT = 486  # of eight problems from here on, the longest solution is shorter than elsewhere
-SHORT_CHAINS = 382  # the same of two chains
+SHORT_CHAINS = 502  # the same of two chains
 
 
 def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
@@ -79,12 +79,16 @@ def test_recorded_tokens_are_written_under_pressure(
         assert predicted_steps == pytest.approx(measured, rel=0.1)
 
 
-def test_an_engine_is_asked_and_graded(tmp_path: Path) -> None:
+def test_an_engine_is_asked_and_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two answers of some 16 blocks each, and memory for 25."""
     file = tmp_path / "answers.json"
-    words = ["eval", *PROBLEMS, "--suite", "chain", "--limit", "2", "--eager"]
-    words += ["--seed", str(SHORT_CHAINS)]
-    assert main([*words, "--arms", "dense", "--json", str(file)]) == 0
+    words = ["eval", *PROBLEMS, "--suite", "chain", "--limit", "2", "--seed", str(SHORT_CHAINS)]
+    words += ["--arms", "twins", "--blocks", "26", "--max-tokens", "600"]
+    assert main([*words, "--eager", "--json", str(file)]) == 0
     answers = json.loads(file.read_text())
-    assert [answer["question"] for answer in answers] == ["382", "383"]
+    assert [answer["question"] for answer in answers] == ["502", "503"]
     assert all("The final answer is" in answer["text"] for answer in answers)
     assert any(answer["right"] for answer in answers)
+    touched = sum(answer["blocks_given_up"] > 0 for answer in answers)
+    assert touched > 0
+    assert capsys.readouterr().out.rstrip().endswith(f"| {touched} |")
