@@ -4,9 +4,9 @@ Two tokens of one request are *twins* if they stand at the same place of a passa
 twice. Causal attention makes a token's KV a function of what stands before it, so twins are the
 likelier to have similar KV, and to mean the same, the longer the text before the two is the same.
 The index therefore remembers, for runs of 8 and 4 tokens (and, if asked for, 2 and 1), where each
-occurred last, and links a new token to the occurrence with the longest run. Runs that are too short are chance: the 5 in
-another sum is no copy of this one. Where a run is long enough, all of its tokens are twins, its
-first ones too.
+occurred last, and links a new token to the occurrence with the longest run. Runs that are too short
+are chance: the 5 in another sum is no copy of this one. Where a run is long enough, all of its
+tokens are twins, its first ones too.
 
 Everything is NumPy on one step's tokens at a time: O(1) a token, no Python object per token.
 """
