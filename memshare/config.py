@@ -150,7 +150,7 @@ class ProtectConfig(Section):
 class BudgetConfig(Section):
     """How much of one request may be approximated."""
 
-    max_shared_fraction: Fraction = 0.3
+    max_shared_fraction: Fraction = 0.25
     """Fraction of a request's blocks that may be re-pointed. After a preemption, admission counts
     on all of it, so that more than the policy really finds leads to further preemptions."""
 
