@@ -33,7 +33,8 @@ def step_until_preempted(rig: Rig) -> None:
 
 
 def test_half_the_preemptions_and_a_third_more_tokens_a_step(folder: Path) -> None:
-    dense, ours = run(folder, BURST, DENSE), run(folder, BURST, SHARE)
+    share = SHARE | {"budget": {"max_shared_fraction": 0.4}}
+    dense, ours = run(folder, BURST, DENSE), run(folder, BURST, share)
     assert ours.preemptions <= 0.5 * dense.preemptions
     assert ours.recomputed < dense.recomputed
     assert ours.tokens / ours.steps >= 1.3 * dense.tokens / dense.steps

@@ -14,7 +14,10 @@ from tests.engine.harness import Engine, StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-CHECKED = {"integrity": {"check_every": 1, "on_failure": "raise"}}
+CHECKED = {
+    "integrity": {"check_every": 1, "on_failure": "raise"},
+    "budget": {"max_shared_fraction": 0.4},  # enough that every test shares something
+}
 LOOSE = {
     "steps": {"similarity_threshold": 0.0, "min_tokens": 8, "max_tokens": 32, "max_matches": 4},
     "distance": {"similarity_threshold": 0.0, "max_jobs_per_step": 64},
