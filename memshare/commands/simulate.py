@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memshare.commands.options import fractions
+from memshare.commands.options import count, fractions
 from memshare.errors import UserError
 from memshare.tables import table_head, table_row
 
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--accelerators", help="how many, several by ',' (default: as the file says)"
     )
-    group.add_argument("--requests", type=int, default=256)
-    group.add_argument("--prompt", type=int, default=200, help="tokens")
+    group.add_argument("--requests", type=count, default=256, help="how many")
+    group.add_argument("--prompt", type=count, default=200, help="tokens")
     group.add_argument("--output", default="4000-16000", help="generated tokens: N, or FROM-TO")
     group.add_argument(
         "--traces", type=Path, metavar="DIR",
@@ -56,8 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--arm", default="twins", help="of the record")
     group.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
-    group.add_argument("--max-num-seqs", type=int, default=256, help="requests at once")
-    group.add_argument("--max-num-batched-tokens", type=int, default=8192, help="tokens of a step")
+    group.add_argument("--max-num-seqs", type=count, default=256, help="requests at once")
+    group.add_argument(
+        "--max-num-batched-tokens", type=count, default=8192, help="tokens of a step"
+    )
     group = parser.add_argument_group("a check against measured runs")
     group.add_argument(
         "--measured", type=Path, nargs="+", metavar="JSON",
@@ -90,8 +92,8 @@ def _deployment(args: argparse.Namespace) -> int:
         "preemptions", "recomputed tokens", "remaps",
     )  # fmt: skip
     print(table_head(heads))
-    for count in counts:
-        for line in _rows(deployment.model_copy(update={"accelerators": count}), jobs, arms, args):
+    for number in counts:
+        for line in _rows(deployment.model_copy(update={"accelerators": number}), jobs, arms, args):
             print(line, flush=True)
     return 0
 
@@ -101,7 +103,7 @@ def _accelerators(text: str | None) -> list[int]:
         counts = [int(word) for word in text.split(",")] if text else []
     except ValueError:
         counts = [0]
-    if any(count < 1 for count in counts):
+    if any(number < 1 for number in counts):
         raise UserError(f"--accelerators {text}: give whole numbers from 1, separated by ','")
     return counts
 
@@ -141,7 +143,7 @@ def _rows(
     from memshare.simulate.costs import DoesNotFitError
     from memshare.simulate.run import Engine, by_age, simulate
 
-    count = str(deployment.accelerators)
+    number = str(deployment.accelerators)
     try:
         blocks = deployment.blocks
         engine = Engine(
@@ -150,10 +152,10 @@ def _rows(
         )  # fmt: skip
         dense = simulate(engine, jobs, None)
     except DoesNotFitError as error:
-        yield table_row([count, "-", "-", f"cannot run: {error}", *["-"] * 6])
+        yield table_row([number, "-", "-", f"cannot run: {error}", *["-"] * 6])
         return
     needed = sum(-(-(job.prompt + job.output) // deployment.block_size) for job in jobs)
-    machine = [count, str(blocks), f"{blocks / needed:.2f}"]
+    machine = [number, str(blocks), f"{blocks / needed:.2f}"]
     yield _row(machine, "dense", dense, dense)
     for name, (own_jobs, budget) in arms.items():
         options = {
@@ -181,8 +183,6 @@ def _read(path: Path) -> Deployment:
 def _jobs(args: argparse.Namespace) -> list[Job]:
     from memshare.simulate.run import Job
 
-    if args.requests < 1:
-        raise UserError("--requests must be 1 or more")
     draw, arrival, jobs = random.Random(args.seed), 0.0, []
     lengths = (_lengths if args.traces is None else _recorded_lengths)(args)
     for _, (prompt, output) in zip(range(args.requests), lengths, strict=False):
@@ -201,8 +201,6 @@ def _lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
         low, high = 0, 0
     if not 1 <= low <= high:
         raise UserError(f"--output {args.output}: give a number of tokens, or two as 4000-16000")
-    if args.prompt < 1:
-        raise UserError("--prompt must be 1 or more")
     draw = random.Random(args.seed)
     while True:
         yield args.prompt, draw.randint(low, high)
