@@ -6,7 +6,8 @@
 # Every target sets up what it needs; what is up to date is skipped at once.
 
 PYTHON      ?= python3
-ACCELERATOR ?= cpu
+# As .venv was made, if it was: `make ACCELERATOR=gpu venv` is said once.
+ACCELERATOR ?= $(or $(lastword $(file < .venv/.memshare-base)),cpu)
 CONFIG      ?= configs/cluster.yaml
 MODEL_TP    ?= 2
 GPU_ARGS    ?=

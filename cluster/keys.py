@@ -160,6 +160,10 @@ class KeySource:
         return _together(tables)
 
 
+class _UnreadableError(ConfigError):
+    """The file is not there, or cannot be read: what it holds is not known."""
+
+
 class WatchedKeys:
     """The key table of a running replica, looked at again from time to time.
 
@@ -177,6 +181,7 @@ class WatchedKeys:
         self._source = source
         self._seen = self._stamp()
         self._keyring = Keyring(source.read())
+        self._told: tuple[object, str] | None = None  # the last refusal
 
     def find(self, key: str) -> Grant | None:
         """See :meth:`Keyring.find`."""
@@ -185,20 +190,34 @@ class WatchedKeys:
     def look(self) -> Literal["used", "refused"] | None:
         """Read the table again if its file has changed: one ``stat`` if it has not.
 
+        A file that could not be read is tried again each time: it may hold a revocation.
+
         Returns:
-            What became of the changed table; None if nothing has changed.
+            What became of the changed table; None if nothing has changed, or that was told before.
         """
         stamp = self._stamp()
         if stamp == self._seen:
             return None
-        self._seen = stamp
         try:
             self._keyring = Keyring(self._source.read())
+        except _UnreadableError as error:
+            return self._refuse(stamp, error)
         except ConfigError as error:
-            logger.error("the changed key table is not used, the old one stays: %s", error)
-            return "refused"
+            self._seen = stamp
+            return self._refuse(stamp, error)
+        self._seen = stamp
         logger.info("the key table was read again: %d keys", len(self._keyring))
         return "used"
+
+    def _refuse(
+        self, stamp: tuple[int, ...] | None, error: ConfigError
+    ) -> Literal["refused"] | None:
+        refusal = (stamp, str(error))
+        if refusal == self._told:
+            return None
+        self._told = refusal
+        logger.error("the changed key table is not used, the old one stays: %s", error)
+        return "refused"
 
     def _stamp(self) -> tuple[int, ...] | None:
         """What changes when the file does, also if it is replaced through a symbolic link."""
@@ -208,7 +227,7 @@ class WatchedKeys:
             stat = self._source.file.stat()
         except OSError:
             return None
-        return (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
+        return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino, stat.st_dev)
 
 
 def parse_table(text: str, source: str) -> KeyTable:
@@ -236,7 +255,7 @@ def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
+        raise _UnreadableError(
             f"auth.file = {str(file)!r} cannot be read: {error.strerror}\n"
             "    fix: correct the path, or mount the file on every node that runs replicas"
         ) from None

@@ -233,6 +233,7 @@ class Limiter:
         # One call at a time: the ledger sees reports in the order in which they were true.
         self._lock = asyncio.Lock()
         self._started = 0
+        self._reached = True  # the last call
         self.desk_faults = 0
         """Calls for which the ledger could not be reached."""
 
@@ -320,8 +321,12 @@ class Limiter:
             shares, reached = await self._desk.settle(self._replica, reports), True
         except Exception as error:
             self.desk_faults += 1
-            logger.warning("tenants' limits are enforced by this replica alone: %r", error)
+            if self._reached:
+                logger.warning("tenants' limits are enforced by this replica alone: %r", error)
             shares, reached = await self._alone.settle(self._replica, reports), False
+        if reached and not self._reached:
+            logger.info("tenants' limits are enforced over all replicas again")
+        self._reached = reached
         for tenant, share in shares.items():
             state, report = self._states[tenant], reports[tenant]
             state.slots, state.balance = share

@@ -76,6 +76,10 @@ class EngineReplica(GrpcService):
         Raises:
             ConfigError: the key table is wrong, or missing where others can reach the server.
         """
+        self._engine: AsyncLLM | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._tending: asyncio.Task[None] | None = None
+        self._page: Agent | None = None
         guard = Guard()
         set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
@@ -84,10 +88,6 @@ class EngineReplica(GrpcService):
         counts = ReplicaMetrics(args.public_name, replica_id)
         gate = _gate(args.auth, ledger, replica_id, counts)
         self._meter = LoadMeter()
-        self._engine: AsyncLLM | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._tending: asyncio.Task[None] | None = None
-        self._page: Agent | None = None
         if args.replica.pin_cpus:
             _pin(args)
         if pool is not None:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM = (3, 11)
-# Newest last: tried in this order when the running Python is too old.
-OTHER_PYTHONS = ("python3.12", "python3.11", "python3.13", "python3.14")
+# Tried in this order when the running Python is too old: the tested one first.
+OTHER_PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 
 # The only build of torch that the CPU build of vLLM accepts on Linux, and where PyTorch keeps it.
 CPU_TORCH = "torch==2.13.0+cpu"

@@ -76,7 +76,7 @@ def page_app(
                 return await handler(request)
             except Exception as error:
                 count_fault("answer")
-                logger.warning("live page: %s: %r", request.url.path, error)
+                logger.debug("live page: %s: %r", request.url.path, error)  # a page asks often
                 return _refusal(503, "the page's board does not answer; serving goes on")
 
         return answer

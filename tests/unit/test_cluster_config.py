@@ -323,6 +323,7 @@ def test_the_paper_file_is_the_paper() -> None:
     config = load_config({"config": str(CONFIGS / "paper.yaml")}, {})
     assert (config.policy.name, config.trigger.kind) == ("paper", "eager")
     assert (config.distance.norm, config.distance.layers) == ("paper", "all")
+    assert (config.protect.recent_tokens, config.budget.max_shared_fraction) == (0, 1)
     assert config.steps.similarity_threshold == 0.9
     assert config.distance.similarity_threshold == 0.8
     assert config.protect.recent_tokens == 0

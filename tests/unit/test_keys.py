@@ -158,6 +158,26 @@ def test_a_changed_table_is_taken_over_and_a_broken_one_is_not(tmp_path: Path) -
     assert keys.find("umbrella") is None
 
 
+def test_a_change_that_could_not_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a revocation. It is told once."""
+    file = tmp_path / "keys.yaml"
+    write(file, table(acme={}))
+    keys = WatchedKeys(KeySource(file, None))
+    write(file, table(umbrella={}))
+
+    def fail(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        assert [keys.look() for _ in range(3)] == ["refused", None, None]
+        assert keys.find("acme")
+    assert keys.look() == "used"
+    assert keys.find("acme") is None
+
+
 def test_a_mounted_secret_is_swapped_by_a_link(tmp_path: Path) -> None:
     """As Kubernetes does: the file's own link never changes, a folder's does."""
     for version, tenant in (("v1", "acme"), ("v2", "bravo")):

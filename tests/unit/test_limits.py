@@ -132,7 +132,9 @@ async def test_many_that_wait_ask_together() -> None:
     assert sum(calls) >= 150
 
 
-async def test_a_replica_without_ledger_enforces_the_limits_alone() -> None:
+async def test_a_replica_without_ledger_enforces_the_limits_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Broken:
         async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
             raise ConnectionError("no ledger")
@@ -143,6 +145,7 @@ async def test_a_replica_without_ledger_enforces_the_limits_alone() -> None:
     with pytest.raises(LimitReachedError, match="2 requests"):
         await limiter.admit(ACME, Limits(2, 100))
     assert limiter.desk_faults >= 2
+    assert caplog.text.count("alone") == 1, "each is counted, the first is told"
     limiter.release(ACME)
     limiter.spend(ACME, 200)
     with pytest.raises(LimitReachedError, match="100 tokens"):
