@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.keys import KeySource
 from memshare.config import (
+    ENV_PREFIX,
     ConfigError,
     Fraction,
     MemShareConfig,
@@ -143,7 +144,7 @@ class AuthConfig(Section):
     while the server runs. ``memshare keys new`` makes an entry."""
     variable: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of an environment variable of the replicas that holds a key table, instead of a file or
-    beside it."""
+    beside it. Not ``MEMSHARE_...``: those are MemShare's configuration."""
 
     @field_validator("file")
     @classmethod
@@ -151,6 +152,13 @@ class AuthConfig(Section):
         if file is not None and not file.is_absolute():
             raise ValueError("is not absolute; replicas run in folders of their own")
         return file
+
+    @field_validator("variable")
+    @classmethod
+    def _no_field(cls, variable: str | None) -> str | None:
+        if variable is not None and variable.startswith(ENV_PREFIX):
+            raise ValueError(f"begins with {ENV_PREFIX}, as only MemShare's configuration may")
+        return variable
 
     @property
     def keys(self) -> KeySource:

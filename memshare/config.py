@@ -33,6 +33,8 @@ from pydantic.fields import FieldInfo
 
 ENV_PREFIX = "MEMSHARE_"
 ENV_FILE = "MEMSHARE_CONFIG"
+ENV_KEY = "MEMSHARE_KEY"
+"""A client's key, which is none of the fields: a shell may hold both."""
 
 
 def _no_switch(value: object) -> object:
@@ -68,7 +70,8 @@ class TriggerConfig(Section):
     low_watermark: Fraction = 0.05
     """Fraction of all KV blocks. Reclaiming starts when fewer are free. ``pressure`` only."""
     high_watermark: Fraction = 0.10
-    """Fraction of all KV blocks. Reclaiming stops when as many are free. ``pressure`` only."""
+    """Fraction of all KV blocks. Reclaiming stops when as many are free beside those that running
+    requests will need next. ``pressure`` only."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TriggerConfig:
@@ -316,13 +319,14 @@ class MemShareConfig(Section):
         if isinstance(self.policy, TwinsParams):
             if self.scope != "request":
                 raise ValueError(
-                    "policy.name 'twins' works within one request; set scope to 'request', or "
-                    "policy.name to 'paper'"
+                    f"scope = {self.scope!r}: policy.name 'twins' works within one request\n"
+                    "    fix: set scope to 'request', or policy.name to 'paper'"
                 )
             if self.distance.norm != "relative":
                 raise ValueError(
-                    "policy.name 'twins' compares tokens by the norm 'relative'; set "
-                    "distance.norm to 'relative', or policy.name to 'paper'"
+                    f"distance.norm = {self.distance.norm!r}: policy.name 'twins' compares tokens "
+                    "by the norm 'relative'\n"
+                    "    fix: set distance.norm to 'relative', or policy.name to 'paper'"
                 )
         return self
 
@@ -370,9 +374,13 @@ def explain(error: ValidationError, model: type[BaseModel], sources: list[str]) 
             known = list(owner.model_fields)
             close = difflib.get_close_matches(path[-1], known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known fields: {', '.join(known)}"
-            lines.append(f"  {name} = {value!r}: there is no such field\n    fix: {hint}")
+            # Not its value: what is no field may be a secret.
+            lines.append(f"  {name}: there is no such field\n    fix: {hint}")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if not path:  # a rule about several fields, which names them
+                lines.append(f"  {message}")
+                continue
             lines.append(f"  {name} = {value!r}: {message}\n    fix: {_fix(field)}")
     return "\n".join(lines)
 
@@ -450,11 +458,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+def without_fields(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would configure MemShare: for comparisons, which say themselves
+    how each side is configured."""
+    return {key: value for key, value in environ.items() if not key.startswith(ENV_PREFIX)}
+
+
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     # A section's name first: merged later, it would replace what came before it.
     for key in sorted(environ, key=lambda key: (not key.endswith("__NAME"), key)):
-        if not key.startswith(ENV_PREFIX) or key == ENV_FILE:
+        if not key.startswith(ENV_PREFIX) or key in (ENV_FILE, ENV_KEY):
             continue
         *sections, name = key.removeprefix(ENV_PREFIX).lower().split("__")
         try:

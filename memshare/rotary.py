@@ -99,7 +99,3 @@ class Rotation:
             x, y = turned[..., 0::2], turned[..., 1::2]
             moved = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
         return torch.cat((moved, rest), dim=-1)
-
-    def to(self, device: torch.device) -> Rotation:
-        """The same table on ``device``."""
-        return Rotation(self.cos.to(device), self.sin.to(device), self.neox)

@@ -163,6 +163,7 @@ def show(model: Path, work: Workload, arms: dict[str, dict[str, Any]]) -> None:
 
 def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
     """Run a workload to its end."""
+    from memshare.simulate.costs import Recomputation
     from memshare.simulate.rig import Rig
 
     longest = max(len(job.prompt) + job.length for job in work.jobs) + 1
@@ -171,25 +172,26 @@ def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
         prompt_stage_one=True,
     )  # fmt: skip
     given_up: dict[str, float] = {}
-    steps = preemptions = computed = added = 0
+    steps = preemptions = added = 0
+    again = Recomputation()
     while added < len(work.jobs) or rig.scheduler.requests:
         while added < len(work.jobs) and work.jobs[added].arrival <= steps:
             job = work.jobs[added]
             rig.add(f"r{added}", job.prompt, job.length, job.forced)
             added += 1
-        output = rig.step()
+        output = rig.scheduler.schedule()
+        again.add(rig.scheduler, output)
+        rig.finish_step(output)
         steps += 1
         preemptions += len(output.preempted_req_ids or ())
-        computed += output.total_num_scheduled_tokens
         if rig.side is not None:
             for state in rig.side.roster:
                 given_up[state.request_id] = len(state.repointed) / max(state.full, 1)
     remaps = rig.side.journal.tally.totals["applied"] if rig.side is not None else 0
     rig.close()
-    once = sum(len(job.prompt) + job.length - 1 for job in work.jobs)
     tokens = sum(job.length for job in work.jobs)
     mean = sum(given_up.values()) / len(work.jobs)
-    return Counts(steps, tokens, preemptions, computed - once, remaps, mean)
+    return Counts(steps, tokens, preemptions, again.tokens, remaps, mean)
 
 
 def _row(arm: str, mine: Counts, base: Counts) -> str:

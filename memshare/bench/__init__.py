@@ -4,5 +4,8 @@
 - ``workloads``: what the engines are asked to do
 - ``run``: one engine, one workload, and what is measured of it
 - ``child``: every engine in a process of its own
+- ``fates``: what became of a request's blocks
 - ``report``: tables of ratios within a repeat
+- ``models``: what ``--model`` names
+- ``exactness``: what must not change a token
 """

@@ -41,6 +41,11 @@ class Arm:
     memshare: dict[str, Any] | None
     kv_dtype: str = "auto"
 
+    @property
+    def shares(self) -> bool:
+        """Whether its requests may give up blocks."""
+        return self.memshare is not None and self.memshare.get("mode", "share") == "share"
+
     def blocks(self, blocks: int, dtype: str) -> int:
         """KV blocks that take the bytes of as many of the model's own type.
 
@@ -75,8 +80,10 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
         common: further options of all arms with MemShare.
 
     Raises:
-        UserError: there is no such arm.
+        UserError: there is no such arm, or one comes twice.
     """
+    _require_once("--arms", names.split(","))
+    _require_once("--budget", [f"{budget:g}" for budget in budgets])
     for name in names.split(","):
         policy = name.removesuffix(_FP8)
         if name in _OTHERS:
@@ -90,6 +97,12 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
                 yield Arm(shown, common | POLICIES[policy] | limit, kv_dtype)
         else:
             raise UserError(f"there is no arm {name!r}; choose of {CHOICES}")
+
+
+def _require_once(option: str, values: list[str]) -> None:
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise UserError(f"{option}: {twice} comes twice; name it once")
 
 
 def require_kv_types(arms: Iterable[Arm]) -> None:

@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from memshare.config import without_fields
 from memshare.errors import UserError
 
 _RESULT = "RESULT "
@@ -30,7 +31,7 @@ def call(function: str, argument: dict[str, Any], name: str) -> Any:
     Raises:
         UserError: the process failed; the end of what it said is in the text.
     """
-    environment = os.environ | _ENVIRONMENT
+    environment = without_fields(os.environ) | _ENVIRONMENT
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     done = subprocess.run(
         [sys.executable, "-m", __spec__.name, function],
@@ -39,7 +40,8 @@ def call(function: str, argument: dict[str, Any], name: str) -> Any:
     for line in done.stdout.splitlines():
         if line.startswith(_RESULT):
             return json.loads(line.removeprefix(_RESULT))
-    raise UserError(f"{name} failed:\n{done.stderr[-4000:]}")
+    how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else "failed"
+    raise UserError(f"{name} {how}; the end of what it said:\n{done.stderr[-4000:] or '(nothing)'}")
 
 
 def _main() -> None:

@@ -167,7 +167,9 @@ def _change(right: Sequence[Samples], base: Sequence[Samples]) -> str:
         for a, b in zip(right, base, strict=True)
     ]
     mean = statistics.fmean(differences)
-    if not any(differences) or len(differences) < 2:
+    if not any(differences):
         return "-"
+    if len(differences) < 2:
+        return f"{mean:+.1f}"
     half = _Z * statistics.stdev(differences) / math.sqrt(len(differences))
     return f"{mean:+.1f} ± {half:.1f}"

@@ -20,7 +20,7 @@ from memshare.bench.models import load_format
 from memshare.bench.workloads import Task
 from memshare.errors import UserError
 from memshare.reasoner.problems import read_answer
-from memshare.simulate.costs import StepWork, work_of
+from memshare.simulate.costs import Recomputation, StepWork, work_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -307,6 +307,7 @@ class _Watch:
         self._schedule: Callable[..., Any] = self._scheduler.schedule
         self._scheduler.schedule = self._watched
         self._work = StepWork(0, 0, 0)
+        self._again = Recomputation()
         self._preemptions = 0
         self._repointed: dict[str, float] = {}
         self._fates: Counter[Fate] = Counter()
@@ -319,6 +320,7 @@ class _Watch:
     def _watched(self, *args: Any) -> Any:
         output = self._schedule(*args)
         self._work = work_of(self._scheduler, output)
+        self._again.add(self._scheduler, output)
         self._preemptions += len(output.preempted_req_ids or ())
         return output
 
@@ -374,8 +376,6 @@ class _Watch:
             for name, task in tasks.items()
         ]
         generated = sum(outcome.tokens for outcome in outcomes)
-        # Every prompt token and every generated token but each last one is computed once.
-        once = generated - len(tasks) + sum(len(task.prompt) for task in tasks.values())
         gaps = [
             later - earlier
             for arrivals in self._arrivals.values()
@@ -389,7 +389,7 @@ class _Watch:
             steps=len(self.moments),
             tokens=generated,
             preemptions=self._preemptions,
-            recomputed=max(0, sum(moment.tokens for moment in self.moments) - once),
+            recomputed=self._again.tokens,
             running=statistics.fmean(moment.requests for moment in self.moments),
             peak=max(moment.requests for moment in self.moments),
             remaps=self._total("applied"),

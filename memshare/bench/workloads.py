@@ -88,7 +88,16 @@ class Source:
     traces: Path | None = None
 
     def chat(self, text: str) -> list[int]:
-        """Token ids of one user turn, up to where the answer begins."""
+        """Token ids of one user turn, up to where the answer begins.
+
+        Raises:
+            UserError: the model has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"--model {self.tokenizer.name_or_path} has no chat template, so that it can't be "
+                "asked; use an instruct model"
+            )
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
         )

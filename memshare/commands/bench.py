@@ -116,15 +116,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from transformers import AutoTokenizer
-
-    from memshare.bench.models import resolve
+    from memshare.bench.models import resolve, tokenizer_of
     from memshare.bench.run import Plan
     from memshare.bench.workloads import Source, build
 
     model = resolve(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    source = Source(tokenizer, args.requests, args.tokens, args.seed, args.traces)
+    source = Source(tokenizer_of(model), args.requests, args.tokens, args.seed, args.traces)
     tasks = build(args.workload, source)
     blocks = args.blocks or 1 + round(args.memory * sum(_blocks(t, args.block_size) for t in tasks))
     longest = max(task.longest for task in tasks)

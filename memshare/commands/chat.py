@@ -15,12 +15,11 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from memshare.config import ENV_KEY
 from memshare.errors import UserError
 
 if TYPE_CHECKING:
     from memshare.client import ChatMessage, Client, MemShareOptions, Sampling, Usage
-
-KEY = "MEMSHARE_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("question", nargs="?", help="answered, and the command ends")
     parser.add_argument("--address", default="127.0.0.1:9000", help="host and port of gRPC")
-    parser.add_argument("--key", help=f"opens the server; or set {KEY}")
+    parser.add_argument("--key", help=f"opens the server; or set {ENV_KEY}")
     parser.add_argument("--tls", action="store_true", help="the address speaks TLS (a gateway)")
     parser.add_argument("--model", default="", help="name of the model; the served one by default")
     parser.add_argument("--system", help="a system message")
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from memshare.client import Client
 
     credentials = grpc.ssl_channel_credentials() if args.tls else None
-    key = args.key or os.environ.get(KEY)
+    key = args.key or os.environ.get(ENV_KEY)
     with Client(args.address, key=key, session=uuid.uuid4().hex, credentials=credentials) as client:
         talk = _Talk(client, args)
         if args.question is not None:

@@ -35,6 +35,8 @@ class Graded:
     """What one arm has answered: ``[questions][samples]``."""
 
     arm: str
+    shares: bool
+    """Whether its requests may give up blocks."""
     answers: list[list[Answer]]
     right: list[list[bool]]
 
@@ -55,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=count, default=1536, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="of nucleus sampling")
-    served = parser.add_argument_group("a served model")
+    served = parser.add_argument_group("a served model (--url)")
     served.add_argument("--url", help="OpenAI API, as http://127.0.0.1:8000/v1")
     served.add_argument("--key", default="none", help="API key")
     served.add_argument("--at-once", type=count, default=32, help="requests under way")
-    engine = parser.add_argument_group("an engine of our own")
+    engine = parser.add_argument_group("an engine of our own (without --url)")
     parser.add_argument("--model", default="smollm2-135m-reasoner", help="name, folder or hub id")
     engine.add_argument("--arms", default="dense,twins", help=f"of {CHOICES}")
     add_sharing(engine)
@@ -93,9 +95,10 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:  # after every arm: a later one may fail
             args.json.write_text(json.dumps(_record(questions, sampling, found)))
     print(_table(args.suite, found))
-    if len(found) > 1 and not any(a.given_up for graded in found for a, _ in graded.every):
+    sharing_arms = [graded for graded in found if graded.shares]
+    if sharing_arms and not any(a.given_up for graded in sharing_arms for a, _ in graded.every):
         print(
-            "\nNo request gave up a block, so nothing was compared: memory was enough. "
+            "\nNo request gave up a block, so sharing was not compared: memory was enough. "
             + ("Ask more at once (--at-once)." if args.url else "Give less of it (--blocks).")
         )
     return 0
@@ -141,16 +144,15 @@ def _ask_engines(
     with tempfile.TemporaryDirectory(prefix="memshare-eval-") as folder:
         for arm in arms:
             answers = from_engine(prompts, sampling, engine, arm, Path(folder))
-            yield _grade(arm.name, questions, answers)
+            yield _grade(arm.name, arm.shares, questions, answers)
 
 
 def longest(model: str, prompts: list[str]) -> int:
     """Tokens of the longest prompt, as a chat."""
-    from transformers import AutoTokenizer
-
+    from memshare.bench.models import tokenizer_of
     from memshare.bench.workloads import Source
 
-    source = Source(AutoTokenizer.from_pretrained(model), len(prompts), 0)
+    source = Source(tokenizer_of(model), len(prompts), 0)
     return max(len(source.chat(prompt)) for prompt in prompts)
 
 
@@ -162,15 +164,17 @@ def _ask_server(
         answers = from_server(
             prompts, sampling, args.url, args.model, args.key, args.at_once, arm == "shared"
         )
-        yield _grade(arm, questions, answers)
+        yield _grade(arm, arm == "shared", questions, answers)
 
 
-def _grade(arm: str, questions: list[Question], answers: list[list[Answer]]) -> Graded:
+def _grade(
+    arm: str, shares: bool, questions: list[Question], answers: list[list[Answer]]
+) -> Graded:
     right = [
         [is_right(question, answer.text) for answer in samples]
         for question, samples in zip(questions, answers, strict=True)
     ]
-    graded = Graded(arm, answers, right)
+    graded = Graded(arm, shares, answers, right)
     every = [right for _, right in graded.every]
     logger.info("%s: %d of %d right", arm, sum(every), len(every))
     return graded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def add_sharing(parser: argparse._ActionsContainer) -> None:
     """Declare when, and how much of what, arms with MemShare give up."""
     budget, recent = BudgetConfig().max_shared_fraction, ProtectConfig().recent_tokens
     parser.add_argument("--budget", default=str(budget), help="max_shared_fraction, several by ','")
-    parser.add_argument("--recent", type=int, default=recent, help="protect.recent_tokens")
+    parser.add_argument("--recent", type=whole, default=recent, help="protect.recent_tokens")
     parser.add_argument(
         "--trigger", default="pressure", choices=("pressure", "eager"),
         help="give up blocks when memory is short, or at once",
@@ -33,6 +34,38 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Read a whole number from 0 on: a ``type`` of ``argparse``."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 on")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """Read a number above 0: a ``type`` of ``argparse``."""
+    number = _number(text)
+    if number is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return number
+
+
+def fraction(text: str) -> float:
+    """Read a number from 0 to 1: a ``type`` of ``argparse``."""
+    number = _number(text)
+    if number is None or number > 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to 1")
+    return number
+
+
+def _number(text: str) -> float | None:
+    """A finite number from 0 on; None for everything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
 def new_file(text: str) -> Path:
     """Read the name of a file to be written at the end of long work: a ``type`` of ``argparse``."""
     path = Path(text)
@@ -49,10 +82,7 @@ def fractions(option: str, text: str) -> list[float]:
     Raises:
         UserError: ``text`` is something else; ``option`` is named.
     """
-    try:
-        found = [float(word) for word in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0.0 <= fraction <= 1.0 for fraction in found):
+    found = [_number(word) for word in text.split(",")]
+    if not all(number is not None and number <= 1 for number in found):
         raise UserError(f"{option} {text}: give fractions from 0 to 1, separated by ','")
-    return found
+    return [number for number in found if number is not None]

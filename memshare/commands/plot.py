@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memshare.commands.options import count, fraction, new_file, whole
 from memshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         reads.add_argument("--traces", type=Path, required=True, metavar="DIR")
         reads.add_argument("--text", help="name of a file in it, without ending (default: first)")
         reads.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
-        reads.add_argument("--tokens", type=int, default=1536, help="that are read")
-        reads.add_argument("--freed", type=float, default=0.25, help="fraction of the blocks")
-        reads.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+        reads.add_argument("--tokens", type=count, default=1536, help="that are read")
+        reads.add_argument("--freed", type=fraction, default=0.25, help="of the blocks")
+        reads.add_argument("--recent", type=whole, default=128, help="protect.recent_tokens")
     for kind in kinds.choices.values():
-        kind.add_argument("--output", type=Path, required=True, metavar="FILE")
+        kind.add_argument("--output", type=new_file, required=True, metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,7 +141,9 @@ def _damage_points(rows: list[dict[str, object]], path: Path) -> list[Point]:
 
 def _steps(args: argparse.Namespace) -> None:
     from memshare.plots.steps import kv, lexical, plot_steps, shared_steps
+    from memshare.plots.style import require_format
 
+    require_format(args.output)
     reader, reading, trace = _read(args)
     bounds = reader.steps(reading)
     if len(bounds) < 3:

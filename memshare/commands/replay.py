@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.bench.arms import DENSE, POLICIES, Arm
 from memshare.bench.child import call
-from memshare.commands.options import count, fractions, new_file
+from memshare.commands.options import count, fractions, new_file, whole
 from memshare.errors import UserError
 from memshare.tables import table
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--continuation", type=count, default=512, help="output tokens after it")
     parser.add_argument("--limit", type=count, default=16, help="texts; all are in memory at once")
     parser.add_argument("--block-size", type=count, default=32, help="tokens")
-    parser.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    parser.add_argument("--recent", type=whole, default=128, help="protect.recent_tokens")
     parser.add_argument("--dtype", default="float32", help="of weights and cache")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the table there")
 
@@ -73,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(POLICIES)}")
     if args.traces is None:
         raise UserError("say where the recorded texts are: --traces DIR")
+    if args.text_only and not args.observe:
+        raise UserError("--text-only is a part of --observe; give both")
+    if args.observe and args.json is not None:
+        raise UserError("--json: --observe has no table to be written; leave it out")
     with tempfile.TemporaryDirectory(prefix="memshare-replay-") as folder:
         if args.observe:
             return _observe(args, folder)
@@ -121,16 +125,20 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
 
 def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
     """Tokenize the texts that are long enough, and write the plan."""
-    from transformers import AutoTokenizer
-
+    from memshare.bench.models import tokenizer_of
     from memshare.bench.workloads import Source
-    from memshare.engine.replay import ReplayPlan
+    from memshare.engine.replay import SETTLING, ReplayPlan
     from memshare.model import resolve_model
     from memshare.replay.traces import load_traces
 
+    if not args.observe and args.continuation < 2 * SETTLING:
+        raise UserError(
+            f"--continuation {args.continuation}: remaps take up to {SETTLING} tokens, and what is "
+            f"compared comes after them; give {2 * SETTLING} or more"
+        )
     model = resolve_model(args.model)
     length = args.prefix + args.continuation
-    source = Source(AutoTokenizer.from_pretrained(model), args.limit, length)
+    source = Source(tokenizer_of(model), args.limit, length)
     prompts: list[list[int]] = []
     outputs: list[list[int]] = []
     for trace in load_traces(args.traces):
@@ -145,7 +153,9 @@ def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
         raise UserError(
             f"no text in {args.traces} has {length} tokens; lower --prefix or --continuation"
         )
-    plan = ReplayPlan(model, args.dtype, args.block_size, prompts, outputs, args.prefix, folder)
+    plan = ReplayPlan(
+        model, args.dtype, args.block_size, prompts, outputs, args.prefix, args.recent, folder
+    )
     plan.save(Path(folder) / "plan.json")
     return plan
 

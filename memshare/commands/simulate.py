@@ -16,7 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memshare.commands.options import count, fractions
+from memshare.commands.options import count, fractions, positive, whole
+from memshare.config import without_fields
 from memshare.errors import UserError
 from memshare.tables import table_head, table_row
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer", default="smollm2-135m", metavar="MODEL", help="that counts their tokens"
     )
-    group.add_argument("--rate", type=float, help="requests a second (default: all at once)")
+    group.add_argument("--rate", type=positive, help="requests a second (default: all at once)")
     group.add_argument("--seed", type=int, default=0, help="of lengths and arrivals")
     group.add_argument(
         "--freed", default="0.25,0.5", help="fractions of the blocks that may be given up, by ','"
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arm did",
     )  # fmt: skip
     group.add_argument("--arm", default="twins", help="of the record")
-    group.add_argument("--recent", type=int, default=128, help="protect.recent_tokens")
+    group.add_argument("--recent", type=whole, default=128, help="protect.recent_tokens")
     group.add_argument("--max-num-seqs", type=count, default=256, help="requests at once")
     group.add_argument(
         "--max-num-batched-tokens", type=count, default=8192, help="tokens of a step"
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     # vLLM looks at these when it is imported. No memory is taken: nothing is computed.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    for name in os.environ.keys() - without_fields(os.environ).keys():
+        del os.environ[name]  # the options say how MemShare is configured
     return _deployment(args) if args.measured is None else _measured(args.measured)
 
 
@@ -111,7 +114,7 @@ def _accelerators(text: str | None) -> list[int]:
 def _arms(args: argparse.Namespace, jobs: list[Job]) -> dict[str, tuple[list[Job], float]]:
     """Jobs and budget of each arm, by its name in the table."""
     arms = {
-        f"up to {fraction:.0%} given up": (jobs, fraction)
+        f"up to {100 * fraction:g}% given up": (jobs, fraction)
         for fraction in fractions("--freed", args.freed)
     }
     if args.opportunity is not None:
@@ -208,13 +211,11 @@ def _lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 def _recorded_lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """The same of recorded texts, in random order, again and again."""
-    from transformers import AutoTokenizer
-
-    from memshare.bench.models import resolve
+    from memshare.bench.models import resolve, tokenizer_of
     from memshare.bench.workloads import Source
     from memshare.replay.traces import load_traces
 
-    source = Source(AutoTokenizer.from_pretrained(resolve(args.tokenizer)), 0, 0)
+    source = Source(tokenizer_of(resolve(args.tokenizer)), 0, 0)
     found = [
         (max(1, len(source.ids(trace.problem))), max(1, len(source.ids(trace.reasoning))))
         for trace in load_traces(args.traces)

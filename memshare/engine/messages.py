@@ -141,10 +141,6 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
 
     Attributes:
         hooked: the worker class is ours, so block tables can be edited.
-        layers: names of the attention layers that stage two compares.
-        keys_corrected: whether keys' positions can be undone (else V only, under ``relative``).
     """
 
     hooked: bool
-    layers: tuple[str, ...]
-    keys_corrected: bool

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from memshare.engine.scheduler_side import SchedulerSide
 
-# Engine steps within which all remaps are done once they are allowed: a request's first one may
-# have to wait a step or two (Reclaimer._must_wait).
-_SETTLING = 4
+SETTLING = 4
+"""Engine steps within which all remaps are done once they are allowed: a request's first one may
+have to wait a step or two (``Reclaimer._must_wait``). What is compared comes after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class ReplayPlan:
         prompts: token ids, by trace.
         outputs: token ids that are written, ``prefix + continuation`` of each trace.
         prefix: output tokens before blocks are given up.
+        recent: ``protect.recent_tokens``.
         folder: where distributions and measurements are kept.
     """
 
@@ -48,6 +49,7 @@ class ReplayPlan:
     prompts: list[list[int]]
     outputs: list[list[int]]
     prefix: int
+    recent: int
     folder: str
 
     def save(self, path: Path) -> None:
@@ -75,10 +77,10 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
     """
     engine = _start(plan, memshare)
     for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
-        count = len(output) - plan.prefix - _SETTLING
+        count = len(output) - plan.prefix - SETTLING
         exact, measured = f"{plan.folder}/exact-{i}", f"{plan.folder}/{arm}-{i}"
         measurement = Measurement(
-            plan.prefix + _SETTLING, count, exact, None if memshare is None else measured
+            plan.prefix + SETTLING, count, exact, None if memshare is None else measured
         )
         engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output, measurement))
     scheduler, side = _scheduler_of(engine)
@@ -86,8 +88,8 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
     while engine.has_unfinished_requests():
         written = _written(scheduler, plan.prefix)
         if side is not None:
-            side.reclaimer.enabled = plan.prefix <= written < plan.prefix + _SETTLING
-            if written <= plan.prefix + _SETTLING:
+            side.reclaimer.enabled = plan.prefix <= written < plan.prefix + SETTLING
+            if written <= plan.prefix + SETTLING:
                 # Later the continuation fills blocks as well, of which none is given up.
                 freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.roster}
         engine.step()
@@ -95,21 +97,32 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
 
 
 def observe(plan: ReplayPlan) -> list[Sighting]:
-    """Let the engine write the prefixes of all texts, and look at what could be given up."""
-    engine = _start(plan, {"mode": "observe", "policy": {"name": "twins"}})
+    """Let the engine write the prefixes of all texts, and look at what could be given up.
+
+    Returns:
+        What was seen, text by text.
+    """
+    options = {
+        "mode": "observe",
+        "policy": {"name": "twins"},
+        "protect": {"recent_tokens": plan.recent},
+    }
+    engine = _start(plan, options)
     for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output[: plan.prefix]))
-    scheduler, side = _scheduler_of(engine)
+    _, side = _scheduler_of(engine)
     assert side is not None, "an engine with MemShare has one"
     found: dict[str, Sighting] = {}
     while engine.has_unfinished_requests():
-        # The last steps: what has been written before has been compared by then.
-        if _written(scheduler, 0) >= plan.prefix - 2:
-            for state in side.roster:
+        for state in side.roster:
+            # Its last steps: what has been written before has been compared by then.
+            if len(state.request.output_token_ids) >= plan.prefix - 2:
                 view = side.reclaimer.view(state)
                 coverage = view.coverage[view.first : view.end].tolist()
                 found[state.request_id] = Sighting(view.full, coverage)
         engine.step()
+    if len(found) < len(plan.prompts):
+        raise RuntimeError(f"only {len(found)} of {len(plan.prompts)} texts were seen")
     return list(found.values())
 
 
@@ -123,6 +136,8 @@ def _start(plan: ReplayPlan, memshare: Mapping[str, object] | None) -> LLMEngine
         dtype=plan.dtype,  # type: ignore[arg-type]
         max_model_len=longest,
         max_num_seqs=len(plan.prompts),
+        # All prompts in one step: from then on all texts are equally long.
+        max_num_batched_tokens=max(2048, longest, sum(map(len, plan.prompts))),
         block_size=plan.block_size,
         num_gpu_blocks_override=blocks,
         enforce_eager=True,
@@ -139,7 +154,7 @@ def _scheduler_of(engine: Any) -> tuple[Scheduler, SchedulerSide | None]:
 
 
 def _written(scheduler: Scheduler, otherwise: int) -> int:
-    """Output tokens that every request has at least; ``otherwise`` if there is none."""
+    """Output tokens that every request has; ``otherwise`` if there is none."""
     lengths = (len(request.output_token_ids) for request in scheduler.requests.values())
     return min(lengths, default=otherwise)
 

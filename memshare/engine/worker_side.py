@@ -54,12 +54,7 @@ class WorkerSide:
 
     def handshake(self) -> WorkerHandshake:
         """What this rank reports to the scheduler before the first step."""
-        stage_two = self._stage_two
-        return WorkerHandshake(
-            hooked=self._table is not None,
-            layers=stage_two.layer_names if stage_two else (),
-            keys_corrected=stage_two.keys_corrected if stage_two else True,
-        )
+        return WorkerHandshake(hooked=self._table is not None)
 
     def before_step(self, message: SchedulerMessage) -> None:
         """Apply the step's remaps. Must run before the runner reads its table."""

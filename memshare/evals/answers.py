@@ -63,7 +63,8 @@ class EngineSettings:
         model: folder or hub id.
         dtype: of weights and cache.
         max_model_len: tokens.
-        blocks: KV blocks of ``block_size`` tokens; None takes what the machine has.
+        blocks: KV blocks of ``block_size`` tokens in ``dtype``: an arm with a narrower cache has as
+            many bytes, so more blocks. None takes what the machine has.
         tensor_parallel_size: ranks.
         eager: vLLM's ``enforce_eager``: starts at once, and nothing is compiled.
     """
@@ -103,9 +104,10 @@ def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
 
     engine, arm = EngineSettings(**argument["engine"]), Arm(**argument["arm"])
     sampling = Sampling(**argument["sampling"])
+    blocks = None if engine.blocks is None else arm.blocks(engine.blocks, engine.dtype)
     options: dict[str, Any] = {
         "dtype": engine.dtype, "max_model_len": engine.max_model_len,
-        "block_size": engine.block_size, "num_gpu_blocks_override": engine.blocks,
+        "block_size": engine.block_size, "num_gpu_blocks_override": blocks,
         "tensor_parallel_size": engine.tensor_parallel_size, "kv_cache_dtype": arm.kv_dtype,
         "enforce_eager": engine.eager,
     }  # fmt: skip

@@ -32,6 +32,21 @@ def colour(arm: str) -> str:
     return _COLOURS.get(name) or _COLOURS.get(name.split("-")[0], _OTHER)
 
 
+def require_format(path: Path) -> None:
+    """Look at the ending of a picture's file.
+
+    Raises:
+        UserError: matplotlib is missing, or cannot write such a file.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install 'memshare[plots]'") from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise UserError(f"--output {path}: its ending must be one of {', '.join(formats)}")
+
+
 @contextmanager
 def figure(
     path: Path, rows: int = 1, columns: int = 1, width: float = 8.0, height: float = 3.2
@@ -48,10 +63,9 @@ def figure(
     Raises:
         UserError: matplotlib is missing, or the file's ending names no format that it can write.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install 'memshare[plots]'") from None
+    require_format(path)
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -59,9 +73,6 @@ def figure(
         rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained"
     )
     try:
-        formats = made.canvas.get_supported_filetypes()
-        if path.suffix.removeprefix(".") not in formats:
-            raise UserError(f"--output {path}: its ending must be one of {', '.join(formats)}")
         yield list(axes.flat)
         # Without a date, and with ids that do not change: the same data give the same file.
         matplotlib.rcParams["svg.hashsalt"] = "memshare"

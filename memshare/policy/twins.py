@@ -9,18 +9,18 @@ from memshare.policy.base import DemandPolicy, Victim, VictimView
 
 # A re-pointed block adds log(multiplicity) to its donor's attention logits. So much further away,
 # in blocks, may a donor be to have one sharer less.
-_BLOCKS_A_SHARER = 8
+_BLOCKS_A_SHARER = 16
 
 
 class TwinsPolicy(DemandPolicy):
-    """Takes the block whose loss is expected to cost least; the donor is the next that stays.
+    """Takes the block whose loss is expected to cost least; the donor is the nearest that stays.
 
     The cost is what has no twin, times how much attention the block gets: the older, the less.
 
-    On real traces (tools/study_policies.py) the nearest later block that is unlikely to go itself
-    has been a better donor than the block that holds most of the target's twins, than the newest
-    and than the one before. Two reasons: keys that stand near each other have been turned by nearly
-    the same angle, and victims spread over many donors.
+    On real traces (tools/study_policies.py) the nearest block, before or behind, that is unlikely
+    to go itself has been a better donor than the nearest behind, than the block that holds most of
+    the target's twins, and than the newest. Two reasons: keys that stand near each other have been
+    turned by nearly the same angle, and victims spread over many donors.
     """
 
     uses_coverage = True
@@ -46,10 +46,15 @@ class TwinsPolicy(DemandPolicy):
         cost = -lost if self._params.order == "least_covered" else lost * age
         ranked = [targets[i] for i in np.argsort(cost, kind="stable")]
         likely_next = set(ranked[: view.budget])
+        own = [j for j in range(view.first, view.full) if view.is_own(j)]
+        stay = [j for j in own if j not in likely_next] or own
         for target in ranked:
-            later = [j for j in range(target + 1, view.full) if view.is_own(j)]
-            donors = [j for j in later if j not in likely_next] or later
+            donors = [j for j in stay if j != target]
             if donors:
-                donor = min(donors, key=lambda j: _BLOCKS_A_SHARER * view.sharers(j) + j)
+                donor = min(donors, key=lambda j: (_distance(j, target, view), j < target))
                 return Victim(target, donor, float(coverage[target]))
         return None
+
+
+def _distance(donor: int, target: int, view: VictimView) -> int:
+    return abs(donor - target) + _BLOCKS_A_SHARER * view.sharers(donor)

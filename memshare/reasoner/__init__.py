@@ -5,5 +5,6 @@ CPU cores. So here is one that does: SmolLM2-135M-Instruct with a LoRA adapter t
 at length, check itself, and answer (``adapter/README.md`` is its model card).
 
 - ``problems``: problems of two families, without limit, from a seed; and their worked solutions
+- ``model``: the model, made once, of base and adapter
 - ``adapter``: the adapter, trained by ``tools/train_reasoner.py``
 """

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from memshare.tables import table
 from memshare.twins import Positions, TwinIndex
 
-_STEP = 64  # tokens that are added to the index at a time, about a step of reasoning
+_STEP = 8  # tokens that are added to the index at a time: what they repeat must stand before them
 _RUN = 4  # tokens: shorter repetitions are chance
 _MOST = 0.75  # of a block's slots
 _LEAST = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # coverage, of the report

@@ -18,7 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memshare.config import DistanceConfig, PolicyParams, StepConfig, TwinsParams
+from memshare.bench.models import tokenizer_of
+from memshare.capacity import end_target, first_target
+from memshare.config import DistanceConfig, PolicyParams, ProtectConfig, StepConfig, TwinsParams
 from memshare.copies import CopyLists
 from memshare.distance import TokenScale, spread_layers, token_similarity_sums
 from memshare.policy import load_policy
@@ -121,13 +123,16 @@ class Reader:
             recent: as ``protect.recent_tokens``.
             distance: layers and tensors of stage two (default: the configuration's); the norm is
                 the relative one.
-        """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        Raises:
+            UserError: there is no such model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer_of(model)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._block_size = block_size
-        self._recent = recent
+        self._protect = ProtectConfig(recent_tokens=recent)
         self._distance = distance or DistanceConfig()
         steps = StepConfig()
         self._automaton = compile_delimiters(steps.delimiters, token_bytes(self.tokenizer))
@@ -208,8 +213,8 @@ class Reader:
         twins = self._twins(reading, params) if isinstance(params, TwinsParams) else None
         full = reading.prefix // self._block_size
         prefix = Prefix(
-            first=-(-reading.prompt // self._block_size),
-            end=(reading.prefix - self._recent) // self._block_size,
+            first=first_target(reading.prompt, self._block_size, self._protect),
+            end=end_target(full, self._block_size, self._protect),
             full=full,
             budget=int(fraction * full),
             twins=twins,

@@ -39,6 +39,24 @@ def work_of(scheduler: Scheduler, output: SchedulerOutput) -> StepWork:
     return StepWork(len(running), output.total_num_scheduled_tokens, context)
 
 
+class Recomputation:
+    """Adds up the tokens that a scheduler has computed again: after preemptions, and not those that
+    it found in its prefix cache."""
+
+    def __init__(self) -> None:
+        """Start with nothing computed."""
+        self.tokens = 0
+        self._reached: dict[str, int] = {}
+
+    def add(self, scheduler: Scheduler, output: SchedulerOutput) -> None:
+        """Take the step that ``scheduler`` has just scheduled."""
+        for name, count in output.num_scheduled_tokens.items():
+            end = scheduler.requests[name].num_computed_tokens  # with those of this step
+            reached = self._reached.get(name, 0)
+            self.tokens += max(0, min(end, reached) - (end - count))
+            self._reached[name] = max(end, reached)
+
+
 class StepCosts(NamedTuple):
     """Seconds of a step, and for each request, computed token and token of context."""
 

@@ -144,7 +144,6 @@ class PromptBridge:
     def __init__(self, config: MemShareConfig) -> None:
         """Make an evaluator."""
         self._source = InProcessSource(config)
-        self.backlog = 0
 
     def submit(self, batch: list[NewSteps]) -> bool:
         """See ``EvaluatorBridge.submit``."""

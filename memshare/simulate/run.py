@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memshare.simulate.costs import DoesNotFitError, StepCosts, work_of
+from memshare.simulate.costs import DoesNotFitError, Recomputation, StepCosts, work_of
 from memshare.simulate.rig import Rig
 
 # The smallest model that vLLM's configuration accepts: nothing of it is ever computed.
@@ -122,7 +122,8 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
 def _run(rig: Rig, engine: Engine, jobs: Sequence[Job]) -> Prediction:
     draw = random.Random(0)
     seconds = 0.0
-    steps = added = computed = preemptions = requests = 0
+    steps = added = preemptions = requests = 0
+    again = Recomputation()
     while added < len(jobs) or rig.scheduler.requests:
         if not rig.scheduler.requests:
             seconds = max(seconds, jobs[added].arrival)
@@ -134,15 +135,14 @@ def _run(rig: Rig, engine: Engine, jobs: Sequence[Job]) -> Prediction:
             added += 1
         output = rig.scheduler.schedule()
         work = work_of(rig.scheduler, output)
+        again.add(rig.scheduler, output)
         rig.finish_step(output)
         seconds += engine.costs.seconds(work)
         steps += 1
         requests += work.requests
-        computed += work.tokens
         preemptions += len(output.preempted_req_ids or ())
-    once = sum(job.prompt + job.output - 1 for job in jobs)
     remaps = rig.side.journal.tally.totals["applied"] if rig.side is not None else 0
     return Prediction(
-        seconds, steps, sum(job.output for job in jobs), preemptions, max(0, computed - once),
+        seconds, steps, sum(job.output for job in jobs), preemptions, again.tokens,
         requests / steps, int(remaps),
     )  # fmt: skip

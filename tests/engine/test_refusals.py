@@ -129,7 +129,7 @@ def test_a_missing_worker_hook_is_noticed() -> None:
     from memshare.engine.guard import UnsupportedSetup, check_workers
     from memshare.engine.messages import WorkerHandshake
 
-    hooked, bare = WorkerHandshake(True, (), True), WorkerHandshake(False, (), True)
+    hooked, bare = WorkerHandshake(True), WorkerHandshake(False)
     check_workers({(0, 0): hooked, (0, 1): hooked}, world_size=2)
     with pytest.raises(UnsupportedSetup, match="1 of 2 workers"):
         check_workers({(0, 0): hooked, (0, 1): bare}, world_size=2)

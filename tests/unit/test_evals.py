@@ -177,7 +177,7 @@ def test_a_comparison_in_which_nothing_was_given_up_says_so(
     assert (
         main(["eval", "--url", server[0], "--model", "m", "--suite", "chain", "--limit", "2"]) == 0
     )
-    assert "nothing was compared" in capsys.readouterr().out
+    assert "sharing was not compared" in capsys.readouterr().out
 
 
 def test_answers_are_kept_when_a_later_arm_fails(

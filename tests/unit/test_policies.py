@@ -90,9 +90,7 @@ def test_every_choice_is_possible(demand: DemandPolicy, view: View) -> None:
         targets.remove(victim.target)
         view.taken.add(victim.target)
     # It gives up only when no block is left, or none that could stand in.
-    if isinstance(demand, TwinsPolicy):  # its donors are later, and their own
-        assert not any(view.is_own(j) for t in targets for j in range(t + 1, view.full))
-    elif isinstance(demand, RandomPolicy):  # its donors are their own, wherever they stand
+    if isinstance(demand, TwinsPolicy | RandomPolicy):  # donors are own, wherever they stand
         assert not targets or sum(map(view.is_own, range(view.first, view.full))) < 2
     else:
         assert not targets or view.full - view.first < 2 or targets == {view.full - 1}
@@ -136,14 +134,28 @@ def test_twins_leaves_blocks_alone_that_are_covered_too_little() -> None:
         assert {v.target for v in choices(policy, view, 9)} == expected
 
 
-def test_twins_spreads_victims_over_the_next_blocks_that_stay() -> None:
+def test_twins_spreads_victims_over_the_nearest_blocks_that_stay() -> None:
     covered = (0.9,) * 10  # all go, in order of age
     victims = choices(twins(), View(0, 10, 40, 10, covered=covered), 10)
     assert [v.target for v in victims] == list(range(10))
     # Likely victims are no donors; one sharer more is better than a donor much further away.
-    assert [v.donor for v in victims] == [10, 11, 12, 13, 14, 15, 16, 17, 10, 18]
+    assert [v.donor for v in victims] == [*range(10, 18), 18, 19]
     near = choices(twins(), View(0, 10, 14, 10, covered=covered), 10)
     assert sorted({v.donor for v in near}) == [10, 11, 12, 13]
+    # Before or behind, and behind if both are as near; never the prompt.
+    covered = (0.0, 0.0, 0.0, 0.9, 0.9, 0.0, 0.0)
+    victims = choices(twins(min_coverage=0.5), View(2, 6, 7, 2, covered=covered), 2)
+    assert victims == [Victim(3, 2, pytest.approx(0.9)), Victim(4, 5, pytest.approx(0.9))]
+    assert choices(twins(), View(1, 2, 2, 1, covered=(0.0, 0.9)), 1) == [], "nobody else"
+
+
+@given(views())
+def test_a_donor_of_twins_is_another_block_that_is_there_and_no_prompt(view: View) -> None:
+    taken = set(view.taken)
+    for victim in choices(twins(min_coverage=0.0), view, 100):
+        assert view.first <= victim.donor < view.full
+        taken.add(victim.target)
+        assert victim.donor not in taken
 
 
 @given(views())

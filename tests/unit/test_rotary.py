@@ -170,11 +170,3 @@ def test_tables_whose_turns_do_not_add_up_are_refused(
 def test_what_is_no_table_is_refused(cache: Tensor, why: str) -> None:
     with pytest.raises(RotationUnknown, match=why):
         Rotation.from_cache(cache, neox=True)
-
-
-def test_a_table_can_be_moved() -> None:
-    rotation = Rotation.from_cache(table(frequencies(HEAD)), neox=False)
-    moved = rotation.to(torch.device("cpu"))
-    assert torch.equal(moved.cos, rotation.cos)
-    assert torch.equal(moved.sin, rotation.sin)
-    assert moved.neox is False
