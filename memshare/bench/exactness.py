@@ -93,14 +93,14 @@ def check(engine: Engine) -> list[Verdict]:
     Raises:
         UserError: an engine failed.
     """
-    plain = _ask(engine, None)
+    plain = ask(engine, None)
     verdicts = []
     for mode in ("off", "observe"):
-        same = _same(_ask(engine, {"mode": mode}).outputs, plain.outputs)
+        same = _same(ask(engine, {"mode": mode}).outputs, plain.outputs)
         verdicts.append(
             Verdict(f"mode `{mode}` writes what plain vLLM writes", same == COPIES, _of(same))
         )
-    shared = _ask(engine, IDENTICAL_ONLY)
+    shared = ask(engine, IDENTICAL_ONLY)
     same = _same(shared.outputs, plain.outputs)
     verdicts += [
         Verdict(
@@ -111,7 +111,7 @@ def check(engine: Engine) -> list[Verdict]:
         Verdict("every block is free again", shared.clean, "yes" if shared.clean else "no"),
     ]
     if engine.tensor_parallel_size == 1:
-        wrong = _ask(engine, IDENTICAL_ONLY, forget=True)
+        wrong = ask(engine, IDENTICAL_ONLY, forget=True)
         same = _same(wrong.outputs, plain.outputs)
         verdicts.append(
             Verdict(
@@ -131,7 +131,17 @@ def _same(outputs: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -
     return sum(list(a) == list(b) for a, b in zip(outputs, expected, strict=True))
 
 
-def _ask(engine: Engine, memshare: dict[str, Any] | None, forget: bool = False) -> Written:
+def ask(engine: Engine, memshare: dict[str, Any] | None, forget: bool = False) -> Written:
+    """Run one arm in a process of its own.
+
+    Args:
+        engine: that is asked.
+        memshare: MemShare's options; None is plain vLLM.
+        forget: the negative control: no worker hears of a remap.
+
+    Raises:
+        UserError: the engine failed.
+    """
     argument = {"engine": asdict(engine), "memshare": memshare, "forget": forget}
     name = "plain vLLM" if memshare is None else f"MemShare with {memshare}"
     return Written(*call(f"{__name__}:write", argument, f"the engine of {name}"))

@@ -12,29 +12,15 @@ from typing import Any
 
 import pytest
 
+from memshare.bench import exactness
+from memshare.bench.exactness import COPIES, IDENTICAL_ONLY, OTHERS, PROMPT
 from tests.engine.harness import Engine, StartEngine
+from tests.machine import DTYPE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-PROMPT = (
-    "Add the numbers 17, 25, 8, 42 and 13 step by step. Write every step as its own paragraph, "
-    "check it, and write the next step."
-)
-IDENTICAL_ONLY = {
-    "policy": {"name": "paper"},
-    "scope": "tenant",
-    "trigger": {"kind": "eager"},
-    "steps": {"similarity_threshold": 1.0, "min_tokens": 8, "max_tokens": 48, "max_matches": 8},
-    "distance": {"similarity_threshold": 1.0, "max_jobs_per_step": 64, "layers": "all"},
-    "protect": {"recent_tokens": 0},
-    "budget": {"max_shared_fraction": 1.0},
-    "integrity": {"check_every": 1, "on_failure": "raise"},
-    # All at once, so that freed blocks are soon overwritten: the negative control lives on that.
-    "admission": {"lookahead_tokens": 0},
-}
-COPIES, TOKENS = 10, 128
-# Others run beside the copies, so that a freed block is soon overwritten with something else.
-OTHERS = [f"Tell me a story about {what}." for what in ("a fox", "the sea", "a train", "an owl")]
+CHECKED = IDENTICAL_ONLY | {"integrity": {"check_every": 1, "on_failure": "raise"}}
+TOKENS = 128
 
 
 def models(tensor_parallel_size: int, request: pytest.FixtureRequest) -> str:
@@ -63,7 +49,7 @@ def test_identical_blocks_share_exactly(
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     with start_engine(model, None, **options(ranks)) as dense:
         expected = copies(dense)
-    with start_engine(model, IDENTICAL_ONLY, **options(ranks)) as engine:
+    with start_engine(model, CHECKED, **options(ranks)) as engine:
         outputs = copies(engine)
         totals = engine.totals
         assert engine.is_clean()
@@ -72,29 +58,13 @@ def test_identical_blocks_share_exactly(
         assert totals["blocks_reclaimed"] >= COPIES
         assert totals["integrity_checks:failed"] == 0
 
-        if ranks == 1:
-            before = engine.totals["applied"]
-            wrong = without_the_workers_edit(engine)
-            assert engine.totals["applied"] - before >= COPIES
-            assert wrong != expected, "the test could not see a wrong table"
+    if ranks == 1:  # in a process of its own, by the code that people with GPUs run
+        asked = exactness.Engine(model, DTYPE, 1, True, False)
+        wrong = exactness.ask(asked, IDENTICAL_ONLY, forget=True)
+        assert wrong.applied >= COPIES
+        assert wrong.outputs != [list(output) for output in expected], "a wrong table is not seen"
 
 
 def copies(engine: Engine) -> list[tuple[int, ...]]:
     """Outputs of the ten copies; the others' blocks must never get into them."""
     return engine.generate([PROMPT] * COPIES + OTHERS, TOKENS)[:COPIES]
-
-
-def without_the_workers_edit(engine: Engine) -> list[tuple[int, ...]]:
-    """The negative control: the scheduler remaps, but no worker's table is edited."""
-    worker = engine.core.model_executor.driver_worker.worker
-    before_step = worker._memshare.before_step
-    checks = engine.side.config.integrity.__dict__
-    worker._memshare.before_step = lambda message: before_step(
-        type(message)(batches=message.batches)
-    )
-    checks["check_every"] = 0  # it would notice at once, and stop the engine
-    try:
-        return copies(engine)
-    finally:
-        worker._memshare.before_step = before_step
-        checks["check_every"] = 1

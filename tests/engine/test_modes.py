@@ -1,4 +1,4 @@
-"""``off`` and ``observe`` change no token (design: 7), and observe sees what share would do."""
+"""``off`` and ``observe`` change no token (design: 7), though observe runs both stages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ PROMPTS = [
     "Add 3 and 4, then check the result. " * 6,
     "Write a short poem about the sea.",
 ] * 4  # sixteen requests
-LOOSE = {
-    "steps": {"similarity_threshold": 0.3, "max_tokens": 32},
-    "distance": {"similarity_threshold": 0.0},
+SHORT = {
+    "steps": {"max_tokens": 32},
     "protect": {"recent_tokens": 32},
     "integrity": {"check_every": 1, "on_failure": "raise"},
 }
@@ -34,7 +33,7 @@ def test_off_and_observe_change_no_token(start_engine: StartEngine, smollm2: str
         assert off.side is None
         assert off.core.model_executor.driver_worker.worker._memshare is None
 
-    with start_engine(smollm2, LOOSE | {"mode": "observe"}, **options) as observe:
+    with start_engine(smollm2, SHORT | {"mode": "observe"}, **options) as observe:
         assert observe.generate(PROMPTS, 96) == expected
         totals = observe.totals
         assert totals["steps"] > 0

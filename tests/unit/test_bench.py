@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types
 from memshare.bench.child import call
 from memshare.bench.fates import fates
+from memshare.bench.models import tokenizer_of
 from memshare.bench.report import (
     accuracy_cells,
     accuracy_table,
@@ -34,6 +36,9 @@ from memshare.reasoner.problems import read_answer
 
 class Words:
     """A tokenizer of one token a character."""
+
+    name_or_path = "words"
+    chat_template: str | None = "<>"
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(char) for char in text]}
@@ -103,6 +108,15 @@ def test_an_unknown_arm_is_named() -> None:
             list(expand(f"dense,{name}", [0.5], {}))
 
 
+@pytest.mark.parametrize(
+    ("arms", "budgets"), [("dense,twins,dense", [0.25]), ("twins", [0.25, 0.5, 0.25])]
+)
+def test_an_arm_runs_once(arms: str, budgets: list[float]) -> None:
+    """Tables and records are by name: one of two would be lost."""
+    with pytest.raises(UserError, match="comes twice"):
+        list(expand(arms, budgets, {}))
+
+
 def test_problems_come_in_both_families_with_their_answers() -> None:
     tasks = build("problems", source())
     assert {task.group for task in tasks} == {"chain", "recall"}
@@ -126,6 +140,15 @@ def test_traces_go_on_where_the_last_round_ended(tmp_path: Path) -> None:
         build("traces", source(tokens=11, traces=tmp_path))
     with pytest.raises(UserError, match="--traces DIR"):
         build("traces", source())
+
+
+def test_a_model_that_cannot_be_asked_is_told() -> None:
+    words = Words()
+    words.chat_template = None
+    with pytest.raises(UserError, match="--model words has no chat template"):
+        source(tokenizer=words).chat("How much?")
+    with pytest.raises(UserError, match="--model /nowhere: its tokenizer"):
+        tokenizer_of("/nowhere")
 
 
 def test_chats_differ_from_each_other() -> None:
@@ -170,6 +193,7 @@ def test_a_change_is_paired() -> None:
     count, share, _, change = accuracy_cells(worse, base)
     assert (count, share) == ("100", "88.0%")
     assert change == "-2.0 ± 2.8"
+    assert accuracy_cells([[False]], [[True]])[-1] == "-100.0", "one question has no interval"
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -210,21 +234,28 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    if argument["fail"]:
+    if argument["fail"] == "raise":
         raise RuntimeError("as asked")
+    if argument["fail"] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     print("other output")
-    return {"pid": os.getpid(), "in_process": os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]}
+    return {"pid": os.getpid(), "environment": dict(os.environ)}
 
 
 def test_a_child_is_another_process_and_its_failure_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    found = call(f"{Path(__file__).stem}:in_child", {"fail": False}, "the test")
+    monkeypatch.setenv("MEMSHARE_MODE", "observe")
+    function = f"{Path(__file__).stem}:in_child"
+    found = call(function, {"fail": None}, "the test")
     assert found["pid"] != os.getpid()
-    assert found["in_process"] == "0"
-    with pytest.raises(UserError, match="as asked"):
-        call(f"{Path(__file__).stem}:in_child", {"fail": True}, "the test")
+    assert found["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "MEMSHARE_MODE" not in found["environment"], "arms say how MemShare is configured"
+    with pytest.raises(UserError, match=r"the test failed(.|\n)*as asked"):
+        call(function, {"fail": "raise"}, "the test")
+    with pytest.raises(UserError, match=r"the test was ended by signal 9(.|\n)*\(nothing\)"):
+        call(function, {"fail": "die"}, "the test")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +263,7 @@ def test_a_child_is_another_process_and_its_failure_is_told(
     [
         (["bench", "--arms", "dense,best"], "no arm 'best'"),
         (["bench", "--budget", "2"], "--budget 2"),
+        (["bench", "--arms", "dense,dense"], "--arms: dense comes twice"),
         (["eval", "--samples", "4"], "--temperature"),
         (["simulate"], "either --deployment or --measured"),
         (["simulate", "--deployment", "x", "--measured", "y"], "either"),
@@ -256,6 +288,15 @@ def test_a_wrong_option_ends_before_anything_is_loaded(
         (["replay", "--limit", "0"], "argument --limit"),
         (["eval", "--limit", "0"], "argument --limit"),
         (["eval", "--samples", "-1"], "argument --samples"),
+        (["eval", "--recent", "-1"], "argument --recent: -1: give a whole number from 0 on"),
+        (["bench", "--recent", "x"], "argument --recent: x"),
+        (["simulate", "--recent", "-1"], "argument --recent"),
+        (["simulate", "--rate", "0"], "argument --rate: 0: give a number above 0"),
+        (["simulate", "--rate", "inf"], "argument --rate: inf"),
+        (["plot", "steps", "--freed", "2"], "argument --freed: 2: give a number from 0 to 1"),
+        (["plot", "steps", "--freed", "nan"], "argument --freed: nan"),
+        (["plot", "trace", "--tokens", "0"], "argument --tokens"),
+        (["plot", "arms", "r.json", "--output", "/nowhere/x.svg"], "no folder /nowhere"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_at_once(

@@ -164,6 +164,12 @@ def test_an_unknown_field_gets_a_hint(args: dict[str, object], hint: str) -> Non
     assert hint in str(caught.value)
 
 
+def test_a_key_table_is_in_no_variable_that_configures_memshare() -> None:
+    with pytest.raises(ConfigError, match=r"auth\.variable = 'MEMSHARE_KEYS': begins with"):
+        parse(auth={"variable": "MEMSHARE_KEYS"})
+    assert parse(auth={"variable": "KEYS_OF_MEMSHARE"}).auth.keys.exists
+
+
 def test_a_missing_model_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model = .*Field required"):
         parse_cluster_args({}, environ={})

@@ -19,6 +19,7 @@ from memshare.config import (
     OldestParams,
     RandomParams,
     load_config,
+    without_fields,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -177,7 +178,7 @@ def assert_refused(
     assert head.startswith("MemShare configuration is not valid (")
     lines = list(zip(rest[::2], rest[1::2], strict=True))
     assert lines
-    expected = [f"  {plain(path)} = {value!r}: "]
+    expected = [f"  {plain(path)}" + (": " if unknown else f" = {value!r}: ")]
     if isinstance(value, list):  # the error may be one element's
         expected += [f"  {plain(path)}[{i}] = {item!r}: " for i, item in enumerate(value)]
     for line, fix in lines:
@@ -213,6 +214,35 @@ def test_a_wrong_value_is_refused(source: Source, path: str, tmp_path: Path) -> 
 def test_an_unknown_name_is_refused(source: Source, section: str, tmp_path: Path) -> None:
     assert_refused(source, tmp_path, f"{section}no_such_thing", 1, unknown=True)
     assert_refused(source, tmp_path, f"{section}zz", {"a": 1}, unknown=True)
+
+
+def test_what_is_no_field_may_be_a_secret() -> None:
+    """A client's key beside a server's configuration is none; of other names no value is shown."""
+    assert load_config({}, {"MEMSHARE_KEY": "sk-1234"}) == load_config({}, {})
+    with pytest.raises(ConfigError, match="keys: there is no such field") as caught:
+        load_config({}, {"MEMSHARE_KEYS": "sk-1234"})
+    assert "sk-1234" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"scope": "tenant"}, "  scope = 'tenant': policy.name 'twins' works within one request"),
+        ({"distance": {"norm": "paper"}}, "  distance.norm = 'paper': policy.name 'twins'"),
+    ],
+)
+def test_a_rule_about_several_fields_names_them(values: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(values, {})
+    _, line, fix = str(caught.value).splitlines()
+    assert line.startswith(named)
+    assert fix.startswith("    fix: set ")
+    assert load_config(values | {"policy": {"name": "paper"}}, {})
+
+
+def test_a_comparison_is_not_configured_by_its_shell() -> None:
+    shell = {"PATH": "/bin", "MEMSHARE_MODE": "off", "MEMSHARE_CONFIG": "x.yaml"}
+    assert without_fields(shell) == {"PATH": "/bin"}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -262,7 +292,7 @@ def test_every_fault_is_reported_at_once() -> None:
     }
     with pytest.raises(ConfigError) as caught:
         load_config(faults, {})
-    for name in ("mode = 'x'", "trigger.kind = 'y'", "trigger.z = 1", "policy.seed = -1"):
+    for name in ("mode = 'x'", "trigger.kind = 'y'", "trigger.z: there is no", "policy.seed = -1"):
         assert name in str(caught.value)
 
 

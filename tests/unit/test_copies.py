@@ -121,6 +121,7 @@ class Machine:
         self.group = list(range(TOKENS))  # tokens with one number are copies
         self.gone: set[int] = set()
         self.linked: set[int] = set()
+        self.leading: set[int] = set()  # tokens that another one was linked to
         self.given_up: set[int] = set()
 
     def copies(self, token: int) -> list[int]:
@@ -129,6 +130,23 @@ class Machine:
             for t in range(TOKENS)
             if self.group[t] == self.group[token] and t // SIZE not in self.gone
         ]
+
+    def join(self, earlier: int, later: int) -> None:
+        self.linked.add(later)
+        self.leading.add(earlier)
+        old, now = self.group[later], self.group[earlier]
+        self.group = [now if g == old else g for g in self.group]
+
+    def keep(self, late: dict[int, int]) -> None:
+        """Twins of tokens that are gone, found late."""
+        if not late:
+            return
+        for gone, later in late.items():
+            self.join(gone, later)
+            self.given_up.add(gone)  # from now on it lives on
+        columns = np.array([*late], np.int32), np.array([*late.values()], np.int32)
+        for heir, later in pairs_of(self.known.keep(*columns)):
+            learnt(self.known, (heir, later, 0.5))
 
     def check(self) -> None:
         known = self.known
@@ -171,19 +189,23 @@ def test_a_given_up_token_always_lives_on_if_it_had_a_twin(data: st.DataObject) 
         # As stage one makes them: every token is linked to an earlier one once in its life, no
         # earlier one occurs twice in one answer, and neither lies in a block that is gone.
         new: dict[int, tuple[int, int, float]] = {}
+        late: dict[int, int] = {}
         for p, ahead, similarity in pairs:
             q = p + ahead
-            if q >= TOKENS or p // SIZE == q // SIZE or q in machine.linked or p in new:
+            taken = machine.linked | {later for _, later, _ in new.values()} | {*late.values()}
+            if q >= TOKENS or p // SIZE == q // SIZE or q in taken or p in new or p in late:
                 continue
-            if {p // SIZE, q // SIZE} & machine.gone:
+            if q // SIZE in machine.gone:
                 continue
-            machine.linked.add(q)
-            new[p] = (p, q, similarity)
+            if p // SIZE not in machine.gone:
+                new[p] = (p, q, similarity)
+            elif q not in machine.leading and q not in new:  # it has just been written
+                late[p] = q
+        machine.keep(late)
         if new:
             learnt(known, *new.values())
             for p, q, _ in new.values():
-                old, now = machine.group[q], machine.group[p]
-                machine.group = [now if g == old else g for g in machine.group]
+                machine.join(p, q)
         machine.check()
         free = [b for b in range(BLOCKS) if b not in machine.gone and not known.last_copies[b]]
         if not free:

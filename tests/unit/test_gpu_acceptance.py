@@ -100,7 +100,7 @@ def answers(
         shares = memshare is exactness.IDENTICAL_ONLY
         return Written(outputs, 12 if shares else 0, not leak)
 
-    monkeypatch.setattr(exactness, "_ask", ask)
+    monkeypatch.setattr(exactness, "ask", ask)
 
 
 def test_all_claims_hold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,12 @@ def test_a_repetition_at_another_offset_is_seen_by_twins_only() -> None:
     assert found.written_again == pytest.approx(4 / 16)
 
 
+def test_a_repetition_right_after_is_seen() -> None:
+    """A line that checks the line before it."""
+    tokens = [*PASSAGE[:32], *PASSAGE[:32], *noise(64, 0)]
+    assert opportunity(tokens, 32).written_again == pytest.approx(1 / 4)
+
+
 def test_what_does_not_repeat_offers_nothing() -> None:
     assert opportunity(noise(512, 2), 32) == (0.0, 0.0, 0.0)
 

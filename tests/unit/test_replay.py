@@ -102,6 +102,8 @@ def test_a_folder_without_traces_is_named(tmp_path: Path) -> None:
         (["--freed", "0.5,2"], "--freed 0.5,2"),
         (["--freed", "half"], "--freed half"),
         ([], "--traces DIR"),
+        (["--traces", "x", "--text-only"], "--text-only is a part of --observe"),
+        (["--traces", "x", "--observe", "--json", "t.json"], "--observe has no table"),
     ],
 )
 def test_a_wrong_option_ends_before_anything_is_loaded(

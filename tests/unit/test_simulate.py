@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from memshare.simulate.costs import Deployment, StepCosts, StepWork, fit
+from memshare.simulate.costs import Deployment, Recomputation, StepCosts, StepWork, fit
 
 H100 = {
     "name": "32B on 4", "parameters": 32.5e9, "layers": 64, "kv_heads": 8, "head_dim": 128,
@@ -46,6 +48,30 @@ def test_noise_and_a_stall_change_little() -> None:
     found = fit(measured)
     work = StepWork(20, 20, 8000)
     assert found.seconds(work) == pytest.approx(costs.seconds(work), rel=0.05)
+
+
+def test_what_is_computed_again_is_counted_and_what_is_found_is_not() -> None:
+    requests: dict[str, SimpleNamespace] = {}
+    again = Recomputation()
+
+    def step(**tokens: tuple[int, int]) -> int:
+        """Each request's tokens of this step, and how many it has then."""
+        for name, (_, reached) in tokens.items():
+            requests[name] = SimpleNamespace(num_computed_tokens=reached)
+        counts = {name: count for name, (count, _) in tokens.items()}
+        again.add(
+            cast("Any", SimpleNamespace(requests=requests)),
+            cast("Any", SimpleNamespace(num_scheduled_tokens=counts)),
+        )
+        return again.tokens
+
+    assert step(a=(40, 40), b=(8, 40)) == 0, "32 of b were found in the prefix cache"
+    assert step(a=(1, 41), b=(1, 41)) == 0
+    assert step(a=(1, 42)) == 0, "b is preempted"
+    assert step(a=(1, 43), b=(9, 41)) == 9, "32 are found again, 9 are not"
+    assert step(b=(1, 42)) == 9
+    assert step(a=(20, 20)) == 29, "a chunk of what was there"
+    assert step(a=(30, 50)) == 52, "up to 43 again, seven new"
 
 
 def test_no_cost_is_negative() -> None:
