@@ -105,6 +105,17 @@ def _require_once(option: str, values: list[str]) -> None:
         raise UserError(f"{option}: {twice} comes twice; name it once")
 
 
+def wider(arms: Iterable[Arm], blocks: int, dtype: str) -> str:
+    """Say which arms hold more than ``blocks`` KV blocks of ``dtype`` in the same bytes; ``""`` if
+    none does. vLLM's null block is counted in, and not in the text."""
+    counts = {arm.name: arm.blocks(blocks, dtype) for arm in arms}
+    return "".join(
+        f" {name} has {count - 1} usable blocks in the same bytes."
+        for name, count in counts.items()
+        if count != blocks
+    )
+
+
 def require_kv_types(arms: Iterable[Arm]) -> None:
     """Refuse arms with an fp8 KV cache where vLLM has none.
 

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         f"{len(plan.tasks)} requests ({args.workload}), {sum(t.max_tokens for t in plan.tasks)} "
         f"tokens at most; {args.model} ({args.dtype}); {plan.blocks - 1} usable KV blocks of "
         f"{plan.block_size}, trigger {args.trigger}, recent window {args.recent}; "
-        f"{args.repeats} repeats; {machine()}.{_wider(arms, plan)}\n",
+        f"{args.repeats} repeats; {machine()}.{known_arms.wider(arms, plan.blocks, plan.dtype)}\n",
         flush=True,
     )
     repeats: list[list[Run]] = []
@@ -134,16 +134,6 @@ def _plan(args: argparse.Namespace) -> Plan:
         model, args.dtype, args.block_size, blocks, longest + 1, args.max_num_seqs, _BATCHED, tasks,
         args.tensor_parallel_size, not args.compile,
     )  # fmt: skip
-
-
-def _wider(arms: list[Arm], plan: Plan) -> str:
-    """Names the arms that hold more blocks in the same bytes."""
-    counts = {arm.name: arm.blocks(plan.blocks, plan.dtype) for arm in arms}
-    return "".join(
-        f" {name} has {count - 1} usable blocks in the same bytes."
-        for name, count in counts.items()
-        if count != plan.blocks
-    )
 
 
 def _blocks(task: Task, block_size: int) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memshare.bench.arms import CHOICES, expand, require_kv_types
+from memshare.bench.arms import CHOICES, expand, require_kv_types, wider
 from memshare.bench.report import accuracy_cells
 from memshare.commands.options import add_sharing, count, fractions, new_file, sharing
 from memshare.errors import UserError
@@ -137,6 +137,8 @@ def _ask_engines(
             f"--max-model-len {args.max_model_len} would cut answers off: the longest question and "
             f"--max-tokens {sampling.max_tokens} are {length} tokens; raise it, or leave it out"
         )
+    if args.blocks is not None and (more := wider(arms, args.blocks, args.dtype)):
+        print(f"{args.blocks - 1} usable KV blocks.{more}\n", flush=True)
     engine = EngineSettings(
         model, args.dtype, args.max_model_len or length, args.block_size, args.blocks,
         args.tensor_parallel_size, args.eager,

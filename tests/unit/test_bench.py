@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types
+from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.bench.child import call
 from memshare.bench.fates import fates
 from memshare.bench.models import tokenizer_of
@@ -84,6 +84,8 @@ def test_an_fp8_cache_has_the_bytes_of_the_others(dtype: str, blocks: int) -> No
     arms = {arm.name: arm.blocks(101, dtype) for arm in expand(names, [0.5], {})}
     assert arms.pop("fp8") == arms.pop("twins-fp8") == blocks  # the null block is not doubled
     assert set(arms.values()) == {101}
+    said = wider(expand("dense,twins-fp8", [0.5], {}), 101, dtype)
+    assert said == f" twins-fp8 has {blocks - 1} usable blocks in the same bytes."
 
 
 def test_a_policy_on_an_fp8_cache_keeps_its_options() -> None:

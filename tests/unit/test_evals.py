@@ -180,6 +180,27 @@ def test_a_comparison_in_which_nothing_was_given_up_says_so(
     assert "sharing was not compared" in capsys.readouterr().out
 
 
+def test_arms_that_cannot_share_are_compared_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(prompts: list[str], *_: object) -> list[list[Answer]]:
+        return [[Answer("The final answer is 1.", 6)] for _ in prompts]
+
+    monkeypatch.setattr("memshare.bench.models.resolve", lambda name: name)
+    monkeypatch.setattr("memshare.commands.eval.longest", lambda model, prompts: 100)
+    monkeypatch.setattr("memshare.commands.eval.require_kv_types", lambda arms: None)
+    monkeypatch.setattr("memshare.commands.eval.from_engine", answer)
+    words = ["eval", "--suite", "chain", "--limit", "2", "--blocks", "101", "--arms"]
+    assert main([*words, "dense,fp8"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("100 usable KV blocks. fp8 has 200 usable blocks in the same bytes.")
+    assert "not compared" not in shown
+    assert main([*words, "dense,twins"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("| arm |")
+    assert "sharing was not compared" in shown
+
+
 def test_answers_are_kept_when_a_later_arm_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
