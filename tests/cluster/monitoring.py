@@ -58,6 +58,7 @@ def look_at_page(url: str, chromium: str, folder: Path, word: str) -> None:
     """
     with open_browser(chromium) as browser:
         page = browser.new_page()
+        page.set_default_timeout(120_000)  # an engine has the cores, and pictures are drawn by them
         errors: list[str] = []
         urls: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
