@@ -181,7 +181,7 @@ class WatchedKeys:
         self._source = source
         self._seen = self._stamp()
         self._keyring = Keyring(source.read())
-        self._told: tuple[object, str] | None = None  # the last refusal
+        self._told: tuple[object, str] | None = None  # what is refused now
 
     def find(self, key: str) -> Grant | None:
         """See :meth:`Keyring.find`."""
@@ -197,6 +197,7 @@ class WatchedKeys:
         """
         stamp = self._stamp()
         if stamp == self._seen:
+            self._told = None
             return None
         try:
             self._keyring = Keyring(self._source.read())

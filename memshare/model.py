@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tqdm import tqdm
 
@@ -90,6 +90,28 @@ def resolve_model(name: str) -> str:
 
         return str(prepare_reasoner())
     return str(prepare_model(tensor_parallel_size=int(match["size"] or 1)))
+
+
+def tokenizer_of(model: str, option: str = "--model") -> PreTrainedTokenizerBase:
+    """Load a resolved model's tokenizer.
+
+    Args:
+        model: folder or hub id.
+        option: that named it, for the error.
+
+    Raises:
+        UserError: there is no such model, or it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{option} {model}: its tokenizer cannot be loaded: {reason}\n"
+            "    fix: give the name of a model here, a folder, or a hub id that can be reached"
+        ) from None
 
 
 def cache_folder() -> Path:

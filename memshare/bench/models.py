@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
-from memshare.errors import UserError
 from memshare.folders import find_problem, locked, replacing, write_manifest
 from memshare.model import SMOLLM2, cache_folder, prepare_model, resolve_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 DUMMY = "dummy-1.1b"
 """Random weights in the shape of a 1.1B Llama: on a CPU core its decode steps are bound by reading
@@ -29,24 +25,6 @@ _SHAPE = {
 def resolve(name: str) -> str:
     """Return the folder or hub id of ``name``: ``DUMMY``, or what ``resolve_model`` knows."""
     return str(_make_dummy()) if name == DUMMY else resolve_model(name)
-
-
-def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
-    """Load a resolved model's tokenizer.
-
-    Raises:
-        UserError: there is no such model, or it has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(model))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"--model {model}: its tokenizer cannot be loaded: {reason}\n"
-            "    fix: give the name of a model here, a folder, or a hub id that can be reached"
-        ) from None
 
 
 def load_format(model: str) -> Literal["dummy", "auto"]:

@@ -116,9 +116,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from memshare.bench.models import resolve, tokenizer_of
+    from memshare.bench.models import resolve
     from memshare.bench.run import Plan
     from memshare.bench.workloads import Source, build
+    from memshare.model import tokenizer_of
 
     model = resolve(args.model)
     source = Source(tokenizer_of(model), args.requests, args.tokens, args.seed, args.traces)

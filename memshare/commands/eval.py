@@ -151,8 +151,8 @@ def _ask_engines(
 
 def longest(model: str, prompts: list[str]) -> int:
     """Tokens of the longest prompt, as a chat."""
-    from memshare.bench.models import tokenizer_of
     from memshare.bench.workloads import Source
+    from memshare.model import tokenizer_of
 
     source = Source(tokenizer_of(model), len(prompts), 0)
     return max(len(source.chat(prompt)) for prompt in prompts)

@@ -125,10 +125,9 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
 
 def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
     """Tokenize the texts that are long enough, and write the plan."""
-    from memshare.bench.models import tokenizer_of
     from memshare.bench.workloads import Source
     from memshare.engine.replay import SETTLING, ReplayPlan
-    from memshare.model import resolve_model
+    from memshare.model import resolve_model, tokenizer_of
     from memshare.replay.traces import load_traces
 
     if not args.observe and args.continuation < 2 * SETTLING:

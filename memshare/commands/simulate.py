@@ -211,11 +211,12 @@ def _lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 def _recorded_lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """The same of recorded texts, in random order, again and again."""
-    from memshare.bench.models import resolve, tokenizer_of
+    from memshare.bench.models import resolve
     from memshare.bench.workloads import Source
+    from memshare.model import tokenizer_of
     from memshare.replay.traces import load_traces
 
-    source = Source(tokenizer_of(resolve(args.tokenizer)), 0, 0)
+    source = Source(tokenizer_of(resolve(args.tokenizer), "--tokenizer"), 0, 0)
     found = [
         (max(1, len(source.ids(trace.problem))), max(1, len(source.ids(trace.reasoning))))
         for trace in load_traces(args.traces)

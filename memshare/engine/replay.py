@@ -86,7 +86,8 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
     scheduler, side = _scheduler_of(engine)
     freed: dict[str, float] = {}
     while engine.has_unfinished_requests():
-        written = _written(scheduler, plan.prefix)
+        lengths = (len(request.output_token_ids) for request in scheduler.requests.values())
+        written = min(lengths, default=plan.prefix)  # by every request
         if side is not None:
             side.reclaimer.enabled = plan.prefix <= written < plan.prefix + SETTLING
             if written <= plan.prefix + SETTLING:
@@ -151,12 +152,6 @@ def _start(plan: ReplayPlan, memshare: Mapping[str, object] | None) -> LLMEngine
 def _scheduler_of(engine: Any) -> tuple[Scheduler, SchedulerSide | None]:
     scheduler = engine.engine_core.engine_core.scheduler
     return scheduler, getattr(scheduler.connector, "scheduler_side", None)
-
-
-def _written(scheduler: Scheduler, otherwise: int) -> int:
-    """Output tokens that every request has; ``otherwise`` if there is none."""
-    lengths = (len(request.output_token_ids) for request in scheduler.requests.values())
-    return min(lengths, default=otherwise)
 
 
 def measurements(plan: ReplayPlan, arm: str) -> Sequence[npt.NDArray[np.float32]]:

@@ -95,11 +95,6 @@ class StageTwo:
         """The layers that are compared."""
         return tuple(layer.name for layer in self._layers)
 
-    @property
-    def keys_corrected(self) -> bool:
-        """Whether the positions of keys are undone in every compared layer."""
-        return all(layer.rotation is not None for layer in self._layers)
-
     @torch.inference_mode()
     def launch(self, batches: Sequence[JobBatch | TwinBatch]) -> None:
         """Start comparing. On a GPU this only enqueues work behind the forward pass."""

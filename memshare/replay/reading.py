@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memshare.bench.models import tokenizer_of
 from memshare.capacity import end_target, first_target
 from memshare.config import DistanceConfig, PolicyParams, ProtectConfig, StepConfig, TwinsParams
 from memshare.copies import CopyLists
 from memshare.distance import TokenScale, spread_layers, token_similarity_sums
+from memshare.model import tokenizer_of
 from memshare.policy import load_policy
 from memshare.policy.base import DemandPolicy
 from memshare.replay.damage import measure

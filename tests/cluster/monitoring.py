@@ -16,6 +16,8 @@ import ray
 
 from tests.page.browsing import open_browser
 
+_DRAWING_MS = 120_000  # of a picture: the browser draws it on the cores that the engine has
+
 
 def wait_for(what: str, found: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """The first answer of ``found`` that counts as true."""
@@ -58,7 +60,6 @@ def look_at_page(url: str, chromium: str, folder: Path, word: str) -> None:
     """
     with open_browser(chromium) as browser:
         page = browser.new_page()
-        page.set_default_timeout(120_000)  # an engine has the cores, and pictures are drawn by them
         errors: list[str] = []
         urls: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -70,10 +71,10 @@ def look_at_page(url: str, chromium: str, folder: Path, word: str) -> None:
                 .some((row) => parseInt(row.cells[5].textContent) > 0)""",
             timeout=120_000,
         )
-        page.screenshot(path=folder / "page.png", full_page=True)
+        page.screenshot(path=folder / "page.png", full_page=True, timeout=_DRAWING_MS)
         page.locator("#requests tbody button").first.click()
         page.wait_for_selector("#trace-strip .arc", state="attached", timeout=60_000)
-        page.screenshot(path=folder / "trace.png", full_page=True)
+        page.screenshot(path=folder / "trace.png", full_page=True, timeout=_DRAWING_MS)
         assert page.locator("#trace-strip .cell.given-up").count() > 0
         assert word in page.locator("#trace-text").inner_text()
         assert "running" in page.locator(".card .now").inner_text()

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.bench.child import call
 from memshare.bench.fates import fates
-from memshare.bench.models import tokenizer_of
 from memshare.bench.report import (
     accuracy_cells,
     accuracy_table,
@@ -31,6 +30,7 @@ from memshare.bench.workloads import Source, Task, build
 from memshare.cli import main
 from memshare.config import load_config
 from memshare.errors import UserError
+from memshare.model import tokenizer_of
 from memshare.reasoner.problems import read_answer
 
 
@@ -273,7 +273,7 @@ def test_a_child_is_another_process_and_its_failure_is_told(
         (["simulate", "--measured", "/nowhere.json"], "/nowhere.json"),
     ],
 )
-def test_a_wrong_option_ends_before_anything_is_loaded(
+def test_a_wrong_option_is_named(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 1

@@ -177,6 +177,15 @@ def test_a_change_that_could_not_be_read_is_tried_again(
     assert keys.look() == "used"
     assert keys.find("acme") is None
 
+    file.rename(tmp_path / "away")
+    assert [keys.look() for _ in range(2)] == ["refused", None]
+    os.utime(tmp_path / "away", ns=(0, 0))
+    (tmp_path / "away").rename(file)
+    assert keys.look() == "used"
+    assert keys.look() is None
+    file.unlink()
+    assert [keys.look() for _ in range(2)] == ["refused", None], "each loss is told"
+
 
 def test_a_mounted_secret_is_swapped_by_a_link(tmp_path: Path) -> None:
     """As Kubernetes does: the file's own link never changes, a folder's does."""

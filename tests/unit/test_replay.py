@@ -106,7 +106,7 @@ def test_a_folder_without_traces_is_named(tmp_path: Path) -> None:
         (["--traces", "x", "--observe", "--json", "t.json"], "--observe has no table"),
     ],
 )
-def test_a_wrong_option_ends_before_anything_is_loaded(
+def test_a_wrong_option_is_named(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["replay", *words]) == 1
