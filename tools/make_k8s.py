@@ -24,8 +24,8 @@ OBSERVABILITY = K8S / "components" / "observability"
 def files() -> dict[Path, str]:
     """Path and text of every generated file."""
     texts = {
-        folder / "serve-config.yaml": serve_config.render(config)
-        for folder, config in SERVED.items()
+        folder / "serve-config.yaml": serve_config.render(served)
+        for folder, served in SERVED.items()
     }
     texts[OBSERVABILITY / "alerts.yaml"] = alerts.render()
     texts[OBSERVABILITY / "memshare-ray.json"] = dashboards.render("ray")

@@ -27,7 +27,7 @@ FROM python:3.11.14-slim-bookworm
 # Debian keeps only the newest version of a package: a pinned one could not be built tomorrow.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libnuma1 libtcmalloc-minimal4 \
+    && apt-get install --yes --no-install-recommends libnuma1 libtcmalloc-minimal4 openssl \
     && rm -rf /var/lib/apt/lists/* \
     && ln -s /usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4 /usr/local/lib/libtcmalloc.so \
     && groupadd --gid 10001 memshare \

@@ -28,7 +28,7 @@ FROM python:3.11.14-slim-bookworm
 # newest of each, and a pinned one could not be built tomorrow.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev libnuma1 \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libnuma1 openssl \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 memshare \
     && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/memshare memshare

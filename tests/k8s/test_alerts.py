@@ -6,6 +6,7 @@ queries are valid and ask for what exists is tested everywhere (``test_manifests
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tools.kubernetes import alerts, dashboards
+from tools.kubernetes import alerts, dashboards, promql
 from tools.kubernetes.alerts import ALERTS
-from tools.kubernetes.metrics import Spelling, ours, ray, vllm
+from tools.kubernetes.build import build
+from tools.kubernetes.layout import K8S
+from tools.kubernetes.metrics import Spelling, kubernetes, ours, ray, vllm
 
 SPELLINGS: tuple[Spelling, ...] = ("ray", "vllm")
 
@@ -35,7 +38,7 @@ def stories(spelling: Spelling) -> dict[str, tuple[Story, Story]]:
     paper, dead = f'{queue}{{policy="paper"}}', f'{faults}{{reason="dead"}}'
     low, high = (f'{lag.buckets(spelling)}{{le="{le}"}}' for le in ("0.5", "2.5"))
     top = f'{lag.buckets(spelling)}{{le="+Inf"}}'
-    return {
+    found = {
         "MemSharePreemptionThrash": (
             {preemptions: "0+30x40", successes: "0+60x40"},
             {preemptions: "0+6x40", successes: "0+60x40"},
@@ -60,6 +63,24 @@ def stories(spelling: Spelling) -> dict[str, tuple[Story, Story]]:
         ),
         "MemShareRemapMiss": ({misses: "0x20 1x20"}, {misses: "1x40"}),
     }
+    if spelling == "ray":
+        found["MemShareNoEngineReady"] = no_engine_ready(kubernetes("kube_pod_status_ready")["ray"])
+    return found
+
+
+def no_engine_ready(ready: str) -> tuple[Story, Story]:
+    """An engine that isn't ready; one that is, beside pods that never are."""
+    head, engine, second, evaluator = (
+        f'{ready}{{condition="true",pod="memshare-x7k2p-{name}"}}'
+        for name in (
+            *("head-a", "engines-worker-a", "engines-worker-b"),
+            "evaluators-worker-a",
+        )
+    )
+    return (
+        {head: "1x40", engine: "0x40", second: "0x40", evaluator: "0x40"},
+        {head: "1x40", engine: "1x40", second: "0x40", evaluator: "0x40"},
+    )
 
 
 def labelled(series: str, labels: dict[str, str]) -> str:
@@ -69,7 +90,10 @@ def labelled(series: str, labels: dict[str, str]) -> str:
 
 
 def case(spelling: Spelling, alert: alerts.Alert, story: Story, fires: bool) -> dict[str, Any]:
+    of_pods = "{engine}" not in alert.text  # its series are Kubernetes', which knows no models
     engine = {"model_name": "m", dashboards.ENGINE[spelling]: "r"}
+    if of_pods:
+        engine = {"namespace": "memshare"}
     rule = next(
         rule
         for group in alerts.manifest()["spec"]["groups"]
@@ -105,6 +129,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise(tmp_path: Path) -> None:
         case(spelling, alert, story, fires)
         for spelling in SPELLINGS
         for alert in ALERTS
+        if alert.exists(spelling)
         for fires, story in zip((True, False), stories(spelling)[alert.name], strict=True)
     ]
     tests = tmp_path / "tests.yaml"
@@ -121,7 +146,44 @@ def test_alerts_fire_when_they_should_and_not_otherwise(tmp_path: Path) -> None:
 
 def test_every_alert_has_both_stories() -> None:
     for spelling in SPELLINGS:
-        assert set(stories(spelling)) == {alert.name for alert in ALERTS}
+        assert set(stories(spelling)) == {a.name for a in ALERTS if a.exists(spelling)}
+    assert {alert.name for alert in ALERTS} == set(stories("ray")), "Kubernetes has all of them"
+
+
+def test_pods_that_are_never_ready_wake_nobody() -> None:
+    """Evaluators and further pods of an engine: no alert asks whether all pods are ready."""
+    (alert,) = (alert for alert in ALERTS if alert.name == "MemShareNoEngineReady")
+    pods = [
+        matcher.value
+        for vector in promql.selectors(alert.spelled("ray"))
+        for matcher in vector.matchers.matchers
+        if matcher.name == "pod"
+    ]
+    never = "memshare-x7k2p-evaluators-worker-8d2kq"
+    assert [re.fullmatch(pattern, never) for pattern in pods] == [None, None]
+    for name, pattern in zip(("head", "engines-worker"), pods, strict=True):
+        assert re.fullmatch(pattern, f"memshare-x7k2p-{name}-8d2kq")
+    asked = [a.name for a in ALERTS for s in a.series if "kube_pod" in str(s.names)]
+    assert asked == ["MemShareNoEngineReady"]
+
+
+def test_a_deployment_says_where_its_runbooks_are(tmp_path: Path) -> None:
+    """One line, and every alert leads to its section on that page."""
+    copy = tmp_path / "observability"
+    shutil.copytree(K8S / "components" / "observability", copy)
+    place = copy / "runbooks.yaml"
+    page = "https://docs.invalid/memshare/alerts.html"
+    place.write_text(
+        place.read_text().replace("memshare/runbooks: docs/alerts.md", f"memshare/runbooks: {page}")
+    )
+    (tmp_path / "kustomization.yaml").write_text("components: [observability]\n")
+    (rule,) = (m for m in build(tmp_path) if m["kind"] == "PrometheusRule")
+    urls = {
+        a["alert"]: a["annotations"]["runbook_url"]
+        for g in rule["spec"]["groups"]
+        for a in g["rules"]
+    }
+    assert urls == {alert.name: f"{page}#{alert.name.lower()}" for alert in ALERTS}
 
 
 def test_what_does_not_exist_cannot_be_asked_for() -> None:

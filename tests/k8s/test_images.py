@@ -60,6 +60,13 @@ class TestRecipes:
             assert "constraints.txt" in install or "--no-deps" in install, install
 
 
+def test_kuberay_finds_openssl_in_every_image() -> None:
+    """With ``tlsOptions`` it waits for a pod's certificate with that program."""
+    for recipe in recipes().values():
+        assert recipe.installs("openssl")
+        assert not recipe.installs("openss")
+
+
 def test_names_of_images() -> None:
     assert recipe_of("ghcr.io/example/memshare-cpu:0.1.0") is recipes()["memshare-cpu"]
     assert recipe_of("localhost:5000/memshare-gpu@sha256:0") is recipes()["memshare-gpu"]

@@ -33,7 +33,6 @@ UNCHECKED = {
     "git diff": "any command whose output is piped",
     "helm install": "needs a cluster",
     "helm repo": "needs the network",
-    "docker push": "needs a registry",
     "kubectl -n": "needs a cluster",
     "kubectl create": "needs a cluster",
 }
@@ -88,6 +87,18 @@ def kubectl(words: list[str]) -> None:
     assert (TOP / words[3] / "kustomization.yaml").is_file(), words[3]
 
 
+def helm(words: list[str]) -> None:
+    file = option(words, "--values")
+    assert words[1] == "upgrade"
+    assert file is not None
+    assert (TOP / file).is_file(), file
+
+
+def kind(words: list[str]) -> None:
+    """Which image is loaded: ``tests/k8s/test_page.py``."""
+    assert words[1:3] in (["create", "cluster"], ["load", "docker-image"]), words
+
+
 def docker(words: list[str]) -> None:
     file = option(words, "--file")
     assert words[1] == "build"
@@ -130,6 +141,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": python,
     "kubectl": kubectl,
     "docker": docker,
+    "helm": helm,
+    "kind": kind,
     "pip": pip,
     "curl": curl,
     "grpcurl": grpcurl,

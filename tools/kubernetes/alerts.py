@@ -8,15 +8,20 @@ from typing import Any
 import yaml
 
 from tools.kubernetes.dashboards import ENGINE
-from tools.kubernetes.metrics import Series, Spelling, ours, vllm
+from tools.kubernetes.metrics import Series, Spelling, kubernetes, ours, vllm
 
-# Where each alert has a section of its own, with what to do.
+# Where each alert has a section of its own, with what to do. A deployment puts the address of that
+# page in its place (k8s/components/observability/runbooks.yaml).
 RUNBOOKS = "docs/alerts.md"
+
+# Pods of a KubeRay cluster by their names: RayService, five letters, group, kind.
+HEADS = 'condition="true", pod=~"memshare-.*-head-.*"'
+ENGINES = 'condition="true", pod=~"memshare-.*-engines-worker-.*"'
 
 
 @dataclass(frozen=True)
 class Alert:
-    """One alert.
+    """One alert. It is there for those spellings that have all its series.
 
     In ``text``, ``{0}`` and so on stand for the names of ``series``, ``{engine}`` for the labels
     that tell engines apart. Ray exports a counter from its first count on: where one may be
@@ -29,6 +34,10 @@ class Alert:
     minutes: int
     severity: str
     summary: str
+
+    def exists(self, spelling: Spelling) -> bool:
+        """Whether all its series have that spelling."""
+        return all(spelling in series.names for series in self.series)
 
     def spelled(self, spelling: Spelling) -> str:
         """The PromQL."""
@@ -96,6 +105,17 @@ ALERTS = (
         "critical",
         "A worker did not know the request of a remap.",
     ),
+    # Evaluators, and pods of an engine beside its first, are never ready: only a cluster in which
+    # no engine's pod is counts.
+    Alert(
+        "MemShareNoEngineReady",
+        f"max by (namespace) ({{0}}{{{{{HEADS}}}}}) >= 0"
+        f" unless on (namespace) max by (namespace) ({{0}}{{{{{ENGINES}}}}}) > 0",
+        (kubernetes("kube_pod_status_ready"),),
+        15,
+        "critical",
+        "A cluster has a head and no engine that is ready: nothing is served.",
+    ),
 )  # fmt: skip
 
 HEAD = """\
@@ -120,7 +140,8 @@ def render() -> str:
 
 
 def _group(spelling: Spelling) -> dict[str, Any]:
-    return {"name": f"memshare-{spelling}", "rules": [_rule(a, spelling) for a in ALERTS]}
+    rules = [_rule(alert, spelling) for alert in ALERTS if alert.exists(spelling)]
+    return {"name": f"memshare-{spelling}", "rules": rules}
 
 
 def _rule(alert: Alert, spelling: Spelling) -> dict[str, Any]:
@@ -130,6 +151,6 @@ def _rule(alert: Alert, spelling: Spelling) -> dict[str, Any]:
     rule["labels"] = {"severity": alert.severity}
     rule["annotations"] = {
         "summary": alert.summary,
-        "runbook": f"{RUNBOOKS}#{alert.name.lower()}",
+        "runbook_url": f"{RUNBOOKS}#{alert.name.lower()}",
     }
     return rule

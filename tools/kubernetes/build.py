@@ -144,12 +144,16 @@ class Manifests:
     @property
     def needed_secrets(self) -> set[str]:
         """Secrets that the operator makes by hand, named by annotations ``memshare/needs-*``."""
+        return self.notes("memshare/needs-")
+
+    def notes(self, prefix: str) -> set[str]:
+        """Words of the RayService's annotations whose names begin like this."""
         annotations = self.rayservice["metadata"].get("annotations", {})
         return {
-            name
-            for key, names in annotations.items()
-            if key.startswith("memshare/needs-")
-            for name in names.split()
+            word
+            for key, words in annotations.items()
+            if key.startswith(prefix)
+            for word in words.split()
         }
 
     @property

@@ -16,7 +16,9 @@ RECIPES = K8S / "images"
 VENV = "/opt/memshare/venv"
 
 # Programs of the virtual environment that manifests may run, and the package that brings each.
-PROGRAMS = {"python": "", "ray": "ray", "serve": "ray", "memshare": "memshare"}
+PROGRAMS = {
+    "python": "", "ray": "ray", "serve": "ray", "memshare": "memshare", "hf": "huggingface-hub",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Recipe:
             if i.name == "COPY" and not i.value.startswith("--from")
             for source in i.value.split()[:-1]
         ]
+
+    def installs(self, package: str) -> bool:
+        """Whether the image's Debian packages include this one by name."""
+        return any(
+            package in value.replace(";", " ").replace("&&", " ").split()
+            for value in self.final("RUN")
+            if "apt-get install" in value
+        )
 
     def has_module(self, module: str) -> bool:
         """Whether one of our modules is installed in it."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 
-# Folders that hold a generated serve-config.yaml, and the file in configs/ that it comes from.
+
+@dataclass(frozen=True)
+class Served:
+    """What a folder serves."""
+
+    config: str
+    """A file in ``configs/``."""
+    replicas: int | None = None
+    """Engines, where that is not what the file says."""
+
+
+# Folders that hold a generated serve-config.yaml.
 SERVED = {
-    K8S / "base": "single-gpu.yaml",
-    K8S / "overlays" / "cpu-demo": "cluster.yaml",
-    K8S / "overlays" / "multi-gpu-tp": "gpu.yaml",
-    K8S / "overlays" / "multi-node-tp": "multi-node.yaml",
+    K8S / "base": Served("single-gpu.yaml"),
+    K8S / "overlays" / "cpu-demo": Served("cluster.yaml"),
+    K8S / "overlays" / "multi-gpu-tp": Served("gpu.yaml"),
+    K8S / "overlays" / "multi-node-tp": Served("multi-node.yaml"),
+    K8S / "overlays" / "production": Served("gpu.yaml", replicas=2),
 }
 
 HTTP_PORT = 8000

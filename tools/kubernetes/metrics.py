@@ -1,7 +1,8 @@
 """The metrics that exist, in both spellings. What is not here can't be put on a dashboard.
 
 Ours come from :mod:`memshare.metrics`, vLLM's from the source of the installed vLLM, Ray's from the
-dashboards that the installed Ray brings.
+dashboards that the installed Ray brings. Of kube-state-metrics, which comes with the usual set-ups
+of the Prometheus operator, one is in use.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from memshare.metrics import METRICS
 
 Spelling = Literal["vllm", "ray"]
 Kind = Literal["counter", "gauge", "histogram"]
+
+# kube-state-metrics' own documentation of pods: names, and their labels.
+KUBERNETES = {"kube_pod_status_ready": frozenset({"namespace", "pod", "uid", "condition"})}
 
 _CLASSES: Mapping[str, Kind] = {
     "_counter_cls": "counter", "_gauge_cls": "gauge", "_histogram_cls": "histogram",
@@ -91,17 +95,30 @@ def ray(name: str) -> Series:
     return Series({"ray": name}, kind)
 
 
+def kubernetes(name: str) -> Series:
+    """A gauge of kube-state-metrics, which is there where Ray's nodes are pods.
+
+    Raises:
+        KeyError: none of that name is known here.
+    """
+    if name not in KUBERNETES:
+        raise KeyError(f"{name!r} is no metric of kube-state-metrics that is known here")
+    return Series({"ray": name}, "gauge")
+
+
 def exported(spelling: Spelling) -> set[str]:
     """Names of all series with one spelling."""
     everything = [ours(metric.name) for metric in METRICS] + [
         vllm(name) for name in _vllm_metrics()
     ]
     names = {name for series in everything for name in _names(series, spelling)}
-    return names | ray_names() if spelling == "ray" else names
+    return names | ray_names() | set(KUBERNETES) if spelling == "ray" else names
 
 
 def labels_of(name: str) -> set[str] | None:
-    """Labels of one of our own series; None for others."""
+    """Labels of one of our own series, or of Kubernetes'; None for others."""
+    if name in KUBERNETES:
+        return set(KUBERNETES[name])
     for metric in METRICS:
         known = {metric.prometheus, metric.ray}
         if metric.kind == "histogram":

@@ -3,8 +3,8 @@
 Three sources. Kubernetes' own kinds come with the package ``kubernetes-validate``. A RayService is
 checked against ``data/rayservice.json``, which is KubeRay 1.7's own CRD (Apache-2.0), cut down to
 what is outside pod templates and service templates; those are Kubernetes' kinds again. For the
-kinds of other projects (Prometheus operator, Gateway API) ``data/others.json`` holds the fields in
-use here.
+kinds of other projects (Prometheus operator, Gateway API, Envoy Gateway) ``data/others.json`` holds
+the fields in use here.
 
     python -m tools.kubernetes.schemas CRD.yaml     # cuts the CRD down anew
 """
@@ -28,7 +28,9 @@ from tools.kubernetes.build import Found, Manifest, Manifests, Pod
 
 FOLDER = Path(__file__).resolve().parent / "data"
 KUBERNETES = "1.34"
-OTHERS = ("PodMonitor", "PrometheusRule", "Gateway", "HTTPRoute", "GRPCRoute")
+OTHERS = (
+    "PodMonitor", "PrometheusRule", "Gateway", "HTTPRoute", "GRPCRoute", "BackendTrafficPolicy",
+)  # fmt: skip
 
 # Inside these, other schemas hold, or fields that are not used here.
 _CUT = ("template", "serveService", "headService", "historyServerOptions", "networkPolicy")

@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tools.kubernetes.build import Manifests
+from tools.kubernetes.checks.egress import egress
+from tools.kubernetes.checks.gateways import gateways
+from tools.kubernetes.checks.operator import operator
+from tools.kubernetes.checks.placement import placement, storage
 from tools.kubernetes.checks.pods import commands, environment, security
 from tools.kubernetes.checks.queries import queries
 from tools.kubernetes.checks.serving import lifecycle, resources, serve
@@ -19,8 +23,8 @@ from tools.kubernetes.schemas import schema
 CHECKS: Mapping[str, Callable[[Manifests], Iterator[tuple[str, str]]]] = {
     check.__name__: check
     for check in (
-        schema, serve, ports, labels, resources, references, network, security, environment,
-        commands, lifecycle, queries,
+        schema, serve, ports, labels, resources, placement, storage, references, network, egress,
+        gateways, security, environment, commands, lifecycle, operator, queries,
     )
 }  # fmt: skip
 """Checks by name. Each yields (where, message) of whatever is wrong."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from base64 import b64decode
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.version import Version
 
 from cluster.keys import parse_table
 from memshare import __version__
@@ -19,6 +22,10 @@ PLAIN_VARIABLES = {
     "HOME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "REDIS_PASSWORD",
 }  # fmt: skip
+
+
+# Oldest versions of other projects' images without a known hole, and what the ones before have.
+PATCHED = {"redis": ("7.4.11", "CVE-2026-23479 and CVE-2026-81934")}
 
 
 def security(manifests: Manifests) -> Found:
@@ -52,6 +59,7 @@ def security(manifests: Manifests) -> Found:
             writable = {m["mountPath"] for m in container.get("volumeMounts", [])}
             if pod.ray_params is not None and not {"/tmp", _home(container)} <= writable:
                 yield pod.where, "Ray can't write to /tmp and its home folder"
+            yield from ((pod.where, message) for message in _holes(container["image"]))
     for secret in manifests.of("Secret"):
         for name, text in secret.get("data", {}).items():
             if not _is_key_table(b64decode(text).decode()):
@@ -72,7 +80,7 @@ def environment(manifests: Manifests) -> Found:
     for args in manifests.arguments:
         variables += [("serveConfigV2", name) for name in args.replica.env]
     for where, name in variables:
-        if not _is_read(name):
+        if not is_read(name):
             yield where, f"nobody reads the variable {name}"
     given = {
         variable["name"]: variable.get("value", "")
@@ -88,6 +96,11 @@ def environment(manifests: Manifests) -> Found:
 
 def commands(manifests: Manifests) -> Found:
     """What is run, imported or loaded in a pod is in its image."""
+    for pod in manifests.pods:
+        for container in pod.containers:
+            recipe = images.recipe_of(container["image"])
+            if recipe is not None and "command" in container:
+                yield from ((pod.where, text) for text in recipe.misses(container["command"]))
     for pod in manifests.ray_pods:
         container = pod.spec["containers"][0]
         recipe = images.recipe_of(container["image"])
@@ -117,6 +130,20 @@ def commands(manifests: Manifests) -> Found:
                 yield "serveConfigV2", f"{module} is not in the image"
 
 
+def _holes(image: str) -> Iterator[str]:
+    """What is wrong with an image of another project's."""
+    name, _, tag = image.rpartition("/")[2].partition(":")
+    if images.recipe_of(image) is not None:
+        return
+    version = tag.partition("-")[0]
+    if version.count(".") < 2:
+        yield f"{image} can change under the same name"
+    elif name in PATCHED:
+        oldest, holes = PATCHED[name]
+        if Version(version) < Version(oldest):
+            yield f"{image} has {holes}: {oldest} is the first without"
+
+
 def _is_key_table(text: str) -> bool:
     try:
         parse_table(text, "secret")
@@ -130,7 +157,8 @@ def _home(container: Manifest) -> str:
 
 
 @cache
-def _is_read(name: str) -> bool:
+def is_read(name: str) -> bool:
+    """Whether MemShare, vLLM, Ray or a known library reads a variable of this name."""
     if name in PLAIN_VARIABLES:
         return True
     if name.startswith(ENV_PREFIX):

@@ -19,6 +19,11 @@ def queries(manifests: Manifests) -> Found:
                     yield alert["alert"], fault
                 if f"\n## {alert['alert']}\n" not in pages:
                     yield alert["alert"], f"{alerts.RUNBOOKS} has no section for it"
+                page, _, section = alert["annotations"].get("runbook_url", "").partition("#")
+                if section != alert["alert"].lower():
+                    yield alert["alert"], "its runbook_url doesn't lead to its section"
+                if page != rule["metadata"]["annotations"]["memshare/runbooks"]:
+                    yield alert["alert"], "its runbook_url is not on the page that is set"
     for config in manifests.of("ConfigMap"):
         if "grafana_dashboard" not in config["metadata"].get("labels", {}):
             continue

@@ -10,16 +10,18 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.config import parse_cluster_args
 from memshare.config import ConfigError
 from tools.kubernetes import serve_config
-from tools.kubernetes.build import Found, Manifests, Pod
+from tools.kubernetes.build import Found, Manifests, Pod, selects
 from tools.kubernetes.layout import SERVED
 
 GPU = "nvidia.com/gpu"
+# On a disruption budget under which a node with an engine is not drained by itself.
+DRAINED = "memshare/drained"
 
 
 def serve(manifests: Manifests) -> Found:
     """The Serve configuration is one of ours, accepted by Ray and by MemShare."""
     config = manifests.serve_config
-    if config not in [serve_config.for_pods(serve_config.load(name)) for name in SERVED.values()]:
+    if config not in [serve_config.for_pods(served) for served in SERVED.values()]:
         yield "serveConfigV2", "differs from every file of configs/: run python tools/make_k8s.py"
     try:
         ServeDeploySchema.model_validate(config)
@@ -28,7 +30,10 @@ def serve(manifests: Manifests) -> Found:
     unknown = set(config) - set(ServeDeploySchema.model_fields)
     for name in sorted(unknown):
         yield "serveConfigV2", f"Ray Serve knows no {name!r}"
+    noted = manifests.notes(serve_config.MODEL)
     for application in config["applications"]:
+        if {application["args"]["model"]} != noted:
+            yield "RayService", f"the annotation {serve_config.MODEL} names another model"
         try:
             parse_cluster_args(application["args"], environ={})
         except ConfigError as error:
@@ -94,14 +99,35 @@ def lifecycle(manifests: Manifests) -> Found:
         yield "engines", f"the pod is killed after {grace} s, while it drains for {deadline:g} s"
     if manifests.rayservice["spec"].get("rayClusterDeletionDelaySeconds", 60) < deadline:
         yield "RayService", "an old cluster is deleted before its streams can finish"
-    for budget in manifests.of("PodDisruptionBudget"):
-        if not isinstance(budget["spec"].get("minAvailable"), int):
-            where = f"PodDisruptionBudget/{budget['metadata']['name']}"
-            yield where, "Ray's pods have no scale: only a number in minAvailable works"
+    yield from _budgets(manifests)
     for pod in manifests.ray_pods:
         probe = pod.spec["containers"][0].get("startupProbe", {})
         if probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3) < 600:
             yield pod.where, "is killed before ten minutes have passed for its start"
+
+
+def _budgets(manifests: Manifests) -> Found:
+    """Budgets work, hold up no drain for pods that serve nobody, and don't block without a word."""
+    for budget in manifests.of("PodDisruptionBudget"):
+        where, spec = f"PodDisruptionBudget/{budget['metadata']['name']}", budget["spec"]
+        least = spec.get("minAvailable")
+        if not isinstance(least, int):
+            yield where, "Ray's pods have no scale: only a number in minAvailable works"
+            continue
+        if spec.get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield where, "a pod that never became ready holds up every drain"
+        groups = manifests.cluster["workerGroupSpecs"]
+        # Of an engine's pods only the first is ever ready.
+        ready = sum(
+            group["minReplicas"]
+            for group in groups
+            if selects(spec["selector"], group["template"]["metadata"]["labels"])
+        )
+        by_hand = budget["metadata"].get("annotations", {}).get(DRAINED) == "by-hand"
+        if ready <= least and not by_hand:
+            yield where, f"blocks every drain: of {ready} ready pods none may go"
+        if ready > least and by_hand:
+            yield where, f"says that drains need a hand, though one of {ready} pods may go"
 
 
 def _ray_cpus(pod: Pod) -> float:

@@ -122,8 +122,8 @@ def references(manifests: Manifests) -> Found:
     for where, name in _named_secrets(manifests):
         if name not in secrets:
             yield where, f"there is no secret {name!r}"
-    fault_tolerance = manifests.cluster.get("gcsFaultToleranceOptions")
-    if fault_tolerance:
+    fault_tolerance = manifests.cluster.get("gcsFaultToleranceOptions", {})
+    if "redisAddress" in fault_tolerance:
         host = fault_tolerance["redisAddress"].rpartition(":")[0]
         if host not in manifests.names("Service"):
             yield "gcsFaultToleranceOptions", f"there is no service {host!r}"
@@ -151,8 +151,8 @@ def _volumes(manifests: Manifests) -> Found:
 
 def _named_secrets(manifests: Manifests) -> Found:
     """(where, name) of secrets that others than pods refer to."""
-    fault_tolerance = manifests.cluster.get("gcsFaultToleranceOptions")
-    if fault_tolerance:
+    fault_tolerance = manifests.cluster.get("gcsFaultToleranceOptions", {})
+    if "redisPassword" in fault_tolerance:
         source = fault_tolerance["redisPassword"]["valueFrom"]["secretKeyRef"]
         yield "gcsFaultToleranceOptions", source["name"]
     for gateway in manifests.of("Gateway"):
@@ -198,7 +198,7 @@ def _selector(kind: str, spec: Manifest) -> Manifest | None:
         return dict(spec["podSelector"])
     if kind == "Service":
         return {"matchLabels": spec["selector"]}
-    if kind in ("PodDisruptionBudget", "PodMonitor", *WORKLOADS):
+    if kind in ("PodDisruptionBudget", "PodMonitor", *WORKLOADS) and kind != "Job":
         return dict(spec["selector"])
     return None
 
