@@ -60,7 +60,7 @@ def _gates(manifests: Manifests) -> Iterator[str]:
 
 def _upgrade(manifests: Manifests) -> Found:
     """KubeRay's incremental upgrade replaces the service and the gateway by its own."""
-    kind = manifests.rayservice["spec"]["upgradeStrategy"]["type"]
+    kind = manifests.rayservice["spec"].get("upgradeStrategy", {}).get("type")
     if kind != "NewClusterWithIncrementalUpgrade":
         return
     yield (

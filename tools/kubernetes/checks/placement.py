@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tools.kubernetes import serve_config
@@ -33,40 +34,43 @@ def storage(manifests: Manifests) -> Found:
         if spec["accessModes"] != ["ReadWriteOnce"] and not spec.get("storageClassName"):
             where = f"PersistentVolumeClaim/{name}"
             yield where, "stays Pending where the default storage class serves one node only"
-    for pod in manifests.pods:
-        for volume in pod.spec.get("volumes", []):
-            name = volume.get("persistentVolumeClaim", {}).get("claimName")
-            modes = claims.get(name, {}).get("accessModes", [])
-            if pod.ray_params is not None and modes == ["ReadWriteOnce"]:
+    for pod in manifests.ray_pods:
+        for name in _claims(pod):
+            if claims.get(name, {}).get("accessModes") == ["ReadWriteOnce"]:
                 yield pod.where, f"pods on several nodes can't mount {name}"
+        for volume in pod.spec.get("volumes", []):
             template = volume.get("ephemeral", {}).get("volumeClaimTemplate", {}).get("spec")
             if template and template["accessModes"] != ["ReadWriteOnce"]:
                 yield (
                     pod.where,
                     f"the volume {volume['name']} is for one pod: ReadWriteOnce will do",
                 )
-    yield from _downloads(manifests, set(claims))
+    yield from _downloads(manifests)
 
 
-def _downloads(manifests: Manifests, claims: set[str]) -> Found:
+def _downloads(manifests: Manifests) -> Found:
     """A claim for weights is filled by a job, with the model and the image that serve."""
-    jobs = {job["metadata"]["name"]: job["spec"]["template"]["spec"] for job in manifests.of("Job")}
-    filled = {
-        volume["persistentVolumeClaim"]["claimName"]
-        for spec in jobs.values()
-        for volume in spec["volumes"]
-        if "persistentVolumeClaim" in volume
-    }
-    for name in sorted(claims - filled):
+    engines = manifests.pod("engines")
+    wanted = set(_claims(engines))
+    jobs = [
+        pod for pod in manifests.pods if pod.where.startswith("Job/") and wanted & {*_claims(pod)}
+    ]
+    for name in sorted(wanted - {claim for job in jobs for claim in _claims(job)}):
         yield f"PersistentVolumeClaim/{name}", "no job downloads weights to it"
     models = manifests.notes(serve_config.MODEL)
-    image = manifests.pod("engines").spec["containers"][0]["image"]
-    for name, spec in jobs.items():
-        container = spec["containers"][0]
-        if set(container["args"]) & models != models:
-            yield f"Job/{name}", f"downloads something else than {', '.join(models)}"
-        if container["image"] != image:
-            yield f"Job/{name}", "has another image than the engines"
+    for job in jobs:
+        container = job.spec["containers"][0]
+        if not models <= set(container.get("args", [])):
+            yield job.where, f"downloads something else than {', '.join(models)}"
+        if container["image"] != engines.spec["containers"][0]["image"]:
+            yield job.where, "has another image than the engines"
+
+
+def _claims(pod: Pod) -> Iterator[str]:
+    """Names of the claims that a pod mounts."""
+    for volume in pod.spec.get("volumes", []):
+        if "persistentVolumeClaim" in volume:
+            yield volume["persistentVolumeClaim"]["claimName"]
 
 
 def _gpu_faults(affinity: dict[str, Any]) -> list[str]:

@@ -8,6 +8,9 @@ from tools.kubernetes import alerts, promql
 from tools.kubernetes.build import Found, Manifests
 from tools.kubernetes.layout import ROOT
 
+# On a PrometheusRule: the address of the page that its alerts' `runbook_url` lead to.
+RUNBOOKS = "memshare/runbooks"
+
 
 def queries(manifests: Manifests) -> Found:
     """Dashboards and alerts ask for series that exist, and every alert says what to do."""
@@ -22,7 +25,7 @@ def queries(manifests: Manifests) -> Found:
                 page, _, section = alert["annotations"].get("runbook_url", "").partition("#")
                 if section != alert["alert"].lower():
                     yield alert["alert"], "its runbook_url doesn't lead to its section"
-                if page != rule["metadata"]["annotations"]["memshare/runbooks"]:
+                if page != rule["metadata"].get("annotations", {}).get(RUNBOOKS):
                     yield alert["alert"], "its runbook_url is not on the page that is set"
     for config in manifests.of("ConfigMap"):
         if "grafana_dashboard" not in config["metadata"].get("labels", {}):

@@ -119,7 +119,7 @@ def _budgets(manifests: Manifests) -> Found:
         groups = manifests.cluster["workerGroupSpecs"]
         # Of an engine's pods only the first is ever ready.
         ready = sum(
-            group["minReplicas"]
+            group.get("minReplicas", 0)
             for group in groups
             if selects(spec["selector"], group["template"]["metadata"]["labels"])
         )
