@@ -19,6 +19,7 @@ from memshare.errors import UserError
 
 # name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "serve": ("memshare.commands.serve", "vLLM's own OpenAI server, with MemShare in it"),
     "chat": ("memshare.commands.chat", "talk to a cluster over gRPC"),
     "bench": ("memshare.commands.bench", "compare policies and plain vLLM on the same KV memory"),
     "eval": ("memshare.commands.eval", "accuracy of a model with and without sharing"),
@@ -30,6 +31,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("cluster.keys_command", "make keys for the cluster's tenants, check a key table"),
     "model": ("memshare.commands.model", "prepare the small test model in the user's cache"),
 }
+
+# Its words, but a plain --help, are vLLM's: they reach it as they are, as `words`.
+_VERBATIM = "serve"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -73,10 +77,16 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _read(words: list[str]) -> argparse.Namespace:
+    if words[:1] == [_VERBATIM] and words[1:] not in (["-h"], ["--help"]):
+        return argparse.Namespace(command=_VERBATIM, words=words[1:])
+    return build_parser(words).parse_args(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 ok, 1 error, 2 usage, 130 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser(words).parse_args(words)
+    args = _read(words)
     # What takes long says how far it is, on stderr.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("memshare").setLevel(logging.INFO)

@@ -353,7 +353,7 @@ def load_config(
     layers.append(("explicit options", explicit))
     merged: dict[str, Any] = {}
     for _, values in layers:
-        merged = _merge(merged, values)
+        merged = merge(merged, values)
     try:
         return MemShareConfig.model_validate(merged)
     except ValidationError as error:
@@ -478,11 +478,11 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
         nested: dict[str, Any] = {name: value}
         for section in reversed(sections):
             nested = {section: nested}
-        values = _merge(values, nested)
+        values = merge(values, nested)
     return values
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Deep merge; a section that names another policy replaces the whole policy section."""
     merged = dict(base)
     for key, value in over.items():
@@ -496,7 +496,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping) and key in base and not isinstance(old, Mapping):
             continue  # a section was given as something else: keep that, so that it is refused
         if isinstance(value, Mapping) and isinstance(old, Mapping) and not replaces:
-            merged[key] = _merge(old, value)
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged

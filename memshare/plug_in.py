@@ -1,7 +1,8 @@
-"""The options that make a vLLM engine a MemShare engine."""
+"""The options that make a vLLM engine a MemShare engine, and the connector's name in vLLM."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,24 @@ ROLE = "kv_producer"
 WORKER_CLASS = "memshare.engine.worker.MemShareWorker"
 
 
+def register_connector() -> None:
+    """Make the connector known to vLLM by its name alone, so that options need no module path.
+
+    The entry point of ``vllm.general_plugins``, which vLLM calls in each of its processes, also
+    where MemShare is not used: MemShare itself is imported with the first connector, not here.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    with contextlib.suppress(ValueError):  # registered before: vLLM may call more than once
+        KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
+
+
 def connector_options(memshare: Mapping[str, object]) -> dict[str, Any]:
-    """vLLM's ``kv_transfer_config`` for MemShare's own options."""
+    """vLLM's ``kv_transfer_config`` for MemShare's own options.
+
+    The module path is there although the name is registered: installed metadata may be older than
+    the code, and ``VLLM_PLUGINS`` may leave the entry point out.
+    """
     return {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
