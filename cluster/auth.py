@@ -31,8 +31,9 @@ LOCAL = "local"
 """The tenant of a server without keys."""
 
 Why = Literal[
-    "no_key", "unknown_key", "not_local", "not_operator", "model", "memshare", "requests", "tokens"
-]
+    "no_key", "unknown_key", "not_local", "not_operator", "model", "memshare", "requests",
+    "tokens", "closed",
+]  # fmt: skip
 """Why something was refused; a metric label."""
 
 Outcome = Literal["served", "refused", "failed", "aborted"]
@@ -49,8 +50,10 @@ class RefusedError(Exception):
         self.retry_after_s = retry_after_s
 
     @property
-    def kind(self) -> Literal["unauthenticated", "forbidden", "limited"]:
+    def kind(self) -> Literal["unauthenticated", "forbidden", "limited", "unavailable"]:
         """What a protocol turns into a status."""
+        if self.why == "closed":
+            return "unavailable"
         if self.why in ("no_key", "unknown_key", "not_local"):
             return "unauthenticated"
         return "limited" if self.why in ("requests", "tokens") else "forbidden"
@@ -129,6 +132,39 @@ class Gate:
         self._secret = secrets.token_bytes(32)
         self._calls: dict[Call, tuple[int, int]] = {}
         self._desk_faults = 0
+        self._closed_s: int | None = None
+
+    @property
+    def under_way(self) -> int:
+        """Calls that have been admitted and have not ended."""
+        return len(self._calls)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody is admitted any more."""
+        return self._closed_s is not None
+
+    def close(self, retry_after_s: int) -> None:
+        """Admit nobody any more; what is under way goes on.
+
+        Args:
+            retry_after_s: seconds after which callers are told to come again.
+        """
+        self._closed_s = retry_after_s
+
+    def require_open(self, tenant: str = _NOBODY) -> None:
+        """Keep out who comes when the server is about to end.
+
+        Raises:
+            RefusedError: unavailable.
+        """
+        if self._closed_s is not None:
+            raise self._refusal(
+                "closed",
+                f"the server is shutting down; try again in {self._closed_s} s",
+                tenant,
+                self._closed_s,
+            )
 
     def identify(self, key: str | None, peer: str | None, *sites: str) -> Caller:
         """Say who is calling.
@@ -195,8 +231,9 @@ class Gate:
         """A call within the caller's limits, in the context of what runs inside.
 
         Raises:
-            RefusedError: limited.
+            RefusedError: limited, or unavailable.
         """
+        self.require_open(caller.tenant)
         try:
             await self._limiter.admit(caller.tenant, caller.limits)
         except LimitReachedError as error:

@@ -15,6 +15,7 @@ CODES = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
     "forbidden": grpc.StatusCode.PERMISSION_DENIED,
     "limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "unavailable": grpc.StatusCode.UNAVAILABLE,
 }
 
 
@@ -33,8 +34,8 @@ async def admit(gate: Gate, context: RayServegRPCContext) -> AsyncIterator[Call]
     """A call within its caller's limits, in the context of what runs inside.
 
     Raises:
-        RefusedError: unauthenticated, or limited. The text says when to come again, and the proxy
-            makes metadata of it.
+        RefusedError: unauthenticated, limited or unavailable. The text says when to come again, and
+            the proxy makes metadata of it.
     """
     async with gate.admit(identify(gate, context)) as call:
         yield call

@@ -185,7 +185,8 @@ class GrpcService:
         yield health_pb2.HealthCheckResponse()  # never: makes this a stream
 
     def _health(self) -> int:
-        return _NOT_SERVING if self._generation.has_died else _SERVING
+        ends = self._generation.has_died or self._gate.is_closed
+        return _NOT_SERVING if ends else _SERVING
 
     # ---- around every call ----
 

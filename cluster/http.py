@@ -14,8 +14,10 @@ from cluster.dashboard.routes import OPEN_PATHS as PAGE_FILES
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
-# For probes, which learn whether the server lives, and the files of the live page, without data.
-OPEN_PATHS = frozenset({"/health", "/ping"}) | PAGE_FILES
+# For probes, which learn whether the server takes requests.
+PROBE_PATHS = frozenset({"/health", "/ping"})
+# For everybody: probes, and the files of the live page, without data.
+OPEN_PATHS = PROBE_PATHS | PAGE_FILES
 # For every key, and nothing is computed.
 FREE_PATHS = frozenset({"/v1/models", "/version"})
 # For every key. Whatever is not listed here is for operators, so that a route that another version
@@ -44,6 +46,7 @@ _ANSWERS = {
     "memshare": (403, "permission_error", "insufficient_permissions"),
     "requests": (429, "requests", "rate_limit_exceeded"),
     "tokens": (429, "tokens", "rate_limit_exceeded"),
+    "closed": (503, "ServiceUnavailableError", "shutting_down"),
 }
 
 
@@ -66,11 +69,14 @@ class KeyGate:
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         method = scope.get("method", "GET")
         # A browser asks by OPTIONS, without a key, what it may send.
-        if path in OPEN_PATHS or method == "OPTIONS":
-            await self._app(scope, receive, send)
-            return
+        is_open = path in OPEN_PATHS or method == "OPTIONS"
         client = scope.get("client")
         try:
+            if path in PROBE_PATHS:
+                self._gate.require_open()
+            if is_open:
+                await self._app(scope, receive, send)
+                return
             headers = Headers(scope=scope)
             caller = self._gate.identify(
                 key_of(headers.get), client[0] if client else None, *_sites(headers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import platform
 from functools import partial
@@ -149,6 +150,19 @@ class EngineReplica(GrpcService):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The same for :class:`~cluster.autoscaler.KVPressurePolicy`."""
         return await self.record_routing_stats()
+
+    async def close(self) -> float:
+        """Take no further requests: who comes is told to come again later.
+
+        Returns:
+            Seconds that those under way are given to end. See :mod:`cluster.run`.
+        """
+        self._gate.close(math.ceil(self._args.replica.retry_after_s))
+        return self._args.replica.graceful_shutdown_timeout_s
+
+    async def under_way(self) -> int:
+        """Requests that have been admitted and have not ended."""
+        return self._gate.under_way
 
     async def __del__(self) -> None:
         """Ray Serve's destructor, also after a constructor that failed: ends the engine."""

@@ -21,6 +21,7 @@ from memshare.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("memshare.commands.serve", "vLLM's own OpenAI server, with MemShare in it"),
     "chat": ("memshare.commands.chat", "talk to a cluster over gRPC"),
+    "demo": ("memshare.commands.demo", "put a small server under pressure, to watch it"),
     "bench": ("memshare.commands.bench", "compare policies and plain vLLM on the same KV memory"),
     "eval": ("memshare.commands.eval", "accuracy of a model with and without sharing"),
     "replay": ("memshare.commands.replay", "measure what sharing does, on recorded texts"),

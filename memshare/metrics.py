@@ -320,6 +320,7 @@ REPLICA = _named(
                     "memshare": "its key does not allow that MemShare option",
                     "requests": "the tenant has as many requests as it may at one time",
                     "tokens": "the tenant has used its tokens",
+                    "closed": "the server is shutting down",
                 },
             ),
         ),

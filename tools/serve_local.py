@@ -1,15 +1,15 @@
-"""Serve on this machine: start ``serve run``, wait until it answers, print how to call it.
+"""Serve on this machine: start the cluster, wait until it answers, print how to call it.
 
     python tools/serve_local.py configs/cluster.yaml
 
-Stays in the foreground; Ctrl-C or SIGTERM shuts the cluster down cleanly. Exits with status 1, and
-the end of the log, if the server dies or is not healthy in time.
+Stays in the foreground. Ctrl-C or SIGTERM shuts the cluster down: what is under way may finish, new
+requests are refused; a second one ends it at once. Exits with status 1, and the end of the log, if
+the server dies or is not healthy in time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -21,11 +21,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
-import yaml
 from runtime_env import runtime_env
 from serve_log import ServeLog
+from serve_setup import KEY, ServeError, greeting, read_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / ".run" / "serve.log"
@@ -36,81 +35,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ray closes replicas, proxies and its own processes one after the other.
 SHUTDOWN_SECONDS = 90.0
 
-# Flush left, so that the calls can be pasted as they are. Temperature 0: so small a model wanders.
-READY = """
-Ready after {seconds:.0f} s: {model} at {url}
-
-Ask with curl:
-
-curl {url}/v1/chat/completions \\
-  -H 'Content-Type: application/json' \\
-  -d '{{"model": "{model}", "max_tokens": 200, "temperature": 0,
-       "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
-
-Ask from Python, streamed:
-
-{python} - <<'END'
-from openai import OpenAI
-
-client = OpenAI(base_url="{url}/v1", api_key="none")
-stream = client.chat.completions.create(
-    model="{model}", max_tokens=200, temperature=0, stream=True,
-    messages=[{{"role": "user", "content": "What is the capital of France?"}}])
-for chunk in stream:
-    print(chunk.choices[0].delta.content or "", end="", flush=True)
-print()
-END
-"""
-READY_GRPC = """
-Ask over gRPC, and see what it cost in KV memory:
-
-{memshare} chat --address 127.0.0.1:{port} --temperature 0 "What is the capital of France?"
-"""
-RUNNING = """
-Page: {url}/memshare/     Metrics: {url}/metrics     Log: {log}
-Ctrl-C stops the cluster.
-"""
-
-
-class ServeError(Exception):
-    """The server cannot run. The text says why."""
-
 
 class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
     """A signal asked us to stop."""
-
-
-class Ports(NamedTuple):
-    """Where a cluster answers locally."""
-
-    http: int
-    grpc: int | None
-
-    @property
-    def url(self) -> str:
-        """Of the HTTP API."""
-        return f"http://127.0.0.1:{self.http}"
-
-
-def read_ports(config: Path) -> Ports:
-    """Return the ports that this Serve configuration opens.
-
-    Raises:
-        ServeError: the file is missing or is no Serve configuration.
-    """
-    try:
-        document = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ServeError(f"cannot read {config}: {error}") from error
-    if not isinstance(document, dict) or "applications" not in document:
-        raise ServeError(f"{config} is not a Ray Serve configuration: it has no `applications`")
-    grpc_options = document.get("grpc_options") or {}
-    return Ports(
-        http=(document.get("http_options") or {}).get("port", 8000),
-        grpc=grpc_options.get("port", 9000)
-        if grpc_options.get("grpc_servicer_functions")
-        else None,
-    )
 
 
 def require_free_port(port: int, section: str) -> None:
@@ -133,7 +60,7 @@ def fetch(url: str) -> bytes | None:
     # Only loopback is asked: no proxy from the environment may stand in between.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url)
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key := os.environ.get(KEY):
         request.add_header("Authorization", f"Bearer {key}")
     try:
         # While no replica is ready, Serve holds the request back: a short timeout would only fill
@@ -145,20 +72,12 @@ def fetch(url: str) -> bytes | None:
         return None
 
 
-def served_model(url: str) -> str:
-    """Return the id of the first model the server lists; a placeholder if it lists none to us."""
-    body = fetch(f"{url}/v1/models")
-    if body is None:
-        return "MODEL"
-    return str(json.loads(body)["data"][0]["id"])
-
-
 def start(config: Path) -> subprocess.Popen[bytes]:
-    """Start ``serve run`` with its output in the log file; return the process."""
+    """Start the cluster with its output in the log file; return the process."""
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("wb") as log:
         return subprocess.Popen(
-            ["serve", "run", str(config)],
+            [sys.executable, "-m", "cluster.run", str(config)],
             cwd=ROOT,
             env=runtime_env(os.environ),
             stdin=subprocess.DEVNULL,
@@ -244,23 +163,39 @@ def relative(path: Path) -> Path:
     return path.relative_to(ROOT)
 
 
-def stop(child: subprocess.Popen[bytes]) -> None:
-    """End the cluster: politely, then with force. Returns when the child is gone."""
+def stop(child: subprocess.Popen[bytes], grace: float) -> None:
+    """End the cluster: politely, then with force. Returns when the child is gone.
+
+    Args:
+        child: the process to end.
+        grace: seconds that running requests have to finish. A further signal cuts that short.
+    """
+
+    def hurry(signum: int, frame: FrameType | None) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        child.send_signal(signal.SIGINT)
+
     if child.poll() is None:
-        print("\n[serve] shutting down ...", flush=True)
-        # `serve run` removes its applications on an interrupt, not on SIGTERM.
+        print(
+            f"\n[serve] shutting down; running requests have {grace:.0f} s to finish, Ctrl-C ends "
+            "them now",
+            flush=True,
+        )
+        for number in STOP_SIGNALS:
+            signal.signal(number, hurry)
         child.send_signal(signal.SIGINT)
         try:
-            child.wait(SHUTDOWN_SECONDS)
+            child.wait(grace + SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
-            print(f"[serve] not gone after {SHUTDOWN_SECONDS:.0f} s: killing it", flush=True)
+            print("[serve] not gone in time: killing it", flush=True)
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     print("[serve] stopped", flush=True)
 
 
 def raise_stopped(signum: int, frame: FrameType | None) -> None:
-    """Turn the first signal into an exception; ignore the following ones, the shutdown runs."""
+    """Turn the first signal into an exception; until :func:`stop` runs, no other is heard."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise Stopped
@@ -273,34 +208,25 @@ def serve(config: Path, minutes: float) -> None:
         ServeError: it cannot start, or it ended by itself.
     """
     LOG.unlink(missing_ok=True)  # so that an error before the start shows no older log
-    ports = read_ports(config)
-    require_free_port(ports.http, "http_options")
-    if ports.grpc is not None:
-        require_free_port(ports.grpc, "grpc_options")
-    url = ports.url
+    setup = read_setup(config)
+    require_free_port(setup.http, "http_options")
+    if setup.grpc is not None:
+        require_free_port(setup.grpc, "grpc_options")
     for number in STOP_SIGNALS:
         signal.signal(number, raise_stopped)
-    print(f"[serve] serve run {config}   (log: {relative(LOG)})", flush=True)
+    print(f"[serve] starting {config}   (log: {relative(LOG)})", flush=True)
     child = None
     try:
         child = start(config)
-        seconds = wait_until_healthy(child, url, minutes)
-        ready = READY.format(
-            seconds=seconds,
-            model=served_model(url),
-            url=url,
-            python=".venv/bin/python",
-        )
-        if ports.grpc is not None:
-            ready += READY_GRPC.format(memshare=".venv/bin/memshare", port=ports.grpc)
-        print(ready + RUNNING.format(url=url, log=relative(LOG)), flush=True)
+        seconds = wait_until_healthy(child, setup.url, minutes)
+        print(greeting(setup, seconds, relative(LOG)), flush=True)
         status = child.wait()
         raise ServeError(f"the server ended by itself (exit {status})")
     except Stopped:
         pass  # what the user asked for; the shutdown below is all that is left to do
     finally:
         if child is not None:
-            stop(child)
+            stop(child, setup.grace)
 
 
 def main() -> int:

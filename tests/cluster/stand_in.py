@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -16,10 +16,16 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.generated.serve_pb2 import UserDefinedMessage, UserDefinedResponse
 from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp
 
 from cluster.app import serving
-from cluster.config import ClusterArgs
+from cluster.auth import Gate
+from cluster.config import ClusterArgs, parse_cluster_args
+from cluster.http import KeyGate
+from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import Load, to_stats
+from cluster.metrics import ReplicaMetrics
+from cluster.replica import EngineReplica
 
 api = FastAPI()
 
@@ -70,3 +76,48 @@ def stand_in(cluster: ClusterArgs, load_file: Path, version: str = "1") -> Appli
     """An application of stand-ins, deployed as engines are."""
     deployment = serving(cluster, "StandIn")(StandIn)
     return deployment.options(ray_actor_options={"num_cpus": 0}).bind(load_file, version)
+
+
+words = FastAPI()
+
+
+@words.get("/health")
+def health() -> None:
+    """Answers as long as the gate lets it."""
+
+
+@words.post("/v1/completions")
+def complete(seconds: float) -> StreamingResponse:
+    """A word every 50 ms, and ``end``."""
+
+    async def say() -> AsyncIterator[str]:
+        for _ in range(round(seconds / 0.05)):
+            yield "word\n"
+            await asyncio.sleep(0.05)
+        yield "end\n"
+
+    return StreamingResponse(say(), media_type="text/plain")
+
+
+@serve.ingress()
+class Gated:
+    """Not an engine, but behind the product's gate, which closes as a replica's does."""
+
+    close = EngineReplica.close
+    under_way = EngineReplica.under_way
+
+    def __init__(self, args: ClusterArgs) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        limiter = Limiter(LocalDesk(Ledger()), replica)
+        self._args = args
+        self._gate = Gate(None, limiter, ReplicaMetrics(args.public_name, replica))
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        return KeyGate(words, self._gate)
+
+
+def gated(args: Mapping[str, object]) -> Application:
+    """For ``import_path``: an application of :class:`Gated`."""
+    cluster = parse_cluster_args(args)
+    deployment = serving(cluster, "Gated")(Gated)
+    return deployment.options(ray_actor_options={"num_cpus": 0}).bind(cluster)

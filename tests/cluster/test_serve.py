@@ -51,6 +51,7 @@ from memshare.proto import memshare_pb2 as pb
 from memshare.proto.memshare_pb2_grpc import MemShareStub
 from tests.cluster.collector import Collector
 from tests.cluster.faults import Old, Record, Stream, recover
+from tests.cluster.loose import LOOSE
 from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
 from tests.documents import Block, blocks, chat_bodies
 from tests.fuzzing import TIMES
@@ -88,7 +89,7 @@ def server(
     ray_address: str, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     document = cluster_file()
-    memshare_in(document).update(memshare_in(cluster_file("demo.yaml")))
+    memshare_in(document).update(LOOSE)
     memshare_in(document)["logs"] = {"format": "json", "explain_every_s": 1.0}
     arguments = document["applications"][0]["args"]
     arguments["page"] = {"show_text": True}
@@ -406,6 +407,20 @@ def test_grpc_tells_of_model_and_replica(server: Server) -> None:
         assert stats.memshare["applied"] > 0
         assert "Engine" in stats.replica_id or stats.replica_id
     assert main(["chat", "--address", server.grpc_address, "--max-tokens", "4", "Hello"]) == 0
+
+
+def test_the_demo_tells_how_the_server_fares(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["demo", "--address", server.grpc_address, "--stories", "3", "--tokens", "200"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "3 stories of 200 tokens want about 24 KV blocks; smollm2 has" in printed
+    (*_, last) = (line for line in printed.splitlines() if "blocks reclaimed" in line)
+    told = re.search(r"(\d+) tokens .* (\d+) blocks reclaimed, 0 preemptions", last)
+    assert told is not None, last
+    assert int(told[2]) > 0, "the options are loose"
+    assert printed.count("| 200 | ") == 3
 
 
 def test_a_grpc_call_that_ends_early_frees_the_engine(server: Server) -> None:

@@ -28,6 +28,7 @@ from schemathesis import GenerationMode
 
 from cluster.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
+from tests.cluster.loose import LOOSE
 from tests.fuzzing import TIMES
 from tests.machine import DTYPE
 from tools.local_cluster import (
@@ -114,7 +115,7 @@ def keyed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "dtype": DTYPE,
         "max_num_seqs": 16,
     }
-    memshare_in(document).update(memshare_in(cluster_file("demo.yaml")))
+    memshare_in(document).update(LOOSE)
     memshare_in(document).update(scope="tenant", event_log=str(events))
     server = start(folder, document)
     try:

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from tests.cluster.faults import PROMPT, Old, Record, Stream, recover
+from tests.cluster.loose import LOOSE
 from tests.cluster.monitoring import wait_for
 from tests.machine import DTYPE
 from tools.local_cluster import (
@@ -45,7 +46,7 @@ def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     args["engine"].update(tensor_parallel_size=2, num_gpu_blocks_override=BLOCKS, dtype=DTYPE)
     args["replica"]["env"]["VLLM_LOGGING_LEVEL"] = "INFO"  # a test reads what vLLM counted
     memshare = memshare_in(document)
-    memshare.update(memshare_in(cluster_file("demo.yaml")))
+    memshare.update(LOOSE)
     memshare["integrity"] = {"check_every": 8}
     server = start(tmp_path_factory.mktemp("serve"), document)
     try:

@@ -114,6 +114,20 @@ async def test_probes_need_no_key(tmp_path: Path, path: str) -> None:
     assert (await client.get(path)).status_code == 200
 
 
+async def test_who_comes_after_closing_is_told_when_to_come_again(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={})
+    client = client_of(gate, ok)
+    gate.close(retry_after_s=7)
+    for answer in (await client.post(CHAT, headers=bearer("acme")), await client.get("/health")):
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "7"
+        assert "try again in 7 s" in answer.json()["error"]["message"]
+    assert counted(gate, "tenant_refusals", "acme", "closed") == 1
+    assert counted(gate, "tenant_requests", "acme", "refused") == 1
+    assert (await client.post(CHAT, headers=bearer("wrong"))).status_code == 401
+    assert (await client.get("/v1/models", headers=bearer("acme"))).status_code == 200, "no work"
+
+
 def test_no_path_is_in_two_lists() -> None:
     assert len(OPEN_PATHS | FREE_PATHS | INFERENCE_PATHS) == sum(
         map(len, (OPEN_PATHS, FREE_PATHS, INFERENCE_PATHS))

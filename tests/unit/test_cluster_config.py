@@ -353,12 +353,18 @@ def test_what_may_be_a_key_is_not_logged() -> None:
     assert cluster.replica.env == {"HF_TOKEN": "hf_1"}
 
 
-def test_the_demo_differs_from_the_default_in_memshare_alone() -> None:
+def test_the_demo_is_the_default_with_a_small_cache() -> None:
     default, demo = (
         yaml.safe_load((CONFIGS / name).read_text()) for name in ("cluster.yaml", "demo.yaml")
     )
-    for document in (default, demo):
-        document["applications"][0]["args"].pop("memshare")
+    args = demo["applications"][0]["args"]
+    assert args.pop("page") == {"show_text": True}
+    assert args["memshare"].pop("evaluator")["source"] == "ray"
+    engine = args["engine"]
+    longest = engine["max_model_len"] / engine["block_size"]
+    assert longest < engine.pop("num_gpu_blocks_override") < 3 * longest
+    args["engine"]["max_model_len"] = 4096
+    default["applications"][0]["args"]["memshare"].pop("evaluator")
     assert demo == default
 
 

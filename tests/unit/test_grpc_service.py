@@ -288,6 +288,37 @@ async def test_calls_are_counted_by_how_they_end(tmp_path: Path) -> None:
     assert counts == [2, 1, 1]
 
 
+async def test_a_closed_gate_lets_streams_finish_and_refuses_newcomers() -> None:
+    gate = open_gate()
+    async with serving(gate) as server, server.client(retries=0) as client:
+        running = client.generate_stream("x", Sampling(ignore_eos=True), request_id="first")
+        pieces = aiter(running)
+        await anext(pieces)
+        assert await _health(server) == health_pb2.HealthCheckResponse.SERVING
+        gate.close(retry_after_s=7)
+        with pytest.raises(UnavailableError, match="try again in 7 s"):
+            await client.generate("x")
+        assert await _health(server) == health_pb2.HealthCheckResponse.NOT_SERVING
+        await anext(pieces)
+        assert gate.under_way == 1
+        running.cancel()
+        await asyncio.wait_for(server.engine.idle.wait(), 5)
+
+
+async def _health(server: Server) -> int:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        return int(reply.status)
+
+
+async def test_memshare_demo_says_what_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--address", "127.0.0.1:1"]  # nobody listens there
+    assert await asyncio.to_thread(main, words) == 1
+    printed = capsys.readouterr().err
+    assert "memshare demo: error: UNAVAILABLE" in printed
+    assert "make serve CONFIG=configs/demo.yaml" in printed
+
+
 async def test_memshare_chat_answers_one_question(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
