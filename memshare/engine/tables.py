@@ -71,7 +71,8 @@ class V2Table:
     """Model runner V2 (vllm/v1/worker/gpu/model_runner.py), the default on GPUs.
 
     Rows live on the device; writes are staged and applied by the runner before its forward pass.
-    Tested against vLLM's own table code on CPU stand-ins; not tested on a GPU.
+    Tested with vLLM's own tables and kernels, which Triton's interpreter runs on a CPU, and a
+    stand-in for the runner; not tested on a GPU.
     """
 
     def __init__(self, runner: V2ModelRunner) -> None:

@@ -61,50 +61,54 @@ def test_stage_two_reads_what_the_model_wrote(start_engine: StartEngine, tiny: s
             torch.testing.assert_close(tokens, given[at].float(), rtol=0, atol=0)
 
 
-def v2_runner(rows: int, width: int) -> Any:
-    """A stand-in with model runner V2's attributes; its table holds the writes it was given."""
-    table = torch.zeros(rows, width, dtype=torch.int32)
-    staged: list[tuple[int, int, list[int]]] = []
+@pytest.fixture
+def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own kernels for V2's tables, run by Triton's interpreter instead of on a GPU."""
+    pytest.importorskip("triton", reason="there is none for this machine")
+    import triton.language
+    from triton.runtime.interpreter import InterpretedFunction
+    from vllm.v1.worker.gpu import block_table, buffer_utils
 
-    def apply_write() -> None:
-        for row, start, blocks in staged:
-            table[row, start : start + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        staged.clear()
-
-    block_table = SimpleNamespace(
-        gpu=table,
-        stage_write=lambda row, start, blocks: staged.append((row, start, list(blocks))),
-        apply_write=apply_write,
-    )
-    return SimpleNamespace(
-        req_states=SimpleNamespace(req_id_to_index={"a": 0, "b": 2}),
-        block_tables=SimpleNamespace(
-            block_tables=[block_table], num_blocks=SimpleNamespace(np=np.full((1, rows), 4))
-        ),
-    )
+    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)  # memory of a device
+    for module, kernels in (
+        (buffer_utils, ["_apply_write_kernel", "_load_ptr"]),
+        (block_table, ["_gather_block_tables_kernel", "_load_ptr"]),
+    ):
+        monkeypatch.setattr(module, "tl", triton.language)  # vLLM has a placeholder on a CPU
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, InterpretedFunction(getattr(module, kernel)))
 
 
+@pytest.mark.usefixtures("kernels_on_a_cpu")
 def test_v2_table_stages_one_entry() -> None:
-    """Against a stand-in: V2's own table needs Triton, which has no CPU back end."""
+    """On vLLM's own tables and kernels; the runner that holds them is a stand-in."""
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
     from memshare.engine.tables import V2Table, table_of
 
-    runner = v2_runner(rows=3, width=6)
-    block_table = runner.block_tables.block_tables[0]
-    block_table.stage_write(2, 0, [10, 11, 12, 13])
-    block_table.apply_write()
-    table = table_of(runner)
+    tables = BlockTables([BLOCK], 3, 64, [6], torch.device("cpu"))
+    states = SimpleNamespace(req_id_to_index={"a": 0, "b": 2})
+    tables.append_block_ids(2, ([10, 11, 12, 13],), overwrite=True)
+    tables.append_block_ids(0, ([20, 21],), overwrite=True)
+    tables.apply_staged_writes()
+    table = table_of(SimpleNamespace(req_states=states, block_tables=tables))  # type: ignore[arg-type]
     assert isinstance(table, V2Table)
     assert table.repoint("b", 1, 13)
     assert table.block_ids("b", 4) == [10, 11, 12, 13], "nothing changes before the runner applies"
-    block_table.apply_write()
-    assert table.block_ids("b", 4) == [10, 13, 12, 13]
+    tables.append_block_ids(2, ([14],), overwrite=False)  # a step that remaps and grows
+    tables.apply_staged_writes()
+    assert table.block_ids("b", 5) == [10, 13, 12, 13, 14]
     assert table.block_ids("b", 2) == [10, 13]
+    assert table.block_ids("a", 4) == [20, 21], "its neighbours stay as they were"
+    # This is what the forward pass reads: of the running requests, in the batch's order.
+    (read,) = tables.gather_block_tables(torch.tensor([2, 0], dtype=torch.int32), 2)
+    assert read.tolist() == [[10, 13, 12, 13, 14, 0], [20, 21, 0, 0, 0, 0]]
     assert not table.repoint("unknown", 0, 1)
     assert table.block_ids("unknown", 1) is None
 
 
 def test_v2_attributes_exist_in_this_vllm() -> None:
-    """The stand-in above is only worth something if vLLM's V2 code has what it pretends."""
+    """The stand-in for the runner is only worth something if vLLM's has what it pretends."""
     import inspect
 
     from vllm.v1.worker.gpu import block_table, buffer_utils, model_runner
