@@ -59,7 +59,7 @@ def serving(cluster: ClusterArgs, name: str) -> Callable[[type], serve.Deploymen
         name=name,
         num_replicas=None if scaling else cluster.replicas,
         autoscaling_config=autoscaling_config(scaling, cluster.replicas) if scaling else None,
-        request_router_config=router_config(cluster.routing),
+        request_router_config=router_config(cluster.routing, replica.unavailable_retry_after_s),
         max_ongoing_requests=replica.max_ongoing_requests,
         max_queued_requests=-1 if limit is None else limit,
         backpressure_config=BackpressureConfig(

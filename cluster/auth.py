@@ -166,6 +166,11 @@ class Gate:
                 self._closed_s,
             )
 
+    @property
+    def under_way(self) -> int:
+        """Calls that have been admitted and have not ended."""
+        return len(self._calls)
+
     def identify(self, key: str | None, peer: str | None, *sites: str) -> Caller:
         """Say who is calling.
 

@@ -108,6 +108,10 @@ class ReplicaConfig(Section):
     ``RESOURCE_EXHAUSTED``. None has no limit."""
     retry_after_s: float = Field(default=2.0, gt=0.0)
     """Seconds after which a client that got HTTP 429 should try again: its ``Retry-After``."""
+    unavailable_retry_after_s: int = Field(default=20, ge=1)
+    """Seconds after which a client should try again that came while no replica was left: the
+    ``Retry-After`` of HTTP 503 and of gRPC ``UNAVAILABLE``. OpenAI's client tries twice: choose
+    half of what a start takes, and at most 60, which it takes for the most."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=MAX_REQUEST_BYTES)
     """Bytes of a request; larger ones get HTTP 413 or gRPC ``INVALID_ARGUMENT``."""
     health_check_period_s: float = Field(default=1.0, gt=0.0)

@@ -14,12 +14,13 @@ from fastapi import FastAPI
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
@@ -28,6 +29,7 @@ from cluster.auth import Call, Gate, RefusedError
 from cluster.feed import StepFeed
 from cluster.load import LoadMeter
 from cluster.load_logger import LoadLogger
+from cluster.outage import try_again
 from cluster.salt import brings_salt, salted
 from cluster.tracing import RequestSpans
 from memshare.request_options import RequestOptionsError, parse_request_options
@@ -59,6 +61,7 @@ class GatedAsyncLLM(AsyncLLM):
     gate: Gate
     public_name: str
     uses_memshare: bool
+    unavailable_s: int
     spans: RequestSpans | None = None  # only if `otlp_traces_endpoint` is set
 
     def generate(
@@ -72,6 +75,7 @@ class GatedAsyncLLM(AsyncLLM):
         Raises:
             VLLMValidationError: HTTP 400; names the option, its value and the fix.
             GracefulHTTPError: HTTP 401 or 403.
+            RetryableRequestError: HTTP 503, when iterated; the engine has died.
         """
         call = self._call()
         _require_plain_id(request_id)
@@ -89,7 +93,13 @@ class GatedAsyncLLM(AsyncLLM):
         if self.uses_memshare:
             sampling_params.extra_args = self._memshare_options(call, sampling_params.extra_args)
         call.sequences += sequences
-        return _run(self._outputs(prompt, sampling_params, request_id, options), call, sequences)
+        outputs = self._outputs(prompt, sampling_params, request_id, options)
+        return _run(outputs, call, sequences, self.unavailable_s)
+
+    @property
+    def dead_error(self) -> BaseException:
+        """What front ends raise for a request that comes when the engine has died."""
+        return RetryableRequestError(try_again(self.unavailable_s))
 
     def _outputs(
         self,
@@ -165,13 +175,16 @@ class GatedAsyncLLM(AsyncLLM):
 
 
 async def _run(
-    outputs: AsyncGenerator[RequestOutput, None], call: Call, sequences: int
+    outputs: AsyncGenerator[RequestOutput, None], call: Call, sequences: int, unavailable_s: int
 ) -> AsyncGenerator[RequestOutput, None]:
     """Pass outputs on. Beam search starts its sequences anew for every token: each ends here."""
     try:
         async with aclosing(outputs):  # whoever stops reading aborts
             async for output in outputs:
                 yield output
+    except EngineDeadError:
+        # vLLM's own text points to a stack trace that no client sees, and its status is 500.
+        raise RetryableRequestError(try_again(unavailable_s)) from None
     finally:
         call.sequences -= sequences
 
@@ -204,13 +217,19 @@ def _require_no_transfer(extra_args: Mapping[str, Any] | None) -> None:
 
 
 def start_engine(
-    options: Namespace, uses_memshare: bool, gate: Gate, meter: LoadMeter, feed: StepFeed
+    options: Namespace,
+    uses_memshare: bool,
+    unavailable_s: int,
+    gate: Gate,
+    meter: LoadMeter,
+    feed: StepFeed,
 ) -> GatedAsyncLLM:
     """Start the engine's processes and load the model. Blocks until it is loaded.
 
     Args:
         options: see :func:`cluster.engine_options.parse_engine_options`.
         uses_memshare: whether requests may have MemShare's options.
+        unavailable_s: seconds after which clients are told to come again when it has died.
         gate: knows the caller of each request.
         meter: is told the engine's load after every step.
         feed: gets what every engine step reports.
@@ -232,6 +251,7 @@ def start_engine(
     engine.gate = gate
     engine.public_name = options.served_model_name[0]
     engine.uses_memshare = uses_memshare
+    engine.unavailable_s = unavailable_s
     if options.otlp_traces_endpoint is not None:
         live = engine.output_processor.request_states
         engine.spans = RequestSpans(

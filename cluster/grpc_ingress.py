@@ -23,7 +23,9 @@ from memshare.proto import memshare_pb2
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
 HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
-_RETRY_AFTER_S = 2  # the default of `replica.retry_after_s`, which a proxy does not know
+# Of who does not say it: the default of `replica.retry_after_s`, which a proxy does not know; and
+# of a replica that has ended, which the next try does not meet again.
+_RETRY_AFTER_S = {grpc.StatusCode.RESOURCE_EXHAUSTED: 2, grpc.StatusCode.UNAVAILABLE: 1}
 _AGAIN = re.compile(r"try again in (\d+) s")
 _DEAD = "The actor "  # how the errors of ray.exceptions begin
 
@@ -146,14 +148,19 @@ def _amend(context: Any) -> None:
 
     Of a failed call only code and details come from a replica, no metadata.
 
-    - Who is refused is told when to come again, as over HTTP: what the refusal's text says (see
-      :class:`cluster.limits.LimitReachedError`), or the usual time for a full queue.
     - A replica that was killed would be INTERNAL, as if another try were no use.
+    - Who may try again is told when, as over HTTP: what the text says (see
+      :class:`cluster.limits.LimitReachedError`, :func:`cluster.outage.try_again`), or the usual
+      time.
     """
     code, details = context.code(), _text(context.details())
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if code == grpc.StatusCode.INTERNAL and details.startswith(_DEAD):
+        code = grpc.StatusCode.UNAVAILABLE
+        context.set_code(code)
+        context.set_details("the replica has ended and is being replaced; try again")
+    if code in _RETRY_AFTER_S:
         said = _AGAIN.search(details)
-        seconds = int(said[1]) if said else _RETRY_AFTER_S
+        seconds = int(said[1]) if said else _RETRY_AFTER_S[code]
         context.set_trailing_metadata(
             [
                 *(context.trailing_metadata() or ()),
@@ -162,9 +169,6 @@ def _amend(context: Any) -> None:
                 ("retry-after", str(seconds)),
             ]
         )
-    elif code == grpc.StatusCode.INTERNAL and details.startswith(_DEAD):
-        context.set_code(grpc.StatusCode.UNAVAILABLE)
-        context.set_details("the replica has ended and is being replaced; try again")
 
 
 def _text(details: bytes | str) -> str:

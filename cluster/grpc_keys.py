@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from urllib.parse import unquote
 
 import grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cluster.auth import Call, Caller, Gate, key_of
+from cluster.auth import Caller, Gate, key_of
 
 CODES = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
@@ -27,18 +25,6 @@ def identify(gate: Gate, context: RayServegRPCContext) -> Caller:
     """
     metadata = dict(context.invocation_metadata())
     return gate.identify(key_of(metadata.get), host_of(context.peer()))
-
-
-@asynccontextmanager
-async def admit(gate: Gate, context: RayServegRPCContext) -> AsyncIterator[Call]:
-    """A call within its caller's limits, in the context of what runs inside.
-
-    Raises:
-        RefusedError: unauthenticated, limited or unavailable. The text says when to come again, and
-            the proxy makes metadata of it.
-    """
-    async with gate.admit(identify(gate, context)) as call:
-        yield call
 
 
 def host_of(peer: str | None) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from ray import serve
@@ -21,6 +22,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster import grpc_keys
 from cluster import grpc_messages as messages
+from cluster.access_log import Line, access_line
 from cluster.auth import Caller, Gate
 from cluster.config import ClusterArgs
 from cluster.grpc_ingress import HEALTH, SERVICE, Malformed, too_large
@@ -71,7 +73,7 @@ class GrpcService:
         self, request: pb.GenerateRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.GenerateResponse:
         """Continue a prompt."""
-        async with self._started(request, grpc_context, stream=False) as started:
+        async with self._started("Generate", request, grpc_context, stream=False) as started:
             piece = await _last(started.pieces)
             return messages.generate_response(started.request_id, started.model, piece)
 
@@ -79,7 +81,7 @@ class GrpcService:
         self, request: pb.GenerateRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateChunk]:
         """Continue a prompt, piece by piece."""
-        async with self._started(request, grpc_context, stream=True) as started:
+        async with self._started("GenerateStream", request, grpc_context, stream=True) as started:
             async for piece in started.pieces:
                 yield messages.generate_chunk(started.request_id, piece)
 
@@ -87,7 +89,7 @@ class GrpcService:
         self, request: pb.ChatRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.ChatResponse:
         """Answer a conversation."""
-        async with self._started(request, grpc_context, stream=False) as started:
+        async with self._started("Chat", request, grpc_context, stream=False) as started:
             piece, role = await _last(started.pieces), self._generation.role
             return messages.chat_response(started.request_id, started.model, role, piece)
 
@@ -95,7 +97,7 @@ class GrpcService:
         self, request: pb.ChatRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.ChatChunk]:
         """Answer a conversation, piece by piece."""
-        async with self._started(request, grpc_context, stream=True) as started:
+        async with self._started("ChatStream", request, grpc_context, stream=True) as started:
             role = self._generation.role
             async for piece in started.pieces:
                 yield messages.chat_chunk(started.request_id, role, piece)
@@ -105,7 +107,7 @@ class GrpcService:
         self, request: pb.AbortRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.AbortResponse:
         """End a request of the same caller, on whichever replica it runs."""
-        with self._identified(grpc_context) as caller:
+        with self._identified("Abort", grpc_context) as caller:
             asked = _parsed(request)
             if not asked.request_id:
                 raise invalid("request_id", "is empty; give the id of a running request")
@@ -133,7 +135,7 @@ class GrpcService:
         self, request: pb.GetModelInfoRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.GetModelInfoResponse:
         """Describe the model and how it is served."""
-        with self._identified(grpc_context):
+        with self._identified("GetModelInfo", grpc_context):
             asked = _parsed(request)
             self._generation.require_model(asked.model)
             return model_info(
@@ -144,7 +146,7 @@ class GrpcService:
         self, request: pb.GetStatsRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> pb.GetStatsResponse:
         """Say what this replica is doing and has done."""
-        with self._identified(grpc_context) as caller:
+        with self._identified("GetStats", grpc_context) as caller:
             _parsed(request)
             self._gate.require_operator(caller, "GetStats")
             return stats(serve.get_replica_context().replica_id.unique_id)
@@ -157,7 +159,7 @@ class GrpcService:
         grpc_context: RayServegRPCContext,
     ) -> health_pb2.HealthCheckResponse:
         """Say whether a service is served."""
-        with statuses(grpc_context):
+        with _answering(HEALTH, "Check", grpc_context):
             service = _parsed(request).service
             if service not in _HEALTH_OF:
                 raise StatusError(
@@ -169,7 +171,7 @@ class GrpcService:
         self, request: health_pb2.HealthListRequest | Malformed, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthListResponse:
         """Say the same of all services."""
-        with statuses(grpc_context):
+        with _answering(HEALTH, "List", grpc_context):
             _parsed(request)
             status = health_pb2.HealthCheckResponse(status=self._health())
             return health_pb2.HealthListResponse(statuses=dict.fromkeys(_HEALTH_OF, status))
@@ -180,7 +182,7 @@ class GrpcService:
         grpc_context: RayServegRPCContext,
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Refused: a watcher would take a place among the requests for as long as it watches."""
-        with statuses(grpc_context):
+        with _answering(HEALTH, "Watch", grpc_context):
             _refuse_to_watch()
         yield health_pb2.HealthCheckResponse()  # never: makes this a stream
 
@@ -191,23 +193,27 @@ class GrpcService:
     # ---- around every call ----
 
     @contextmanager
-    def _identified(self, context: RayServegRPCContext) -> Iterator[Caller]:
+    def _identified(self, method: str, context: RayServegRPCContext) -> Iterator[Caller]:
         """Around a method that every key may call, outside the limits."""
-        with statuses(context):
-            yield grpc_keys.identify(self._gate, context)
+        with _answering(SERVICE, method, context) as line:
+            caller = grpc_keys.identify(self._gate, context)
+            line.tenant = caller.tenant
+            yield caller
 
     @asynccontextmanager
-    async def _admitted(self, context: RayServegRPCContext) -> AsyncIterator[str]:
+    async def _admitted(self, method: str, context: RayServegRPCContext) -> AsyncIterator[Line]:
         """Around a method that uses the engine. What it does there is done for the caller.
 
         Yields:
-            The tenant, who owns the requests that the call starts.
+            What is logged of the call; its tenant owns the requests that the call starts.
         """
-        with statuses(context):
+        with _answering(SERVICE, method, context) as line:
             failure: Exception | None = None
-            async with grpc_keys.admit(self._gate, context) as call:
+            caller = grpc_keys.identify(self._gate, context)
+            line.tenant = caller.tenant
+            async with self._gate.admit(caller) as call:
                 try:
-                    yield call.caller.tenant
+                    yield line
                 except Exception as error:
                     # Kept from the gate, which would count a refused request as our failure.
                     failure = error
@@ -218,18 +224,21 @@ class GrpcService:
     @asynccontextmanager
     async def _started(
         self,
+        method: str,
         request: pb.GenerateRequest | pb.ChatRequest | Malformed,
         context: RayServegRPCContext,
         stream: bool,
     ) -> AsyncIterator[_Started]:
         """Around a method that generates: the request, checked and on its way."""
-        async with self._admitted(context) as owner:
+        async with self._admitted(method, context) as line:
             if isinstance(request, Malformed):
                 raise _malformed(request)
             if (size := request.ByteSize()) > self._args.replica.max_body_bytes:
                 raise invalid("request", too_large(size, self._args.replica.max_body_bytes))
             asked, metadata = request, dict(context.invocation_metadata())
-            with self._registered(owner, messages.request_id(asked)) as (request_id, engine_id):
+            own_id = messages.request_id(asked)
+            with self._registered(line.tenant, own_id) as (request_id, engine_id):
+                line.engine_id = engine_id
                 if isinstance(asked, pb.ChatRequest):
                     body = messages.chat_body(asked, stream)
                     pieces = self._generation.chat(body, engine_id, metadata)
@@ -259,6 +268,21 @@ class GrpcService:
             yield key.request_id, engine_id
         finally:
             del self._running[key]
+
+
+@contextmanager
+def _answering(
+    service: ServiceDescriptor, method: str, context: RayServegRPCContext
+) -> Iterator[Line]:
+    """Around every call: it is logged, and ends with a status whatever is raised inside."""
+    with access_line("gRPC", f"/{service.full_name}/{method}") as line:
+        try:
+            with statuses(context):
+                yield line
+        except StatusError as failure:
+            line.status = failure.code.name
+            raise
+        line.status = grpc.StatusCode.OK.name
 
 
 def _parsed(request: M | Malformed) -> M:

@@ -86,14 +86,10 @@ def status_of(error: BaseException) -> StatusError:
     # Only here: the proxies and the controller import this module, too.
     from vllm.entrypoints.serve import create_error_response
     from vllm.exceptions import GracefulHTTPError
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+    from vllm.v1.engine.exceptions import EngineGenerateError
 
     if isinstance(error, EngineGenerateError) and error.__cause__ is not None:
         return status_of(error.__cause__)
-    if isinstance(error, EngineDeadError):
-        return StatusError(
-            grpc.StatusCode.UNAVAILABLE, "the engine has died and is being replaced; try again"
-        )
     described = create_error_response(error if isinstance(error, Exception) else str(error)).error
     status = HTTPStatus(described.code)
     if isinstance(error, GracefulHTTPError) and status == HTTPStatus.SERVICE_UNAVAILABLE:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.access_log import Line, access_line
 from cluster.auth import Gate, Outcome, RefusedError, key_of
 from cluster.dashboard.routes import OPEN_PATHS as PAGE_FILES
 
@@ -51,7 +55,7 @@ _ANSWERS = {
 
 
 class KeyGate:
-    """ASGI middleware: who has no key, or is at a limit, does not reach the app.
+    """ASGI middleware: who has no key, or is at a limit, does not reach the app. All are logged.
 
     Of a WebSocket, which no route of ours uses, the handshake is checked in the same way.
     """
@@ -68,6 +72,14 @@ class KeyGate:
             return
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         method = scope.get("method", "GET")
+        with access_line(method, path) as line:
+            exchange = _Exchange(receive, send, line)
+            await self._serve(path, method, scope, exchange, line)
+
+    async def _serve(
+        self, path: str, method: str, scope: Scope, exchange: _Exchange, line: Line
+    ) -> None:
+        receive, send = exchange.receive, exchange.send
         # A browser asks by OPTIONS, without a key, what it may send.
         is_open = path in OPEN_PATHS or method == "OPTIONS"
         client = scope.get("client")
@@ -81,14 +93,14 @@ class KeyGate:
             caller = self._gate.identify(
                 key_of(headers.get), client[0] if client else None, *_sites(headers)
             )
+            line.tenant = caller.tenant
             if path not in FREE_PATHS and path not in INFERENCE_PATHS:
                 self._gate.require_operator(caller, f"{path}, which is no inference route,")
             if method in ("GET", "HEAD"):  # starts nothing: limits are not for it
                 await self._app(scope, receive, send)
                 return
             async with self._gate.admit(caller) as call:
-                exchange = _Exchange(receive, send)
-                await self._app(scope, exchange.receive, exchange.send)
+                await self._app(scope, receive, send)
                 call.end(exchange.outcome)
         except RefusedError as refusal:
             await _refuse(refusal, scope, receive, send)
@@ -110,9 +122,10 @@ def _host(url: str) -> str | None:
 class _Exchange:
     """One request and its answer, watched for how it ends."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, line: Line) -> None:
         self._receive = receive
         self._send = send
+        self._line = line
         self._status = 0
         self._left = False
         self._done = False
@@ -128,11 +141,13 @@ class _Exchange:
         message = await self._receive()
         # After the answer every client leaves.
         self._left |= message["type"] == "http.disconnect" and not self._done
+        self._line.aborted = self._left
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            self._line.status = str(self._status)
         elif message["type"] == "http.response.body":
             self._done = not message.get("more_body", False)
         await self._send(message)
@@ -158,6 +173,26 @@ def error_response(refusal: RefusedError) -> Response:
     return JSONResponse({"error": error}, status, headers)
 
 
+class RetryAfter:
+    """ASGI middleware: what is unavailable says when to come again, whichever route it is."""
+
+    def __init__(self, app: ASGIApp, seconds: Callable[[], float]) -> None:
+        """Wrap ``app``; ``seconds`` are for answers with status 503 that name none."""
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+
+        async def send_amended(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 503:
+                seconds = str(math.ceil(self._seconds()))
+                MutableHeaders(scope=message).setdefault("Retry-After", seconds)
+            await send(message)
+
+        await self._app(scope, receive, send_amended)
+
+
 class DisconnectOnCancel:
     """ASGI middleware that tells the app of a client that left, the way the app expects it.
 
@@ -166,10 +201,19 @@ class DisconnectOnCancel:
     token for nobody. The app gets the message and a little time to abort; then it is cancelled.
     """
 
-    def __init__(self, app: ASGIApp, grace_s: float = 1.0) -> None:
-        """Wrap ``app``; it has ``grace_s`` seconds to end by itself after the message."""
+    def __init__(
+        self, app: ASGIApp, grace_s: float = 1.0, routes: Sequence[BaseRoute] = ()
+    ) -> None:
+        """Wrap an app.
+
+        Args:
+            app: has ``grace_s`` seconds to end by itself after the message.
+            grace_s: seconds.
+            routes: of the app inside, by which Ray Serve's proxies log and count requests.
+        """
         self._app = app
         self._grace_s = grace_s
+        self.routes = list(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection. Other protocols than HTTP pass through untouched."""

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import platform
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,13 @@ from cluster.exposure import require_keys_or_localhost
 from cluster.grpc_service import GrpcService
 from cluster.guard import Guard
 from cluster.head_start import HeadStart, collector_at_rest
-from cluster.http import DisconnectOnCancel, KeyGate
+from cluster.http import DisconnectOnCancel, KeyGate, RetryAfter
 from cluster.keys import WatchedKeys
 from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
-from cluster.serve_logs import logs_kept
+from cluster.serve_logs import log_no_calls, logs_kept
 from cluster.workers import Workers
 from memshare.config import MemShareConfig
 from memshare.logs import set_up_logging
@@ -48,7 +49,8 @@ logger = logging.getLogger(__name__)
 
 _POOL_WAIT_S = 30.0  # at most so long does an engine's start wait for the evaluators
 _WATCH_S = 0.2  # how long an engine's death may go unnoticed
-_LAST_WORDS_S = 0.5  # for failed requests to get their answers before the replica exits
+_LAST_WORDS_S = 2.0  # at most so long does a replica wait for failed requests to be answered
+_FLUSH_S = 0.5  # for the last of their answers to reach a proxy
 
 
 class EngineReplica(GrpcService):
@@ -82,6 +84,7 @@ class EngineReplica(GrpcService):
         self._tending: asyncio.Task[None] | None = None
         self._page: Agent | None = None
         guard = Guard()
+        log_no_calls()
         set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
         head_start = HeadStart()
@@ -104,12 +107,16 @@ class EngineReplica(GrpcService):
             from cluster.feed import StepFeed
             from cluster.generation import Generation
 
+        # Another replica takes the next try at once.
+        unavailable_s = args.replica.unavailable_retry_after_s if args.most_replicas == 1 else 1
         count_fault = partial(counts.add, "monitoring_faults")
         feed = StepFeed(count_fault)
         with logs_kept():
             options = parse_engine_options(args, model, _on_this_machine(args.memshare))
             with head_start.taken():
-                engine = start_engine(options, args.uses_memshare, gate, self._meter, feed)
+                engine = start_engine(
+                    options, args.uses_memshare, unavailable_s, gate, self._meter, feed
+                )
             self._engine = engine
             app = await openai_app(engine, options)
         if board is not None:
@@ -120,11 +127,14 @@ class EngineReplica(GrpcService):
             shown = without_secrets(args).model_dump(mode="json")
             app.mount(PREFIX, page_app(board, shown, count_fault))
         strict = StrictBody(app, args.replica.max_body_bytes)
-        self._asgi = DisconnectOnCancel(KeyGate(strict, gate))
+        hinted = RetryAfter(
+            strict, lambda: unavailable_s if engine.errored else args.replica.retry_after_s
+        )
+        self._asgi = DisconnectOnCancel(KeyGate(hinted, gate), routes=app.routes)
         self._start_grpc(args, gate, Generation(engine, app.state))
         workers = Workers()
         guard.remove_at_the_end(workers.shared_memory())
-        self._watch = asyncio.create_task(_exit_with(engine, workers))
+        self._watch = asyncio.create_task(_exit_with(engine, workers, gate))
         self._tending = asyncio.create_task(gate.tend())
         freeze_gc_heap()  # as vLLM's own server: what is here now stays, and is not searched again
 
@@ -183,14 +193,17 @@ def _gate(
     return Gate(keys, Limiter(desk, replica_id), counts)
 
 
-async def _exit_with(engine: AsyncLLM, workers: Workers) -> None:
+async def _exit_with(engine: AsyncLLM, workers: Workers, gate: Gate) -> None:
     """End this process when the engine has died, so that Ray Serve replaces the replica at once."""
     while not engine.errored:
         await asyncio.sleep(_WATCH_S)
         if workers.one_is_lost():
             workers.kill_engines()  # and the engine is errored in a moment
     logger.error("the engine has died: the replica exits, to be replaced")
-    await asyncio.sleep(_LAST_WORDS_S)
+    end = time.monotonic() + _LAST_WORDS_S
+    while gate.under_way and time.monotonic() < end:
+        await asyncio.sleep(_FLUSH_S / 10)
+    await asyncio.sleep(_FLUSH_S)
     logging.shutdown()
     # Not sys.exit: this is not the actor's own thread, and Ray Serve would wait for requests.
     os._exit(1)

@@ -11,10 +11,11 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from cluster.config import RoutingConfig
 from cluster.load import from_stats
+from cluster.outage import RefusesWithoutReplicas
 from cluster.routing import Routing
 
 
-class KVRouter(ConsistentHashRouter):
+class KVRouter(RefusesWithoutReplicas, ConsistentHashRouter):
     """Homes for sessions, and the better of two replicas for everybody else.
 
     Ray Serve's own router by session lends the loop that gives each request the replica which was
@@ -22,8 +23,10 @@ class KVRouter(ConsistentHashRouter):
     A replica that refuses because it is full makes way for the next rank.
     """
 
-    def initialize_state(self, **kwargs: object) -> None:
-        """Take the fields of :class:`~cluster.config.RoutingConfig`."""
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Take the fields of :class:`~cluster.config.RoutingConfig`, and ``unavailable_s``: when
+        clients are told to come again while there is no replica."""
+        self.unavailable_s = kwargs.pop("unavailable_s")
         self._routing = Routing(RoutingConfig.model_validate(kwargs), Random())
         self._ids: dict[str, ReplicaID] = {}
 
@@ -60,13 +63,19 @@ class KVRouter(ConsistentHashRouter):
         return self._replica_queue_len_cache.get(self._ids[name])
 
 
-def router_config(routing: RoutingConfig) -> RequestRouterConfig:
-    """The router of a deployment: Ray Serve's own where ours would do the same."""
+def router_config(routing: RoutingConfig, unavailable_s: int) -> RequestRouterConfig:
+    """The router of a deployment: Ray Serve's own where ours would choose the same replicas. Ray
+    Serve's lets requests wait while there is no replica.
+
+    Args:
+        routing: how replicas are chosen.
+        unavailable_s: see ``replica.unavailable_retry_after_s``.
+    """
     if not routing.sessions and routing.load == "requests":
         return RequestRouterConfig()
     options: dict[str, Any] = {
         "request_router_class": KVRouter,
-        "request_router_kwargs": routing.model_dump(),
+        "request_router_kwargs": {**routing.model_dump(), "unavailable_s": unavailable_s},
         "request_routing_stats_period_s": routing.report_period_s,
     }
     return RequestRouterConfig(**options)

@@ -12,7 +12,8 @@ _SERVE = logging.getLogger("ray.serve")
 
 def log_no_calls() -> None:
     """Leave Ray Serve's line for each call out of this process's log: for deployments that only
-    replicas call, once a second each.
+    replicas call, once a second each, and for replicas, which have a better one
+    (:mod:`cluster.access_log`).
 
     ``logging_config`` of a deployment could do the same, but would take the place of the whole of
     the application's own, its encoding included.
@@ -21,7 +22,7 @@ def log_no_calls() -> None:
 
 
 def _is_no_call(record: logging.LogRecord) -> bool:
-    return not getattr(record, "serve_access_log", False)
+    return not getattr(record, "serve_access_log", False) or hasattr(record, "tenant")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import psutil
 _TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
 # Python's shared memory and semaphores, and the buffers of vLLM's cpu_communicator.py. Nothing else
 # that is mapped there: some people keep the model's weights in /dev/shm.
+_SHARED = Path("/dev/shm")
 _OURS = ("psm_", "sem.mp-", "vllm_dist_")
 
 
@@ -39,8 +40,9 @@ class Workers:
         return not all(_lives(worker) for worker in self._workers)
 
     def shared_memory(self) -> set[Path]:
-        """The files in ``/dev/shm`` that only they and their engines use."""
-        used = set().union(*map(shared_memory, [*self._workers, *self._engines]))
+        """The files in ``/dev/shm`` that only they, their engines and this process use."""
+        users = [*self._workers, *self._engines, psutil.Process()]
+        used = set().union(*map(shared_memory, users))
         return {path for path in used if path.name.startswith(_OURS)}
 
     def kill_engines(self) -> None:
@@ -51,13 +53,24 @@ class Workers:
 
 
 def shared_memory(process: psutil.Process) -> set[Path]:
-    """The files in ``/dev/shm`` that a process has mapped; none of one that has ended."""
+    """The files in ``/dev/shm`` that a process has mapped; none of one that has ended.
+
+    By their inodes: whoever makes a semaphore has it mapped by another name than its file's, since
+    the C library makes it under a name of its own first.
+    """
     try:
         maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
     except OSError:
         return set()
-    names = (line[line.index("/dev/shm/") :] for line in maps if "/dev/shm/" in line)
-    return {Path(name) for name in names if not name.endswith(" (deleted)")}
+    inodes = {line.split(maxsplit=5)[4] for line in maps if "/dev/shm/" in line}
+    return {path for path in _SHARED.iterdir() if _inode(path) in inodes} if inodes else set()
+
+
+def _inode(path: Path) -> str:
+    try:
+        return str(path.stat().st_ino)
+    except FileNotFoundError:
+        return ""
 
 
 def _titled(process: psutil.Process, title: str) -> bool:

@@ -6,6 +6,7 @@ The tests are in the order of the server's life: the last ones kill its engine a
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +36,21 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageParam
 from ray import serve
 
+from cluster.config import ReplicaConfig
 from cluster.evaluators import actor_name
 from cluster.grpc_ingress import SERVICE
 from cluster.load import Load, from_stats
 from memshare.cli import main
 from memshare.client import (
     CallError,
+    Client,
     FinishReason,
     InvalidRequestError,
     MemShareOptions,
     NotFoundError,
     Sampling,
     TimedOutError,
+    UnavailableError,
 )
 from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
 from memshare.proto import memshare_pb2 as pb
@@ -458,6 +464,8 @@ def test_wrong_grpc_requests_are_told_what_is_wrong(server: Server) -> None:
             list(client.chat_stream([("user", "Hello")], model="gpt"))
 
 
+AGAIN_S = ReplicaConfig().unavailable_retry_after_s
+
 FAIR = (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 
@@ -643,50 +651,95 @@ def test_a_killed_replica_is_replaced_and_sharing_resumes(
 
 
 def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None:
+    """Meanwhile everybody is told at once to come again, and when."""
     (engine,) = processes("VLLM::EngineCore")
     replica = engine.parent()
     old = Old.of("engine", "worker")
+    whole: list[httpx.Response] = []
+    errors: list[CallError] = []
 
     def ask() -> None:
         body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 3900, "ignore_eos": True}
-        failed.append(
-            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300).status_code
-        )
+        whole.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300))
 
     def read() -> None:
-        with server.grpc_client() as client:
-            try:
-                list(client.generate_stream(PROMPT, ENDLESS))
-            except CallError as error:
-                failed.append(error.code)
+        with server.grpc_client() as client, pytest.raises(CallError) as caught:
+            list(client.generate_stream(PROMPT, ENDLESS))
+        errors.append(caught.value)
 
-    failed: list[int | grpc.StatusCode] = []
     asking = [threading.Thread(target=work) for work in (ask, read)]
     for thread in asking:
         thread.start()
-    time.sleep(2)
+    stream = Stream(server)
     workers = engine.children(recursive=True)
     began = time.monotonic()
     engine.kill()
     for thread in asking:
         thread.join()
-    # Requests of a dead engine fail at once.
-    assert set(failed) == {500, grpc.StatusCode.UNAVAILABLE}
+    # Requests of a dead engine fail at once, and may be tried again.
+    assert [answer.status_code for answer in whole] == [503]
+    assert whole[0].headers["retry-after"] == str(AGAIN_S)
+    assert [type(error) for error in errors] == [UnavailableError]
+    assert errors[0].retry_after_s == AGAIN_S
+    assert stream.is_told_of_its_end()
+    (said,) = [json.loads(event[6:])["error"] for event in stream.events if '"error"' in event]
+    assert said["code"] == 503
+    for error in (whole[0].json()["error"], said):
+        assert error["message"].endswith(f"is being replaced; try again in {AGAIN_S} s")
     assert replica is not None
     replica.wait(timeout=30)
     noticed_s = time.monotonic() - began
-    while not server.completes():
-        assert time.monotonic() - began < START_S
-        time.sleep(0.2)
+    refused_s = refusals_until_it_serves(server, began)
     recovered_s = time.monotonic() - began
     print(f"\nnoticed in {noticed_s:.1f} s, served again after {recovered_s:.1f} s")
+    print(f"{len(refused_s)} refusals meanwhile, the slowest in {max(refused_s):.1f} s")
     record_property("noticed_s", noticed_s)
     record_property("recovered_s", recovered_s)
     assert noticed_s < 10
+    assert max(refused_s) < 5, "nobody waits for a new engine"
     assert not any(worker.is_running() for worker in workers)
     old.assert_gone()
     (again,) = processes("VLLM::EngineCore")
     assert again.pid != engine.pid
+
+
+def refusals_until_it_serves(server: Server, began: float) -> list[float]:
+    """How long each refusal took, in seconds, of ``/health``, a request and a gRPC call."""
+    body = {"model": "smollm2", "prompt": "Hello", "max_tokens": 1}
+
+    def by_http(method: str, path: str, **request: Any) -> bool:
+        answer = httpx.request(method, f"{server.url}{path}", timeout=60, **request)
+        if answer.status_code == 200:
+            return True
+        assert answer.status_code == 503
+        told.add(float(answer.headers["retry-after"]))
+        return False
+
+    def by_grpc(client: Client) -> bool:
+        try:
+            client.model_info()
+        except UnavailableError as error:
+            told.add(error.retry_after_s)
+            return False
+        return True
+
+    took: list[float] = []
+    told: set[float | None] = set()
+    with server.grpc_client(retries=0) as client:
+        asks: list[Callable[[], bool]] = [
+            partial(by_http, "GET", "/health"),
+            partial(by_http, "POST", "/v1/completions", json=body),
+            partial(by_grpc, client),
+        ]
+        for ask in cycle(asks):
+            at = time.monotonic()
+            assert at - began < START_S
+            if ask():
+                break
+            took.append(time.monotonic() - at)
+            time.sleep(0.2)
+    assert told == {AGAIN_S}
+    return took
 
 
 def guards() -> list[psutil.Process]:
@@ -706,7 +759,8 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     stop(server)
     assert server.process.returncode == 0
     log = server.log.read_text()
-    assert "memshare_Engine" in log, "requests are logged"
+    assert re.search(r"-- POST /v1/chat/completions 200 tenant=local \d+", log), "what was asked"
+    assert re.search(r"-- gRPC /memshare.v1.MemShare/Chat OK tenant=local request=grpc-", log)
     assert "CALL report" not in log, "what replicas tell the page every second is not"
     gone, alive = psutil.wait_procs(ours, timeout=90)
     assert alive == []

@@ -77,6 +77,7 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("auth", "file", "keys.yaml", "is not absolute"),
     ("auth", "variable", "MY KEYS", "match pattern"),
     ("replica", "retry_after_s", 0, "greater than 0"),
+    ("replica", "unavailable_retry_after_s", 0, "greater than or equal to 1"),
     ("replica", "max_surge_percent", 101, "less than or equal to 100"),
     ("routing", "sessions", "perhaps", "valid boolean"),
     ("routing", "load", "cpu", "'requests'"),

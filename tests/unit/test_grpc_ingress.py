@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError
 
 from cluster.grpc_ingress import SERVICE, add_memshare
 from cluster.limits import LimitReachedError
+from cluster.outage import try_again
 from memshare.client import AsyncClient, CallError, OverloadedError, UnavailableError
 from memshare.proto import memshare_pb2 as pb
 
@@ -94,12 +95,21 @@ async def test_a_limit_says_it_in_its_text(ask: Ask) -> None:
     assert error.retry_after_s == 41.0
 
 
+async def test_who_finds_no_replica_is_told_when_there_may_be_one(ask: Ask) -> None:
+    error = await caught(ask, status(grpc.StatusCode.UNAVAILABLE, try_again(17)))
+    assert isinstance(error, UnavailableError)
+    assert error.retry_after_s == 17.0
+
+
 async def test_a_dead_replica_is_unavailable_and_a_fault_of_ours_internal(ask: Ask) -> None:
     internal = grpc.StatusCode.INTERNAL
     dead = await caught(ask, status(internal, str(ActorDiedError())))
     assert isinstance(dead, UnavailableError)
     assert dead.details == "the replica has ended and is being replaced; try again"
-    assert dead.retry_after_s is None
+    assert dead.retry_after_s == 1.0, "another replica takes it, or the router says when"
+    assert isinstance(dead.__cause__, grpc.RpcError)
+    trailing = dict(dead.__cause__.trailing_metadata())  # type: ignore[attr-defined]
+    assert trailing["grpc-retry-pushback-ms"] == "1000"
     ours = await caught(ask, status(internal, "division by zero"))
     assert ours.code == internal
     assert ours.details == "division by zero"

@@ -13,7 +13,7 @@ import pytest
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.auth import Gate, RefusedError
-from cluster.grpc_keys import CODES, admit, host_of
+from cluster.grpc_keys import CODES, host_of, identify
 from tests.unit.test_auth import gate_for, open_gate
 
 METHOD = "/test.Test/Call"
@@ -27,7 +27,7 @@ async def served(gate: Gate, host: str = "127.0.0.1") -> AsyncIterator[tuple[str
     async def method(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         serve_context = RayServegRPCContext(context)  # as Ray Serve's proxy makes it
         try:
-            async with admit(gate, serve_context) as call:
+            async with gate.admit(identify(gate, serve_context)) as call:
                 if request == b"wait":
                     await go_on.wait()
                 return f"{call.caller.tenant} {gate.call() is call}".encode()

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from cluster.http import DisconnectOnCancel
+from cluster.http import DisconnectOnCancel, RetryAfter
 
 HTTP: Scope = {"type": "http"}
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -137,3 +137,20 @@ async def test_other_protocols_are_left_alone(kind: str) -> None:
     scope = {"type": kind}
     await DisconnectOnCancel(app)(scope, client.receive, client.send)
     assert seen == [(scope, client.receive, client.send)]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "heard"),
+    [(503, None, b"3"), (503, b"9", b"9"), (500, None, None), (200, None, None)],
+)
+async def test_what_is_unavailable_says_when_to_come_again(
+    status: int, said: bytes | None, heard: bytes | None
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [] if said is None else [(b"retry-after", said)]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+
+    client = Client()
+    await RetryAfter(app, lambda: 2.5)(HTTP, client.receive, client.send)
+    (start,) = client.sent
+    assert dict(start["headers"]).get(b"retry-after") == heard

@@ -49,7 +49,7 @@ def request(session: str = "") -> PendingRequest:
 
 def router(routing: RoutingConfig) -> Any:
     """As Ray Serve makes it in a proxy: from bytes."""
-    config = router_config(routing)
+    config = router_config(routing, unavailable_s=17)
     made = pickle.loads(config.get_serialized_request_router_cls() or b"")(
         deployment_id=DEPLOYMENT,
         handle_source=DeploymentHandleSource.UNKNOWN,
@@ -89,8 +89,9 @@ async def test_a_router_follows_sessions_reports_and_deaths() -> None:
 
 
 def test_rays_own_router_where_ours_would_do_the_same() -> None:
-    assert router_config(RoutingConfig(sessions=False, load="requests")).is_default_request_router()
-    assert not router_config(RoutingConfig(sessions=False)).is_default_request_router()
+    plain = RoutingConfig(sessions=False, load="requests")
+    assert router_config(plain, 17).is_default_request_router()
+    assert not router_config(RoutingConfig(sessions=False), 17).is_default_request_router()
 
 
 def context(config: AutoscalingConfig, now: Load, replicas: int) -> AutoscalingContext:

@@ -56,11 +56,14 @@ def test_a_lost_worker_is_noticed_and_ends_its_engine(engine: psutil.Process) ->
 
 NAMES = ("vllm_dist_1-tp:0-[0-1]-cpushm_0", "psm_1", "plasma1", "model.safetensors")
 
-# Maps files of shared memory, as a worker does.
+# Maps files of shared memory, and makes a semaphore, as a worker does.
 MAPS = """
 import mmap, os, sys
+from multiprocessing import get_context, spawn
+spawn.set_executable(sys.argv[1])  # it does not know it, with such a title
 held = [mmap.mmap(os.open(name, os.O_RDWR), 4096) for name in sys.argv[2:]]
-print("ready", flush=True)
+lock = get_context("spawn").Lock()
+print("ready", lock._semlock.name, flush=True)
 sys.stdin.read()
 """
 
@@ -70,16 +73,20 @@ def test_shared_memory_of_workers_is_found_but_not_that_of_others(tmp_path: Path
     for name in names:
         name.write_bytes(bytes(4096))
     worker = subprocess.Popen(
-        ["WORKER of a test", "-c", MAPS, "", *names],
+        ["WORKER of a test", "-c", MAPS, sys.executable, *names],
         executable=sys.executable,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     try:
         assert worker.stdout is not None
-        assert worker.stdout.readline() == b"ready\n"
-        assert set(names) <= shared_memory(psutil.Process(worker.pid))
-        assert {p for p in Workers("WORKER").shared_memory() if p in names} == set(names[:2])
+        ready, lock = worker.stdout.readline().decode().split()
+        semaphore = Path("/dev/shm") / f"sem.{lock.removeprefix('/')}"
+        assert ready == "ready"
+        assert {*names, semaphore} <= shared_memory(psutil.Process(worker.pid))
+        found = Workers("WORKER").shared_memory()
+        assert {p for p in found if p in names} == set(names[:2])
+        assert semaphore in found
         names[0].unlink()
         assert names[0] not in shared_memory(psutil.Process(worker.pid)), "it has no name"
     finally:

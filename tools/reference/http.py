@@ -34,7 +34,8 @@ replica ([routing](../scaling.md#routing)); `traceparent` continues a trace.
 | 404 | no such model or route |
 | 413 | the body is larger than `replica.max_body_bytes` |
 | 429 | a limit of the tenant, or more requests than may wait; `Retry-After` says when |
-| 500, 503 | a fault, or no replica is ready: try again ([faults](../faults.md#for-clients)) |
+| 500 | a fault of ours, or the replica was killed: try again |
+| 503 | no engine is left ([faults](../faults.md#for-clients)); `Retry-After` says when |
 """
 
 _CALLERS = {
