@@ -14,6 +14,7 @@ from cluster.config import ClusterArgs, PageConfig, parse_cluster_args, without_
 from cluster.dashboard.board import Board
 from cluster.evaluators import EvaluatorPool
 from cluster.exposure import require_keys_or_localhost
+from cluster.hop import replica_environment
 from cluster.ledger import LimitLedger
 from cluster.replica import EngineReplica
 from cluster.router import router_config
@@ -76,7 +77,8 @@ def _engine(cluster: ClusterArgs) -> serve.Deployment:
     replica = cluster.replica
     deploy = serving(cluster, "Engine")
     engine = deploy(serve.ingress()(EngineReplica))
-    actor = {"num_cpus": replica.cpus, "runtime_env": {"env_vars": replica.env}}
+    environment = replica_environment(replica.env)
+    actor = {"num_cpus": replica.cpus, "runtime_env": {"env_vars": environment}}
     if cluster.engine.distributed_executor_backend != "ray":
         return engine.options(ray_actor_options={**actor, "num_gpus": replica.gpus})
     # Workers are Ray actors of their own: on the replica's node, or on as few nodes as hold them.

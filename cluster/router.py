@@ -5,11 +5,13 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+from ray.serve._private.common import DeploymentHandleSource
 from ray.serve.config import RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from cluster.config import RoutingConfig
+from cluster.hop import warn_of_small_replies
 from cluster.load import from_stats
 from cluster.outage import RefusesWithoutReplicas
 from cluster.routing import Routing
@@ -26,6 +28,8 @@ class KVRouter(RefusesWithoutReplicas, ConsistentHashRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Take the fields of :class:`~cluster.config.RoutingConfig`, and ``unavailable_s``: when
         clients are told to come again while there is no replica."""
+        if self._handle_source == DeploymentHandleSource.PROXY:
+            warn_of_small_replies()
         self.unavailable_s = kwargs.pop("unavailable_s")
         self._routing = Routing(RoutingConfig.model_validate(kwargs), Random())
         self._ids: dict[str, ReplicaID] = {}

@@ -17,7 +17,8 @@ WORDS = ["one ", "two ", "three"]
 
 
 class StandIn:
-    """In place of cluster.generation.Generation: says three words, or goes on until aborted."""
+    """In place of cluster.generation.Generation: says three words, or goes on until aborted, or, if
+    asked to ``say 1000``, so many letters."""
 
     model_name = "m"
     adapters = ("an-adapter",)
@@ -55,6 +56,9 @@ class StandIn:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(aborted.wait(), 0.002)
                 yield Piece("", [], finish_reason="abort", cost=COST)
+            elif str(body.get("prompt", "")).startswith("say "):
+                size = int(body["prompt"].removeprefix("say "))
+                yield Piece("x" * size, [0], finish_reason="stop", cost=COST)
             elif body["stream"]:
                 for i, word in enumerate(WORDS[:-1]):
                     yield Piece(word, [i])

@@ -38,7 +38,8 @@ _ENVIRONMENT = {"PYTHONPATH": str(ROOT)} | {
     for name in (
         "RAY_memory_monitor_refresh_ms", "RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE",
-        "RAY_SERVE_PROXY_USE_GRPC", "VLLM_NO_USAGE_STATS", "OMP_NUM_THREADS",
+        "RAY_SERVE_PROXY_USE_GRPC", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH",
+        "VLLM_NO_USAGE_STATS", "OMP_NUM_THREADS",
     )
 }  # fmt: skip
 ROLES = {

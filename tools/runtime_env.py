@@ -18,8 +18,10 @@ DEFAULTS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Proxies read no larger gRPC message into memory, instead of 2 GiB.
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(72 * 2**20),
-    # A token reaches its proxy by gRPC, not as a Ray object.
+    # A token reaches its proxy by gRPC, not as a Ray object. What is larger than gRPC's own 4 MiB
+    # must pass there, too: requests in replicas, replies in proxies.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(72 * 2**20),
     # Ray's memory monitor kills Serve replicas when anything else on the machine uses the RAM.
     "RAY_memory_monitor_refresh_ms": "0",
     # Ray starts workers at nice 15, and the engine would inherit it.

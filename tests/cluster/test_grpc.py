@@ -18,6 +18,7 @@ from ray import serve
 from memshare.client import (
     Client,
     FinishReason,
+    InvalidRequestError,
     NotFoundError,
     OverloadedError,
     Sampling,
@@ -121,6 +122,26 @@ async def test_a_refusal_reaches_the_caller_as_it_was_said(address: str) -> None
             with pytest.raises(grpc.aio.AioRpcError) as broken:
                 await channel.unary_unary(f"/memshare.v1.MemShare/{method}")(b"\xff\xff\xff")
             assert broken.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("mib", [5, 15, 17, 63, 65])
+def test_every_size_is_answered_or_refused_by_its_name(address: str, mib: int) -> None:
+    """Also beyond the 4 MiB that gRPC has between proxy and replica unless it is told otherwise."""
+    with Client(address) as client:
+        if mib <= 16:
+            assert client.generate("x" * (mib * MIB)).text
+            return
+        limit = 16 * MIB if mib <= 64 else 64 * MIB
+        with pytest.raises(InvalidRequestError, match=f"more than {limit}; send a shorter prompt"):
+            client.generate("x" * (mib * MIB))
+
+
+def test_a_reply_of_any_size_comes_back(address: str) -> None:
+    with Client(address) as client:
+        assert len(client.generate(f"say {6 * MIB}").text) == 6 * MIB
 
 
 def test_both_replicas_answer(address: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.auth import Gate
-from cluster.config import ClusterArgs
+from cluster.config import MAX_REQUEST_BYTES, ClusterArgs
 from cluster.grpc_ingress import add_health, add_memshare
 from cluster.grpc_service import GrpcService
 from cluster.grpc_stats import stats
@@ -172,6 +172,14 @@ async def test_large_requests_are_refused_before_they_are_read(
             await client.chat([("user", "x" * (1000 - 11))])
         assert (await client.generate("x" * 900)).text
     assert len(server.engine.bodies) == 1
+
+
+async def test_who_has_no_key_is_not_told_about_sizes(tmp_path: Path) -> None:
+    limit = ClusterArgs(model="m").replica.max_body_bytes
+    async with serving(gate_for(tmp_path, acme={})) as server, server.client(retries=0) as nobody:
+        for size in (limit, MAX_REQUEST_BYTES):
+            with pytest.raises(NotAllowedError, match="a key is needed"):
+                await nobody.generate("x" * size)
 
 
 async def test_the_engines_id_tells_the_callers(server: Server) -> None:
