@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from cluster.config import MAX_REQUEST_BYTES
+from cluster.serve_logs import log_no_refusals
 from memshare.proto import memshare_pb2
 
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
@@ -39,6 +40,7 @@ class Malformed:
 
 def add_memshare(servicer: Any, server: grpc.Server) -> None:
     """Add ``memshare.v1.MemShare`` to a server; for ``grpc_servicer_functions``."""
+    log_no_refusals()
     _add(SERVICE, servicer, server)
 
 

@@ -36,7 +36,7 @@ from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
-from cluster.serve_logs import log_no_calls, logs_kept
+from cluster.serve_logs import log_no_calls, log_no_refusals, logs_kept
 from cluster.workers import Workers
 from memshare.config import MemShareConfig
 from memshare.logs import set_up_logging
@@ -85,6 +85,7 @@ class EngineReplica(GrpcService):
         self._page: Agent | None = None
         guard = Guard()
         log_no_calls()
+        log_no_refusals()
         set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
         head_start = HeadStart()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 
+from ray.serve.exceptions import gRPCStatusError
+
 _SERVE = logging.getLogger("ray.serve")
 
 
@@ -19,6 +21,18 @@ def log_no_calls() -> None:
     the application's own, its encoding included.
     """
     _SERVE.addFilter(_is_no_call)
+
+
+def log_no_refusals() -> None:
+    """Leave out Ray Serve's traceback of each gRPC call that ended with a status of our choice, for
+    proxies and replicas: the access log has the call, and of a fault of ours, the replica's log has
+    the traceback. Any client could fill the log with them.
+    """
+    _SERVE.addFilter(_is_no_refusal)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not isinstance(record.exc_info[1], gRPCStatusError)
 
 
 def _is_no_call(record: logging.LogRecord) -> bool:

@@ -762,6 +762,7 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     assert re.search(r"-- POST /v1/chat/completions 200 tenant=local \d+", log), "what was asked"
     assert re.search(r"-- gRPC /memshare.v1.MemShare/Chat OK tenant=local request=grpc-", log)
     assert "CALL report" not in log, "what replicas tell the page every second is not"
+    assert "gRPCStatusError" not in log, "a call that was refused is one line"
     gone, alive = psutil.wait_procs(ours, timeout=90)
     assert alive == []
     assert len(gone) == len(ours)

@@ -11,13 +11,14 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.serve.exceptions import gRPCStatusError
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.http import DisconnectOnCancel, KeyGate
-from cluster.serve_logs import log_no_calls
+from cluster.serve_logs import log_no_calls, log_no_refusals
 from memshare.client import NotAllowedError, NotFoundError, Sampling
 from tests.unit.test_auth import CHAT, bearer, client_of, gate_for, ok
 from tests.unit.test_grpc_service import serving
@@ -146,6 +147,25 @@ async def test_ours_takes_the_place_of_ray_serves(
         ["something", "else"],
         ["GET", "/health"],
     ]
+
+
+def test_refused_calls_bring_no_tracebacks_and_faults_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    serve = logging.getLogger("ray.serve")
+    before = list(serve.filters)
+    refused = gRPCStatusError(ValueError("bad"), grpc.StatusCode.INVALID_ARGUMENT, "bad")
+    try:
+        log_no_refusals()
+        for error in (refused, ValueError("a fault")):
+            try:
+                raise error
+            except Exception:
+                serve.exception("Request failed.")
+    finally:
+        serve.filters[:] = before
+    assert "a fault" in caplog.text
+    assert "bad" not in caplog.text
 
 
 def test_ray_serves_proxies_learn_the_routes() -> None:
