@@ -6,7 +6,8 @@ everything that runs for it. The engine client (:mod:`cluster.engine`) takes it 
 prompts, checks what the request asks for, and notes what it generates. So a front end can't forget
 that part, and a request that went past the gate is refused when keys are configured.
 
-Without keys there is one caller, ``local``, who is on this machine and may do everything.
+Without keys there is one caller, ``local``, who is on this machine and may do everything, but not
+hold the server alone: a request and a connection have bounds then, too.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import hmac
 import ipaddress
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, Protocol
 
+from cluster.config import KeylessConfig
 from cluster.keys import Grant, MemSharePermissions, WatchedKeys
 from cluster.limits import REPORT_S, Limiter, LimitReachedError, Limits
 
@@ -70,11 +73,13 @@ class Caller(NamedTuple):
     permissions: MemSharePermissions
 
 
-_LOCAL_CALLER = Caller(LOCAL, Limits(None, None), None, None, True, MemSharePermissions())
+def _local_caller(bounds: KeylessConfig) -> Caller:
+    limits, sequences = Limits(None, None), bounds.sequences_per_request
+    return Caller(LOCAL, limits, sequences, None, True, MemSharePermissions())
 
 
 class Usage(Protocol):
-    """Something that runs for a call; counts rise."""
+    """One request of a call in the engine; counts rise."""
 
     def tokens(self) -> tuple[int, int]:
         """Tokens of the prompt, and tokens generated so far."""
@@ -99,10 +104,31 @@ class Call:
         """``cache_salt`` of everything that is computed for the tenant."""
         self.sequences = 0
         """Sequences that are generated for it now."""
-        self.usages: list[Usage] = []
-        """What runs for it in the engine."""
         self.outcome: Outcome = "served"
         """How it ended."""
+        self._running: dict[str, Usage] = {}
+        # Of what has ended only the sum is kept: beam search makes a request of every beam for
+        # every token.
+        self._prompt = 0
+        self._generated = 0
+
+    def began(self, request_id: str, usage: Usage) -> None:
+        """A request of the call runs in the engine, under an id that no other one of it has now."""
+        self._running[request_id] = usage
+
+    def ended(self, request_id: str) -> None:
+        """It runs no more, if it ever did."""
+        usage = self._running.pop(request_id, None)
+        if usage is not None:
+            prompt, generated = usage.tokens()
+            self._prompt += prompt
+            self._generated += generated
+
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of all prompts, and tokens generated so far, of all its requests."""
+        counts = [usage.tokens() for usage in self._running.values()]
+        prompt = self._prompt + sum(count[0] for count in counts)
+        return prompt, self._generated + sum(count[1] for count in counts)
 
     def end(self, outcome: Outcome) -> None:
         """Say how it ended; that it was refused has been said before, if it was."""
@@ -116,15 +142,25 @@ _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 class Gate:
     """Admits calls to one replica. For one event loop."""
 
-    def __init__(self, keys: WatchedKeys | None, limiter: Limiter, counts: Counts) -> None:
+    def __init__(
+        self,
+        keys: WatchedKeys | None,
+        limiter: Limiter,
+        counts: Counts,
+        keyless: KeylessConfig | None = None,
+    ) -> None:
         """Make a gate.
 
         Args:
             keys: the key table; None lets in who is on this machine.
             limiter: enforces the tenants' limits.
             counts: is told what happens.
+            keyless: bounds without a key table; the defaults if None.
         """
         self._keys = keys
+        self._keyless = keyless or KeylessConfig()
+        self._local = _local_caller(self._keyless)
+        self._connections: Counter[str] = Counter()  # requests of each, without a key table
         self._limiter = limiter
         self._counts = counts
         # Salts matter within one engine only, so that a secret of this process is enough. Nobody
@@ -166,11 +202,6 @@ class Gate:
                 self._closed_s,
             )
 
-    @property
-    def under_way(self) -> int:
-        """Calls that have been admitted and have not ended."""
-        return len(self._calls)
-
     def identify(self, key: str | None, peer: str | None, *sites: str) -> Caller:
         """Say who is calling.
 
@@ -193,7 +224,7 @@ class Gate:
                     "entry)",
                 )
             if is_local(peer):
-                return _LOCAL_CALLER
+                return self._local
             raise self._refusal(
                 "not_local",
                 f"this server has no keys and serves its own machine only, not {peer or 'unknown'};"
@@ -232,13 +263,46 @@ class Gate:
             )
 
     @asynccontextmanager
-    async def admit(self, caller: Caller) -> AsyncIterator[Call]:
+    async def admit(self, caller: Caller, connection: str) -> AsyncIterator[Call]:
         """A call within the caller's limits, in the context of what runs inside.
+
+        Args:
+            caller: see :meth:`identify`.
+            connection: names the one that the call came by. Without a key table, which tells
+                callers apart, each has its bounds.
 
         Raises:
             RefusedError: limited, or unavailable.
         """
         self.require_open(caller.tenant)
+        with self._counted(connection):
+            async with self._admitted(caller) as call:
+                yield call
+
+    @contextmanager
+    def _counted(self, connection: str) -> Iterator[None]:
+        if self._keys is not None:
+            yield
+            return
+        limit = self._keyless.requests_per_connection
+        if self._connections[connection] >= limit:
+            raise self._refusal(
+                "requests",
+                f"the limit of {limit} requests at one time by one connection is reached; try "
+                "again in 1 s, or raise auth.without_keys.requests_per_connection",
+                LOCAL,
+                1,
+            )
+        self._connections[connection] += 1
+        try:
+            yield
+        finally:
+            self._connections[connection] -= 1
+            if not self._connections[connection]:
+                del self._connections[connection]
+
+    @asynccontextmanager
+    async def _admitted(self, caller: Caller) -> AsyncIterator[Call]:
         try:
             await self._limiter.admit(caller.tenant, caller.limits)
         except LimitReachedError as error:
@@ -272,7 +336,7 @@ class Gate:
         if call is not None:
             return call
         if self._keys is None:
-            return Call(_LOCAL_CALLER, self._salt(LOCAL))
+            return Call(self._local, self._salt(LOCAL))
         raise self._refusal("no_key", "this way into the server does not check keys")
 
     def refuse_options(self, call: Call, name: str) -> RefusedError:
@@ -302,8 +366,7 @@ class Gate:
     def _note(self, call: Call) -> None:
         """Charge what the call has used since the last time."""
         tenant = call.caller.tenant
-        counts = [usage.tokens() for usage in call.usages]
-        prompt, generated = sum(c[0] for c in counts), sum(c[1] for c in counts)
+        prompt, generated = call.tokens()
         prompt_before, generated_before = self._calls[call]
         self._calls[call] = (prompt, generated)
         new_prompt, new_output = prompt - prompt_before, generated - generated_before

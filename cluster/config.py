@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.keys import KeySource
+from cluster.keys import SEQUENCES_PER_REQUEST, KeySource
 from memshare.config import (
     ENV_PREFIX,
     ConfigError,
@@ -114,6 +114,8 @@ class ReplicaConfig(Section):
     half of what a start takes, and at most 60, which it takes for the most."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024, le=MAX_REQUEST_BYTES)
     """Bytes of a request; larger ones get HTTP 413 or gRPC ``INVALID_ARGUMENT``."""
+    body_timeout_s: Real = Field(default=60.0, gt=0.0)
+    """Seconds that a client has to send an HTTP request's body, before it gets HTTP 408."""
     health_check_period_s: float = Field(default=1.0, gt=0.0)
     """Seconds between health checks. A dead engine ends its replica at once; it is replaced at the
     next check."""
@@ -139,6 +141,16 @@ class ReplicaConfig(Section):
         return {name: str(value) for name, value in env.items()}
 
 
+class KeylessConfig(Section):
+    """Bounds while there is no key table. With one, those of its tenants hold instead."""
+
+    sequences_per_request: Whole = Field(default=SEQUENCES_PER_REQUEST, ge=1)
+    """Sequences (prompts times choices) that one request may generate."""
+    requests_per_connection: Whole = Field(default=128, ge=1)
+    """Requests at one time of one connection, in each replica. One of HTTP has a single request at
+    a time, one of gRPC as many as its client likes."""
+
+
 class AuthConfig(Section):
     """Who may use the server. Without a key table its own machine only; other set-ups that others
     can reach are refused at start."""
@@ -149,6 +161,8 @@ class AuthConfig(Section):
     variable: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of an environment variable of the replicas that holds a key table, instead of a file or
     beside it. Not ``MEMSHARE_...``: those are MemShare's configuration."""
+    without_keys: KeylessConfig = KeylessConfig()
+    """Bounds while neither is set."""
 
     @field_validator("file")
     @classmethod
@@ -163,6 +177,15 @@ class AuthConfig(Section):
         if variable is not None and variable.startswith(ENV_PREFIX):
             raise ValueError(f"begins with {ENV_PREFIX}, as only MemShare's configuration may")
         return variable
+
+    @model_validator(mode="after")
+    def _one_kind_of_bounds(self) -> AuthConfig:
+        if self.keys.exists and "without_keys" in self.model_fields_set:
+            raise ValueError(
+                "without_keys has no effect beside a key table; leave it out, and set limits of "
+                "the table's tenants"
+            )
+        return self
 
     @property
     def keys(self) -> KeySource:

@@ -87,14 +87,16 @@ class GatedAsyncLLM(AsyncLLM):
         if limit is not None and call.sequences + sequences > limit:
             raise VLLMValidationError(
                 f"{call.sequences + sequences} sequences (prompts times n) in one request are more "
-                f"than the {limit} that the key allows; send several requests",
+                f"than the {limit} that are allowed; send several requests",
                 parameter="n",
             )
         if self.uses_memshare:
             sampling_params.extra_args = self._memshare_options(call, sampling_params.extra_args)
         call.sequences += sequences
         outputs = self._outputs(prompt, sampling_params, request_id, options)
-        return _run(outputs, call, sequences, self.unavailable_s)
+        if sampling_params.structured_outputs is not None:
+            outputs = _require_a_text(outputs)
+        return _run(outputs, call, request_id, sequences, self.unavailable_s)
 
     @property
     def dead_error(self) -> BaseException:
@@ -140,7 +142,7 @@ class GatedAsyncLLM(AsyncLLM):
             for internal in processor.external_req_ids.get(request_id, ())
             if processor.request_states[internal].queue is queue
         ]
-        call.usages.append(_EngineUsage(states))
+        call.began(request_id, _EngineUsage(states))
         return queue
 
     def _call(self) -> Call:
@@ -175,7 +177,11 @@ class GatedAsyncLLM(AsyncLLM):
 
 
 async def _run(
-    outputs: AsyncGenerator[RequestOutput, None], call: Call, sequences: int, unavailable_s: int
+    outputs: AsyncGenerator[RequestOutput, None],
+    call: Call,
+    request_id: str,
+    sequences: int,
+    unavailable_s: int,
 ) -> AsyncGenerator[RequestOutput, None]:
     """Pass outputs on. Beam search starts its sequences anew for every token: each ends here."""
     try:
@@ -187,6 +193,31 @@ async def _run(
         raise RetryableRequestError(try_again(unavailable_s)) from None
     finally:
         call.sequences -= sequences
+        call.ended(request_id)
+
+
+async def _require_a_text(
+    outputs: AsyncGenerator[RequestOutput, None],
+) -> AsyncGenerator[RequestOutput, None]:
+    """Pass on outputs of a request whose text has to fit a grammar.
+
+    vLLM checks that a grammar can be read. Whether there is a text that fits it shows when no token
+    is allowed, or when it can't be compiled: the engine then ends the request with an error, which
+    vLLM's front end would call its own (500).
+
+    Raises:
+        VLLMValidationError: HTTP 400; nothing fits.
+    """
+    async with aclosing(outputs):
+        async for output in outputs:
+            if any(completion.finish_reason == "error" for completion in output.outputs):
+                raise VLLMValidationError(
+                    "no text fits what structured_outputs or response_format asks for: it can't be "
+                    "compiled, or a part of it allows nothing, as a schema that only refers to "
+                    "itself; correct it",
+                    parameter="structured_outputs",
+                )
+            yield output
 
 
 def _require_no_salt(prompt: object) -> None:

@@ -24,6 +24,7 @@ from memshare.proto import memshare_pb2
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
 HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
+_RAYS_SERVICE = "ray.serve.RayServeAPIService"
 # Of who does not say it: the default of `replica.retry_after_s`, which a proxy does not know; and
 # of a replica that has ended, which the next try does not meet again.
 _RETRY_AFTER_S = {grpc.StatusCode.RESOURCE_EXHAUSTED: 2, grpc.StatusCode.UNAVAILABLE: 1}
@@ -39,8 +40,10 @@ class Malformed:
 
 
 def add_memshare(servicer: Any, server: grpc.Server) -> None:
-    """Add ``memshare.v1.MemShare`` to a server; for ``grpc_servicer_functions``."""
+    """Add ``memshare.v1.MemShare`` to a server, and close Ray Serve's own list of applications; for
+    ``grpc_servicer_functions``."""
     log_no_refusals()
+    _close_list(server)
     _add(SERVICE, servicer, server)
 
 
@@ -64,6 +67,29 @@ def _add(service: ServiceDescriptor, servicer: Any, server: grpc.Server) -> None
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
     server.add_generic_rpc_handlers((_Methods(service.full_name, handlers),))
+
+
+def _close_list(server: Any) -> None:
+    """Close the list of applications that Ray Serve's proxies give to whoever asks.
+
+    Of two handlers of a method gRPC takes the registered one. ``Healthz`` of the same service stays
+    open: it tells only that the proxy lives.
+    """
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    if isinstance(server, gRPCGenericServer):
+        # Or Ray Serve would put its own in the place of this handler, too.
+        server.add_passthrough_service(_RAYS_SERVICE)
+        closed: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+            _refuse_to_list
+        )
+        server.add_registered_method_handlers(_RAYS_SERVICE, {"ListApplications": closed})
+
+
+async def _refuse_to_list(request: bytes, context: Any) -> None:
+    await context.abort(
+        grpc.StatusCode.PERMISSION_DENIED, "ListApplications is closed; ask Ray: serve status"
+    )
 
 
 def _parser(message: type[Message]) -> Callable[[bytes], Message | Malformed]:

@@ -26,6 +26,8 @@ from memshare.request_options import RequestOptions
 
 logger = logging.getLogger(__name__)
 
+SEQUENCES_PER_REQUEST = 128
+"""The default, with keys and without."""
 KEY_PREFIX = "msk_"  # so that a leaked key is recognised by scanners
 _HASH_PREFIX = "sha256:"
 
@@ -67,7 +69,7 @@ class Tenant(Section):
     no inference. Inference routes alone are open to every key."""
     concurrent_requests: Whole | None = Field(default=None, ge=1)
     """HTTP requests and gRPC calls at one time. None has no limit."""
-    sequences_per_request: Whole = Field(default=128, ge=1)
+    sequences_per_request: Whole = Field(default=SEQUENCES_PER_REQUEST, ge=1)
     """Sequences (prompts times choices) that one of them may generate."""
     tokens_per_minute: Whole | None = Field(default=None, ge=1)
     """Tokens, of prompts and outputs together, on average; a tenant that was idle may use a

@@ -36,7 +36,12 @@ from cluster.ledger import LedgerDesk
 from cluster.limits import Ledger, Limiter, LocalDesk
 from cluster.load import LoadMeter, to_stats
 from cluster.metrics import ReplicaMetrics
-from cluster.serve_logs import log_no_calls, log_no_refusals, logs_kept
+from cluster.serve_logs import (
+    log_no_calls,
+    log_no_refusals,
+    logs_kept,
+    say_refusals_in_a_line,
+)
 from cluster.workers import Workers
 from memshare.config import MemShareConfig
 from memshare.logs import set_up_logging
@@ -120,6 +125,7 @@ class EngineReplica(GrpcService):
                 )
             self._engine = engine
             app = await openai_app(engine, options)
+        say_refusals_in_a_line()
         if board is not None:
             watch = watch_engine(engine, replica_id, platform.node(), args.page.show_text)
             feed.listeners.append(watch.record)
@@ -127,7 +133,7 @@ class EngineReplica(GrpcService):
             self._page.start()
             shown = without_secrets(args).model_dump(mode="json")
             app.mount(PREFIX, page_app(board, shown, count_fault))
-        strict = StrictBody(app, args.replica.max_body_bytes)
+        strict = StrictBody(app, args.replica.max_body_bytes, args.replica.body_timeout_s)
         hinted = RetryAfter(
             strict, lambda: unavailable_s if engine.errored else args.replica.retry_after_s
         )
@@ -191,7 +197,7 @@ def _gate(
 ) -> Gate:
     keys = WatchedKeys(auth.keys) if auth.keys.exists else None
     desk = LocalDesk(Ledger()) if ledger is None else LedgerDesk(ledger)
-    return Gate(keys, Limiter(desk, replica_id), counts)
+    return Gate(keys, Limiter(desk, replica_id), counts, auth.without_keys)
 
 
 async def _exit_with(engine: AsyncLLM, workers: Workers, gate: Gate) -> None:

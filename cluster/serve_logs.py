@@ -1,4 +1,4 @@
-"""Ray Serve's own log, in processes of ours."""
+"""The logs of Ray Serve and of vLLM, in processes of ours."""
 
 from __future__ import annotations
 
@@ -37,6 +37,31 @@ def _is_no_refusal(record: logging.LogRecord) -> bool:
 
 def _is_no_call(record: logging.LogRecord) -> bool:
     return not getattr(record, "serve_access_log", False) or hasattr(record, "tenant")
+
+
+def say_refusals_in_a_line() -> None:
+    """Leave tracebacks of requests that were refused out of vLLM's log. To be called after vLLM was
+    imported, which sets its log up.
+
+    Some of vLLM's routes log whatever ends a request as a fault of the server's: whoever sends
+    requests that are refused would fill the log.
+    """
+    for handler in logging.getLogger("vllm").handlers:
+        handler.addFilter(_say_refusal_in_a_line)
+
+
+def _say_refusal_in_a_line(record: logging.LogRecord) -> bool:
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, VLLMClientError | GracefulHTTPError):
+        text = record.getMessage()
+        if str(error) not in text:
+            text = f"{text} {error}"
+        record.msg, record.args = " ".join(text.split()), None  # a client's text may have lines
+        record.exc_info = record.exc_text = None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 @contextmanager

@@ -27,7 +27,10 @@ class RequestOptionsError(ValueError):
 class RequestOptions(BaseModel):
     """Per-request control; None keeps the server's value."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # Strict: text is no number. (That `true` is none is said by the types.)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
     memshare: Literal["on", "off"] = "on"
     """``off`` keeps this request's KV exact and never uses it as a donor."""

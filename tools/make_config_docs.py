@@ -156,11 +156,16 @@ def render() -> str:
 def _sections(model: type[BaseModel]) -> Iterator[str]:
     """The table of the top level, then one part for each section below it."""
     yield _table("", model)
+    yield from _below("", model)
+
+
+def _below(prefix: str, model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         for section in _models(field):
             if section is not MemShareConfig:  # has a part of its own, also in ClusterArgs
                 yield f"### {_heading(name, section)}\n\n{_text(section.__doc__ or '')}\n"
-                yield _table(f"{name}.", section)
+                yield _table(f"{prefix}{name}.", section)
+                yield from _below(f"{prefix}{name}.", section)
 
 
 def _table(prefix: str, model: type[BaseModel]) -> str:

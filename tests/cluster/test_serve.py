@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +36,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessageParam
 from ray import serve
+from ray.serve.generated.serve_pb2 import HealthzRequest, ListApplicationsRequest
+from ray.serve.generated.serve_pb2_grpc import RayServeAPIServiceStub
 
 from cluster.config import ReplicaConfig
 from cluster.evaluators import actor_name
@@ -48,6 +51,7 @@ from memshare.client import (
     InvalidRequestError,
     MemShareOptions,
     NotFoundError,
+    OverloadedError,
     Sampling,
     TimedOutError,
     UnavailableError,
@@ -99,6 +103,8 @@ def server(
     memshare_in(document)["logs"] = {"format": "json", "explain_every_s": 1.0}
     arguments = document["applications"][0]["args"]
     arguments["page"] = {"show_text": True}
+    arguments["replica"]["body_timeout_s"] = 4.0
+    arguments["auth"] = {"without_keys": {"requests_per_connection": 24}}
     arguments["engine"]["dtype"] = DTYPE
     arguments["engine"]["extra"] = {"otlp_traces_endpoint": collector.url}
     server = start(tmp_path_factory.mktemp("serve"), document)
@@ -166,6 +172,77 @@ def test_what_only_operators_may_choose_is_a_400(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=field):
         server.client.completions.create(model="smollm2", prompt="Hello", stream=stream, **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"n": 4000}, "more than the 128"),
+        ({"vllm_xargs": {"memshare_step_threshold": True}}, "= True: a number is wanted"),
+        ({"vllm_xargs": {"memshare_max_shared_fraction": "0.1"}}, "= '0.1': Input should be"),
+        ({"structured_outputs": {"json": {"$ref": "#"}}}, "no text fits"),
+        ({"structured_outputs": {"grammar": "root ::= root"}}, "no text fits"),
+    ],
+)
+def test_what_a_request_may_not_ask_for_is_a_400(
+    server: Server, more: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.completions.create(
+            model="smollm2", prompt="Hello", max_tokens=8, extra_body=more
+        )
+    assert text in str(caught.value)
+
+
+def test_a_refusal_is_no_traceback(server: Server) -> None:
+    before = server.log.stat().st_size
+    body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 4, "cache_salt": "mine"}
+    answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "leave cache_salt out" in answer.json()["error"]["message"]
+
+    def told() -> str:
+        with server.log.open() as log:
+            log.seek(before)
+            return text if "leave cache_salt out" in (text := log.read()) else ""
+
+    assert "Traceback" not in wait_for("the refusal in the log", told)
+
+
+def test_half_a_request_is_not_waited_for(server: Server) -> None:
+    """Default times, but for the body's."""
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    halves = {
+        "nothing": b"",
+        "head": post + b"X-Half: ",
+        "body": post + b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+    }
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    connections = {name: socket.create_connection((host, int(port))) for name in halves}
+    began, ended, answers = time.monotonic(), {}, {}
+    for name, half in halves.items():
+        connections[name].sendall(half)
+    for name in ("body", "nothing", "head"):
+        with connections[name] as connection:
+            connection.settimeout(30)
+            answers[name] = b"".join(iter(partial(connection.recv, 4096), b""))
+        ended[name] = time.monotonic() - began
+    print(f"\nclosed after {ended}")
+    assert answers["body"].startswith(b"HTTP/1.1 408")
+    assert b"did not arrive within 4 s" in answers["body"]
+    assert 3.9 < ended["body"] < 9 < ended["nothing"] <= ended["head"] < 20
+    assert (answers["nothing"], answers["head"]) == (b"", b"")
+
+
+def test_ray_serve_lists_its_applications_to_nobody(server: Server) -> None:
+    assert httpx.get(f"{server.url}/-/routes", timeout=60).status_code == 404
+    assert httpx.get(f"{server.url}/-/healthz", timeout=60).status_code == 200
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        ray_service = RayServeAPIServiceStub(channel)
+        assert ray_service.Healthz(HealthzRequest(), timeout=60).message == "success"
+        with pytest.raises(grpc.RpcError) as caught:
+            ray_service.ListApplications(ListApplicationsRequest(), timeout=60)
+        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_a_client_may_name_its_request(server: Server) -> None:
@@ -445,6 +522,22 @@ def test_a_grpc_call_that_ends_early_frees_the_engine(server: Server) -> None:
         *_, last = pieces
         assert last.finish.reason == FinishReason.FINISH_REASON_ABORT
         server.wait_until_idle(timeout_s=20)
+
+
+def test_one_connection_does_not_hold_the_server_alone(server: Server) -> None:
+    with server.grpc_client(retries=0) as greedy, server.grpc_client() as other:
+        streams = [greedy.generate_stream(PROMPT, ENDLESS) for _ in range(24)]
+        for stream in streams:
+            next(iter(stream))
+        with pytest.raises(OverloadedError, match="24 requests at one time") as limited:
+            greedy.generate(PROMPT, GREEDY)
+        assert limited.value.retry_after_s == 1.0
+        began = time.monotonic()
+        assert other.generate(PROMPT, Sampling(max_tokens=4)).usage.completion_tokens == 4
+        print(f"\n4 tokens beside them: {time.monotonic() - began:.1f} s")
+        for stream in streams:
+            stream.cancel()
+    server.wait_until_idle(timeout_s=20)
 
 
 def test_wrong_grpc_requests_are_told_what_is_wrong(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.auth import LOCAL, Call, Gate, RefusedError, is_local, key_of
+from cluster.config import KeylessConfig
 from cluster.http import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS, KeyGate
-from cluster.keys import KeySource, WatchedKeys, hash_key
+from cluster.keys import SEQUENCES_PER_REQUEST, KeySource, WatchedKeys, hash_key
 from cluster.limits import Ledger, Limiter, LocalDesk
 from memshare.metrics import REPLICA
 
@@ -58,8 +60,9 @@ def gate_for(tmp_path: Path, **tenants: dict[str, object]) -> Gate:
     return Gate(WatchedKeys(KeySource(file, None)), Limiter(LocalDesk(Ledger()), "r0"), Counts())
 
 
-def open_gate() -> Gate:
-    return Gate(None, Limiter(LocalDesk(Ledger()), "r0"), Counts())
+def open_gate(**bounds: int) -> Gate:
+    limiter = Limiter(LocalDesk(Ledger()), "r0")
+    return Gate(None, limiter, Counts(), KeylessConfig(**bounds))
 
 
 def client_of(gate: Gate, app: App, peer: str = "10.0.0.9") -> httpx.AsyncClient:
@@ -287,8 +290,8 @@ async def test_how_an_exchange_ended(
 async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={"tokens_per_minute": 100})
     work = Work(10, 0)
-    async with gate.admit(gate.identify("acme", None)) as call:
-        call.usages.append(work)
+    async with gate.admit(gate.identify("acme", None), "a") as call:
+        call.began("r", work)
         work.counts = (10, 60)
         gate._note(call)
         assert counted(gate, "tenant_tokens", "acme", "output") == 60
@@ -296,17 +299,80 @@ async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Pa
     assert counted(gate, "tenant_tokens", "acme", "prompt") == 10
     assert counted(gate, "tenant_tokens", "acme", "output") == 95
     with pytest.raises(RefusedError) as caught:
-        async with gate.admit(gate.identify("acme", None)):
+        async with gate.admit(gate.identify("acme", None), "a"):
             raise AssertionError("admitted")
     assert (caught.value.kind, caught.value.why) == ("limited", "tokens")
     assert caught.value.retry_after_s == 3, "a debt of 5 at 100 a minute"
 
 
+async def test_of_what_has_ended_only_the_sum_is_kept(tmp_path: Path) -> None:
+    """Beam search makes a request of every beam for every token."""
+    gate = gate_for(tmp_path, acme={})
+    async with gate.admit(gate.identify("acme", None), "a") as call:
+        works: list[weakref.ref[Work]] = []
+        for token in range(200):
+            for beam in range(4):
+                work = Work(100 + token, 1)
+                works.append(weakref.ref(work))
+                call.began(f"{token}-{beam}", work)
+                del work
+            for beam in range(4):
+                call.ended(f"{token}-{beam}")
+            gate._note(call)
+        assert not [work for work in works if work() is not None]
+        call.ended("nobody")
+    assert counted(gate, "tenant_tokens", "acme", "output") == 800
+    assert counted(gate, "tenant_tokens", "acme", "prompt") == 4 * sum(range(100, 300))
+
+
+async def test_without_keys_a_request_and_a_connection_have_bounds() -> None:
+    gate = open_gate(requests_per_connection=2)
+    caller = gate.identify(None, "127.0.0.1")
+    assert caller.sequences_per_request == SEQUENCES_PER_REQUEST == gate.call().caller[2]
+    async with gate.admit(caller, "a"), gate.admit(caller, "a"):
+        with pytest.raises(RefusedError, match="of 2 requests at one time by one conn") as caught:
+            async with gate.admit(caller, "a"):
+                raise AssertionError("admitted")
+        async with gate.admit(caller, "b"):
+            pass
+    assert (caught.value.kind, caught.value.retry_after_s) == ("limited", 1)
+    assert "try again in 1 s" in str(caught.value), "what the gRPC proxy looks for"
+    async with gate.admit(caller, "a"):
+        pass
+    assert not gate._connections
+    assert counted(gate, "tenant_refusals", LOCAL, "requests") == 1
+
+
+async def test_over_http_a_connection_is_known_by_its_port() -> None:
+    gate = open_gate(requests_per_connection=1)
+    statuses: list[int] = []
+
+    def connection(app: App, port: int) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app=KeyGate(app, gate), client=("127.0.0.1", port))
+        return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for port in (1, 2):
+            statuses.append((await connection(ok, port).post(CHAT)).status_code)
+        await ok(scope, receive, send)
+
+    assert (await connection(app, 1).post(CHAT)).status_code == 200
+    assert statuses == [429, 200]
+
+
+async def test_with_keys_the_tenants_limits_hold_alone(tmp_path: Path) -> None:
+    gate = gate_for(tmp_path, acme={})
+    gate._keyless = KeylessConfig(requests_per_connection=1)
+    caller = gate.identify("acme", None)
+    async with gate.admit(caller, "gateway"), gate.admit(caller, "gateway"):
+        pass
+
+
 async def test_models_are_checked_by_name(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={"models": ["small"]}, bravo={})
-    async with gate.admit(gate.identify("bravo", None)) as call:
+    async with gate.admit(gate.identify("bravo", None), "a") as call:
         gate.require_model(call, "large")
-    async with gate.admit(gate.identify("acme", None)) as call:
+    async with gate.admit(gate.identify("acme", None), "a") as call:
         gate.require_model(call, "small")
         with pytest.raises(RefusedError, match="use one of: small") as caught:
             gate.require_model(call, "large")
@@ -325,7 +391,7 @@ async def test_what_runs_for_a_call_knows_it(tmp_path: Path) -> None:
             await asyncio.sleep(0)
             return gate.call()
 
-        async with gate.admit(gate.identify(tenant, None)):
+        async with gate.admit(gate.identify(tenant, None), "a"):
             call = await asyncio.create_task(deep())
             assert call.caller.tenant == tenant
             salts[tenant].add(call.salt)
@@ -349,7 +415,7 @@ async def test_salts_of_two_replicas_and_of_a_guess_differ(tmp_path: Path) -> No
     salts = []
     for _ in range(2):
         gate = gate_for(tmp_path, acme={})
-        async with gate.admit(gate.identify("acme", None)) as call:
+        async with gate.admit(gate.identify("acme", None), "a") as call:
             salts.append(call.salt)
     assert len({*salts, hashlib.sha256(b"acme").hexdigest(), "acme"}) == 4
     assert all(len(salt) == 64 for salt in salts)

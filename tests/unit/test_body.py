@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -21,8 +23,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await Response(await Request(scope, receive).body())(scope, receive, send)
 
 
-def client(max_bytes: int = 100) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=StrictBody(echo, max_bytes))
+def client(max_bytes: int = 100, timeout_s: float = 60.0) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=StrictBody(echo, max_bytes, timeout_s))
     return httpx.AsyncClient(transport=transport, base_url="http://server")
 
 
@@ -120,8 +122,43 @@ async def test_a_body_that_never_ends_is_not_kept() -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await StrictBody(echo, 100)({"type": "http", "method": "POST"}, receive, send)
+    await StrictBody(echo, 100, 60.0)({"type": "http", "method": "POST"}, receive, send)
     assert (read, sent[0]["status"]) == (3, 413)
+
+
+async def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        while True:  # each piece is in time
+            yield b" "
+            await asyncio.sleep(0.02)
+
+    began = time.monotonic()
+    answer = await client(timeout_s=0.2).post("/", content=pieces())
+    assert time.monotonic() - began < 5
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_switch_is_no_number(value: str) -> None:
+    """vLLM's parser would make 1 or 0 of it."""
+    body = f'{{"vllm_xargs": {{"memshare_step_threshold" : {value}}}}}'
+    with pytest.raises(BodyError, match=r"vllm_xargs\.memshare_step_threshold = (True|False)"):
+        require_strict(body.encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        r'{"prompt": "\"memshare_step_threshold\": true"}',
+        '{"vllm_xargs": {"mine": true, "memshare_step_threshold": 0.5}}',
+        '{"metadata": {"memshare_step_threshold": true}}',
+        '[{"memshare": true}]',
+        '{"vllm_xargs": null, "memshare": true}',
+    ],
+)
+def test_what_is_no_option_may_be_a_switch(body: str) -> None:
+    require_strict(body.encode())
 
 
 async def test_a_client_that_leaves_in_the_middle_is_told_to_the_app() -> None:
@@ -140,7 +177,7 @@ async def test_a_client_that_leaves_in_the_middle_is_told_to_the_app() -> None:
     async def send(message: Message) -> None:
         raise AssertionError("nothing is sent")
 
-    await StrictBody(app, 100)({"type": "http", "method": "POST"}, receive, send)
+    await StrictBody(app, 100, 60.0)({"type": "http", "method": "POST"}, receive, send)
     assert seen == [{"type": "http.disconnect"}]
 
 

@@ -13,6 +13,7 @@ from cluster.config import (
     AuthConfig,
     ClusterArgs,
     EngineConfig,
+    KeylessConfig,
     PageConfig,
     ReplicaConfig,
     RoutingConfig,
@@ -71,11 +72,14 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("replica", "max_ongoing_requests", 0, "greater than or equal to 1"),
     ("replica", "max_queued_requests", 0, "greater than or equal to 1"),
     ("replica", "max_body_bytes", 0, "greater than or equal to 1024"),
+    ("replica", "body_timeout_s", 0, "greater than 0"),
+    ("replica", "body_timeout_s", True, "a number is wanted"),
     ("replica", "health_check_period_s", 0, "greater than 0"),
     ("replica", "health_check_timeout_s", 0, "greater than 0"),
     ("replica", "graceful_shutdown_timeout_s", -1, "greater than or equal to 0"),
     ("auth", "file", "keys.yaml", "is not absolute"),
     ("auth", "variable", "MY KEYS", "match pattern"),
+    ("auth", "without_keys", 128, "KeylessConfig"),
     ("replica", "retry_after_s", 0, "greater than 0"),
     ("replica", "unavailable_retry_after_s", 0, "greater than or equal to 1"),
     ("replica", "max_surge_percent", 101, "less than or equal to 100"),
@@ -141,6 +145,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
         EngineConfig,
         ReplicaConfig,
         AuthConfig,
+        KeylessConfig,
         RoutingConfig,
         ScalingConfig,
         PageConfig,
@@ -169,6 +174,19 @@ def test_a_key_table_is_in_no_variable_that_configures_memshare() -> None:
     with pytest.raises(ConfigError, match=r"auth\.variable = 'MEMSHARE_KEYS': begins with"):
         parse(auth={"variable": "MEMSHARE_KEYS"})
     assert parse(auth={"variable": "KEYS_OF_MEMSHARE"}).auth.keys.exists
+
+
+@pytest.mark.parametrize("field", KeylessConfig.model_fields)
+def test_bounds_without_keys_are_no_zero(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"auth\.without_keys\.{field} = 0: .* equal to 1"):
+        parse(auth={"without_keys": {field: 0}})
+
+
+def test_bounds_without_keys_are_not_set_beside_keys() -> None:
+    bounds = {"sequences_per_request": 16}
+    assert parse(auth={"without_keys": bounds}).auth.without_keys.sequences_per_request == 16
+    with pytest.raises(ConfigError, match="without_keys has no effect beside a key table"):
+        parse(auth={"variable": "KEYS", "without_keys": bounds})
 
 
 def test_a_missing_model_is_named() -> None:

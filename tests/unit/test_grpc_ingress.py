@@ -6,6 +6,7 @@ A service that fails as Ray Serve's handlers do, by a status on the context, tak
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,14 @@ from typing import Any
 import grpc
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve._private.grpc_util import start_grpc_server
+from ray.serve.config import gRPCOptions
+from ray.serve.generated.serve_pb2 import (
+    HealthzRequest,
+    HealthzResponse,
+    ListApplicationsRequest,
+)
+from ray.serve.generated.serve_pb2_grpc import RayServeAPIServiceStub
 
 from cluster.grpc_ingress import SERVICE, add_memshare
 from cluster.limits import LimitReachedError
@@ -113,6 +122,34 @@ async def test_a_dead_replica_is_unavailable_and_a_fault_of_ours_internal(ask: A
     ours = await caught(ask, status(internal, "division by zero"))
     assert ours.code == internal
     assert ours.details == "division by zero"
+
+
+async def test_rays_list_of_applications_is_closed_and_its_health_is_not() -> None:
+    """On Ray Serve's own server, whose calls would go to replicas."""
+
+    def serves(**_: object) -> Callable[[object, object], Awaitable[bytes]]:
+        async def answer(request: object, context: object) -> bytes:
+            return HealthzResponse(message="success").SerializeToString()
+
+        return answer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    added = ["cluster.grpc_ingress.add_memshare"]
+    options = gRPCOptions(port=port, grpc_servicer_functions=added, enable_reflection=True)
+    loop = asyncio.get_running_loop()
+    ended, server = await start_grpc_server(serves, options, event_loop=loop)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ray = RayServeAPIServiceStub(channel)
+        assert (await ray.Healthz(HealthzRequest())).message == "success"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ray.ListApplications(ListApplicationsRequest())
+        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        model = channel.unary_unary(f"/{SERVICE.full_name}/GetModelInfo")
+        assert await model(b""), "ours go to replicas"
+    await server.stop(None)
+    await ended
 
 
 class Handlers:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import logging.handlers
 import subprocess
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
+
+from cluster.serve_logs import say_refusals_in_a_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,3 +104,33 @@ log.handlers[0].flush()
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
     assert (tmp_path / "serve.log").read_text().split() == ["before", "after"][: 1 + kept]
+
+
+def test_a_refusal_is_a_line_of_vllms_log_and_a_fault_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
+
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [handler])
+    say_refusals_in_a_line()
+    log = logging.getLogger("vllm.entrypoints.anthropic.api_router")
+
+    def tell(error: Exception, text: str, *values: object) -> list[str]:
+        written.truncate(written.seek(0))
+        try:
+            raise error
+        except Exception:
+            log.exception(text, *values)
+        return written.getvalue().splitlines()
+
+    salt = VLLMValidationError("leave cache_salt out\nERROR forged", parameter="cache_salt")
+    said = "leave cache_salt out ERROR forged (parameter=cache_salt)"
+    assert tell(salt, "Error in x: %s", salt) == [f"INFO Error in x: {said}"]
+    assert tell(salt, "Error in a stream.") == [f"INFO Error in a stream. {said}"]
+    forbidden = GracefulHTTPError("not for this key", HTTPStatus.FORBIDDEN)
+    assert tell(forbidden, "Error:") == ["INFO Error: not for this key"]
+    fault = tell(GenerationError(), "Error:")
+    assert fault[:2] == ["ERROR Error:", "Traceback (most recent call last):"]

@@ -10,9 +10,9 @@ from memshare.request_options import RequestOptions, RequestOptionsError, parse_
 # Per option: good values, bad values. An option added later must be added here too.
 VALUES: dict[str, tuple[list[object], list[object]]] = {
     "memshare": (["on", "off"], ["auto", 1, None, True]),
-    "memshare_step_threshold": ([0, 0.5, 1.0, "0.5"], [-0.1, 1.1, "x", [0.5], float("nan"), True]),
+    "memshare_step_threshold": ([0, 0.5, 1.0], [-0.1, 1.1, "x", "0.5", float("nan"), True]),
     "memshare_block_threshold": ([0, 0.5, 1.0], [-0.1, 1.1, "x", [0.5], float("inf"), True]),
-    "memshare_max_shared_fraction": ([0, 0.5, 1.0], [-0.1, 1.1, "x", [0.5], {}, True]),
+    "memshare_max_shared_fraction": ([0, 0.5, 1.0], [-0.1, 1.1, "0.1", [0.5], {}, True]),
     "memshare_usage": (["on", "off"], ["auto", 1, None, True]),
 }
 BAD = [(name, value) for name, (_, bad) in VALUES.items() for value in bad]

@@ -32,6 +32,7 @@ replica ([routing](../scaling.md#routing)); `traceparent` continues a trace.
 | 400 | the body is wrong; the message names the field |
 | 401, 403 | no key or an unknown one; a key that is not for this |
 | 404 | no such model or route |
+| 408 | the body did not arrive within `replica.body_timeout_s` |
 | 413 | the body is larger than `replica.max_body_bytes` |
 | 429 | a limit of the tenant, or more requests than may wait; `Retry-After` says when |
 | 500 | a fault of ours, or the replica was killed: try again |
