@@ -16,6 +16,7 @@ from cluster.evaluators import EvaluatorPool
 from cluster.exposure import require_keys_or_localhost
 from cluster.hop import replica_environment
 from cluster.ledger import LimitLedger
+from cluster.neighbours import require_own_namespace_in_cluster
 from cluster.replica import EngineReplica
 from cluster.router import router_config
 
@@ -40,6 +41,7 @@ def build(args: Mapping[str, object]) -> Application:
 
         check_engine_options(cluster)
     require_keys_or_localhost(cluster.auth)
+    require_own_namespace_in_cluster(cluster)
     logger.info("MemShare cluster: %s", without_secrets(cluster).model_dump_json())
     pool = _pool(cluster) if cluster.uses_pool else None
     ledger = _ledger() if cluster.uses_ledger else None

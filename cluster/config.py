@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.contradictions import refuse_contradictions
 from cluster.keys import SEQUENCES_PER_REQUEST, KeySource
 from memshare.config import (
     ENV_PREFIX,
@@ -91,14 +92,14 @@ class ReplicaConfig(Section):
     cpus: float = Field(default=1.0, ge=0.0)
     """CPU cores that Ray reserves for one replica."""
     gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs that Ray reserves for one replica; 0 on a CPU. At least ``tensor_parallel_size``, save
-    under the ``ray`` executor, which reserves one for each worker itself."""
+    """GPUs that Ray reserves for one replica; 0 on a CPU. At least ``tensor_parallel_size``; under
+    the ``ray`` executor exactly as many, one for each worker."""
     nodes: int = Field(default=1, ge=1)
     """Nodes that the workers of one replica are spread over. More than one needs GPUs, the ``ray``
     executor, and a fast network between the nodes."""
     pin_cpus: bool = False
-    """CPU only: bind every worker to cores of its own, so that replicas of one machine don't
-    compete. Needs ``cpus`` x ``tensor_parallel_size`` x replicas cores."""
+    """CPU only, refused with ``gpus``: bind every worker to cores of its own, so that replicas of
+    one machine don't compete. Needs ``cpus`` x ``tensor_parallel_size`` x replicas cores."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the replica and its engine, name to value."""
     max_ongoing_requests: int = Field(default=256, ge=1)
@@ -204,14 +205,16 @@ class RoutingConfig(Section):
     or their number alone."""
     spill_demand: Real = Field(default=1.0, ge=0.0)
     """Load (1: all KV blocks or slots wanted) above which a session may leave its replica. Needs
-    ``load: kv``."""
+    ``load: kv`` and ``sessions``."""
     spill_imbalance: Real = Field(default=1.5, ge=1.0)
-    """Ratio. It leaves only if its replica's load is so many times the mean of all replicas."""
+    """Ratio. It leaves only if its replica's load is so many times the mean of all replicas. Needs
+    ``load: kv`` and ``sessions``."""
     fallbacks: Whole = Field(default=2, ge=0)
     """Replicas. So many others may take a session, the same ones each time; further requests of it
-    go anywhere."""
+    go anywhere. Needs ``sessions``."""
     report_period_s: Real = Field(default=2.0, gt=0.0)
-    """Seconds between two reports of a replica's load. Each goes to every proxy."""
+    """Seconds between two reports of a replica's load. Each goes to every proxy. Needs
+    ``load: kv``."""
 
 
 class ScalingConfig(Section):
@@ -384,50 +387,5 @@ def parse_cluster_args(
         cluster = ClusterArgs.model_validate({**args, "memshare": config})
     except ValidationError as error:
         raise ConfigError(explain(error, ClusterArgs, ["args of the application"])) from None
-    _check_executor(cluster)
-    _check_gpus(cluster)
-    _check_nodes(cluster)
-    if cluster.memshare.event_log is not None and cluster.most_replicas > 1:
-        raise ConfigError(
-            f"memshare.event_log = {str(cluster.memshare.event_log)!r}: {cluster.most_replicas} "
-            "replicas would write one file, over each other\n"
-            "    fix: leave it out, or have one replica"
-        )
+    refuse_contradictions(cluster)
     return cluster
-
-
-def _check_executor(cluster: ClusterArgs) -> None:
-    """vLLM places workers by Ray on GPUs only."""
-    if cluster.engine.distributed_executor_backend == "ray" and not cluster.replica.gpus:
-        raise ConfigError(
-            "engine.distributed_executor_backend = 'ray': vLLM has no Ray executor for CPUs\n"
-            "    fix: set it to 'mp', or set replica.gpus"
-        )
-
-
-def _check_gpus(cluster: ClusterArgs) -> None:
-    """Workers that are the replica's own processes need their GPUs reserved by the replica."""
-    gpus, ranks = cluster.replica.gpus, cluster.engine.tensor_parallel_size
-    if cluster.engine.distributed_executor_backend != "ray" and 0 < gpus < ranks:
-        raise ConfigError(
-            f"replica.gpus = {gpus:g}: fewer than engine.tensor_parallel_size ({ranks})\n"
-            f"    fix: set replica.gpus to {ranks}, or engine.tensor_parallel_size to {gpus:g}"
-        )
-
-
-def _check_nodes(cluster: ClusterArgs) -> None:
-    """Only Ray places the workers of one engine on several nodes."""
-    nodes, ranks = cluster.replica.nodes, cluster.engine.tensor_parallel_size
-    if nodes == 1:
-        return
-    if cluster.engine.distributed_executor_backend != "ray":
-        raise ConfigError(
-            f"replica.nodes = {nodes}: the workers of one process can't be on several nodes\n"
-            "    fix: set engine.distributed_executor_backend to 'ray', or replica.nodes to 1"
-        )
-    if nodes > ranks:
-        raise ConfigError(
-            f"replica.nodes = {nodes}: more nodes than workers "
-            f"(engine.tensor_parallel_size = {ranks})\n"
-            f"    fix: set replica.nodes to {ranks} or less"
-        )

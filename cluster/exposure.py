@@ -12,20 +12,15 @@ HTTP once more, the gate looks at the address of each caller.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import ray
-from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from cluster.auth import is_local
 from cluster.config import AuthConfig
+from cluster.controller import ask_controller
 from memshare.config import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_CONTROLLER, _NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"  # ray/serve/_private/constants.py
-_ANSWER_S = 30.0
 
 
 def require_keys_or_localhost(auth: AuthConfig) -> None:
@@ -60,17 +55,10 @@ def require_keys_beyond_localhost(auth: AuthConfig, host: str) -> None:
 
 def proxy_host() -> str | None:
     """The host that HTTP proxies listen on; None if there are none, or if it is not known."""
-    if not ray.is_initialized():
+    answers = ask_controller("get_proxy_location", "get_http_config")
+    if answers is None:
         return None
-    try:
-        controller: Any = ray.get_actor(_CONTROLLER, _NAMESPACE)
-        location: ProxyLocation | None
-        options: HTTPOptions
-        location, options = ray.get(
-            [controller.get_proxy_location.remote(), controller.get_http_config.remote()],
-            timeout=_ANSWER_S,
-        )
-    except (ValueError, RayError) as error:
-        logger.info("Ray Serve's controller does not say where proxies listen: %r", error)
-        return None
+    location: ProxyLocation | None
+    options: HTTPOptions
+    location, options = answers
     return None if location == ProxyLocation.Disabled else options.host

@@ -217,7 +217,7 @@ class EvaluatorConfig(Section):
     """``ray`` only: ``host:port`` of the Ray cluster. None asks the environment
     (``RAY_ADDRESS``)."""
     namespace: NonEmpty = "memshare"
-    """``ray`` only: namespace of the evaluator actors."""
+    """``ray`` only: namespace of the evaluator actors. Two applications must not have the same."""
     actors: Whole = Field(default=1, ge=1, le=1024)
     """``ray`` only: number of evaluator actors in the pool."""
     cpus_per_actor: Real = Field(default=0.25, ge=0.0)

@@ -3,7 +3,9 @@
 - ``report``: findings, and how they are shown
 - ``setup``: what is to be checked, from a Ray Serve file or from vLLM's own options
 - ``installed``: versions of the packages
-- ``machine``: processors, memory, limits and ports
+- ``hub``: whether a model's files can be had
+- ``machine``: processors, memory and limits
+- ``ports``: who listens where the application is going to
 - ``model``: the model and its KV cache, against what MemShare refuses
-- ``command``: the command line
+- ``command``, ``progress``: the command line, and what is being looked at
 """

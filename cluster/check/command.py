@@ -6,7 +6,8 @@ Give a Ray Serve file, or a MemShare file and vLLM's own options behind ``--``:
     memshare check configs/observe.yaml -- --model MODEL --max-model-len 32768
 
 Nothing is started, and of the model only configuration and tokenizer are read. Ray need not run.
-The exit status is 0 if it will work, perhaps with warnings, and 1 if it will not.
+What is being looked at goes to standard error. The exit status is 0 if it will work, perhaps with
+warnings, and if a MemShare server with this model answers on the ports already; 1 if it will not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.check.progress import Progress, Say
 from cluster.check.report import GIB, Capacity, Finding, Memory, Report
 from memshare.config import ConfigError, MemShareConfig
 from memshare.errors import UserError
@@ -62,22 +64,25 @@ def run(args: argparse.Namespace) -> int:
     # vLLM looks at these when it is imported; its log must not get into ours.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    report = check(args)
+    with Progress() as progress:
+        report = check(args, progress.say)
     print(report.as_json() if args.json else report.as_text())
     return 0 if report.works else 1
 
 
-def check(args: argparse.Namespace) -> Report:
-    """Look at everything; see :func:`add_arguments`."""
+def check(args: argparse.Namespace, say: Say) -> Report:
+    """Look at everything; see :func:`add_arguments`. ``say`` takes what is looked at."""
+    say("installed packages")
     from cluster.check.installed import check_installed
 
     file, words = _split(args.file, args.vllm)
     findings = list(check_installed())
     subject = str(file) if file is not None else "vLLM"
+    say(subject)
     try:
         from cluster.check.setup import read_setup
 
-        setup = read_setup(file, args.application, words)
+        setup = read_setup(file, args.application, words, say)
     except (ConfigError, UserError) as error:
         findings.append(Finding("configuration", "fail", str(error)))
         return Report(subject, tuple(findings))
@@ -87,22 +92,28 @@ def check(args: argparse.Namespace) -> Report:
 
     from cluster.check.machine import check_host_memory, check_machine, look_at_this_machine
     from cluster.check.model import ModelCheck, Place
+    from cluster.check.ports import look_at_ports
 
+    say("this machine (loads torch)")
     machine = look_at_this_machine()
-    elsewhere = args.gpu_memory is not None
+    elsewhere, runs = args.gpu_memory is not None, False
     gpu = int(args.gpu_memory * GIB) if elsewhere else min(machine.gpus, default=None)
-    model = ModelCheck(setup, Place(gpu, int(args.reserve * GIB), elsewhere))
+    model = ModelCheck(setup, Place(gpu, int(args.reserve * GIB), elsewhere), say)
     findings += model.findings()
     if elsewhere:
         findings.append(Finding("machine", "warn", "not looked at: --gpu-memory is another one's"))
     else:
         findings += check_machine(machine, setup.needs)
+        if setup.serving is not None:
+            say("the ports")
+            found, runs = look_at_ports(setup.serving)
+            findings += found
     if model.config is None or model.memory is None:
         return Report(setup.subject, tuple(findings))
     memory, ranks = model.memory, model.config.parallel_config.tensor_parallel_size
     if gpu is None:
         findings += check_host_memory(
-            machine, setup.needs, memory.weight_bytes, memory.kv_bytes, ranks
+            machine, setup.needs, memory.weight_bytes, memory.kv_bytes, ranks, runs
         )
     found, capacity = _capacity(
         args, setup.memshare, memory, model.config.model_config.max_model_len,

@@ -1,13 +1,12 @@
-"""Whether this machine has what a set-up wants: processors, memory, limits, free ports."""
+"""Whether this machine has what a set-up wants: processors, memory, limits."""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
-import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
@@ -53,17 +52,15 @@ class Needs:
         cpus: cores of one of them.
         gpus: GPUs of one of them.
         extra_cpus: cores of everything else.
-        ports: what listens where: name to (host, port).
     """
 
     replicas: int = 1
     cpus: float = 1.0
     gpus: int = 0
     extra_cpus: float = 0.0
-    ports: dict[str, tuple[str, int]] = field(default_factory=dict)
 
 
-def needs_of(cluster: ClusterArgs, ports: dict[str, tuple[str, int]]) -> Needs:
+def needs_of(cluster: ClusterArgs) -> Needs:
     """What a Ray Serve application reserves when it is at its largest."""
     ranks, replica = cluster.engine.tensor_parallel_size, cluster.replica
     evaluator = cluster.memshare.evaluator
@@ -74,7 +71,6 @@ def needs_of(cluster: ClusterArgs, ports: dict[str, tuple[str, int]]) -> Needs:
         cpus=replica.cpus / replica.nodes,
         gpus=-(-gpus // replica.nodes),
         extra_cpus=evaluator.actors * evaluator.cpus_per_actor if cluster.uses_pool else 0.0,
-        ports=ports,
     )
 
 
@@ -94,10 +90,14 @@ def look_at_this_machine() -> Machine:
 
 def check_machine(machine: Machine, needs: Needs) -> Iterator[Finding]:
     """What one replica wants must be here; other replicas may find their place on other nodes."""
-    yield from _amount("GPU", len(machine.gpus), needs.gpus, needs.replicas * needs.gpus)
     yield from _amount(
-        "CPU core", machine.cpus, needs.cpus, needs.replicas * needs.cpus + needs.extra_cpus
-    )
+        "GPU", "engine.tensor_parallel_size and replica.gpus", len(machine.gpus), needs.gpus,
+        needs.replicas * needs.gpus,
+    )  # fmt: skip
+    yield from _amount(
+        "CPU core", "replica.cpus", machine.cpus, needs.cpus,
+        needs.replicas * needs.cpus + needs.extra_cpus,
+    )  # fmt: skip
     if machine.shm_bytes < SHM_BYTES:
         yield Finding(
             SECTION,
@@ -110,22 +110,12 @@ def check_machine(machine: Machine, needs: Needs) -> Iterator[Finding]:
             SECTION,
             "warn",
             f"a process may have {machine.open_files} files open",
-            f"ulimit -n {16 * OPEN_FILES}",
+            f"run `ulimit -n {16 * OPEN_FILES}` first",
         )
-    for name, (host, port) in needs.ports.items():
-        if is_taken(host, port):
-            yield Finding(
-                SECTION,
-                "fail",
-                f"port {port} ({name}) is taken",
-                "stop what listens there, unless it is this application, or set another port",
-            )
-        else:
-            yield Finding(SECTION, "ok", f"port {port} ({name}) is free")
 
 
 def check_host_memory(
-    machine: Machine, needs: Needs, weight_bytes: int, kv_bytes: int, ranks: int
+    machine: Machine, needs: Needs, weight_bytes: int, kv_bytes: int, ranks: int, runs: bool
 ) -> Iterator[Finding]:
     """Whether replicas on CPUs find memory enough.
 
@@ -135,34 +125,31 @@ def check_host_memory(
         weight_bytes: of one worker.
         kv_bytes: of one worker.
         ranks: workers of a replica.
+        runs: whether a MemShare server runs here already, and has taken memory.
     """
     one = REPLICA_BYTES + ranks * (weight_bytes + kv_bytes)
     wanted = RAY_BYTES + needs.replicas * one
     text = f"{gib(wanted)} of memory wanted by Ray and {needs.replicas} x {gib(one)} of replicas"
     if wanted <= machine.free_bytes:
         yield Finding(SECTION, "ok", f"{text}; {gib(machine.free_bytes)} are free")
+    elif runs:
+        yield Finding(
+            SECTION,
+            "warn",
+            f"{text}, but {gib(machine.free_bytes)} are free beside the server that runs here",
+            "nothing for that server; before you start another one, stop it",
+        )
     else:
         here = RAY_BYTES + one <= machine.free_bytes
         yield Finding(
             SECTION,
             "warn" if here else "fail",
             f"{text}, but {gib(machine.free_bytes)} are free",
-            "fewer replicas or a smaller KV cache, or other nodes for the rest",
+            "lower 'replicas', make the KV cache smaller, or add nodes for the rest",
         )
 
 
-def is_taken(host: str, port: int) -> bool:
-    """Whether somebody listens there already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
-def _amount(what: str, here: int, one: float, total: float) -> Iterator[Finding]:
+def _amount(what: str, fields: str, here: int, one: float, total: float) -> Iterator[Finding]:
     """Enough for one replica, and for all of them?"""
     if one == 0 and total == 0:
         return
@@ -171,14 +158,14 @@ def _amount(what: str, here: int, one: float, total: float) -> Iterator[Finding]
             SECTION,
             "fail",
             f"a replica needs {one:g} {what}s, and this machine has {here}",
-            "run the check where replicas will run, or lower tensor_parallel_size or the replica's",
+            f"run the check where replicas will run, or lower {fields}",
         )
     elif here < total:
         yield Finding(
             SECTION,
             "warn",
             f"{total:g} {what}s are reserved, and this machine has {here}",
-            "other nodes must bring the rest, or Ray will wait for ever: lower 'replicas' if not",
+            "add nodes that bring the rest, or lower 'replicas': Ray waits for ever otherwise",
         )
     else:
         yield Finding(SECTION, "ok", f"{here} {what}s; {total:g} are reserved")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 from pydantic import ValidationError
 
+from cluster.check.progress import Say
 from cluster.check.report import GIB, Finding, Memory
 from cluster.check.setup import Setup
 from memshare.config import ConfigError, MemShareConfig
@@ -45,17 +46,26 @@ class ModelCheck:
     """Looks at one set-up. ``findings`` first; then the rest is known, as far as it went.
 
     Attributes:
+        setup: what is looked at.
+        place: where it is to run.
+        say: takes what is looked at.
         memory: None if it could not be found out.
         config: vLLM's configuration; None if vLLM refused it.
     """
 
     setup: Setup
     place: Place
+    say: Say
     memory: Memory | None = None
     config: VllmConfig | None = None
 
     def findings(self) -> Iterator[Finding]:
         """Everything there is to say, from the options to the number of blocks."""
+        if self.setup.hub is not None:
+            yield self.setup.hub
+            if self.setup.hub.level == "fail":
+                return
+        self.say("the model's configuration (loads vLLM)")
         from memshare.engine.blueprint import UNBOUNDED, plan_cache, read_blueprint
         from memshare.engine.guard import cache_faults, config_of, setup_faults
 
@@ -70,6 +80,7 @@ class ModelCheck:
         yield from (Finding(SECTION, "fail", fault) for fault in faults)
         if config.model_config.is_encoder_decoder or config.model_config.runner_type != "generate":
             return  # named above: has no KV cache of the kind that is counted below
+        self.say("the model's layers, without weights")
         try:
             blueprint = read_blueprint(config)
             cache = plan_cache(config, blueprint, UNBOUNDED)

@@ -9,14 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
 import ray
 
+from cluster.check.ports import Serving
 from tests.page.browsing import open_browser
+from tools.local_cluster import Server
 
 _DRAWING_MS = 120_000  # of a picture: the browser draws it on the cores that the engine has
+
+
+def serving_of(server: Server) -> Serving:
+    """Where a server of the tests is, as ``memshare check`` reads it from its file."""
+    url = urlsplit(server.url)
+    assert url.hostname is not None
+    assert url.port is not None
+    port = int(server.grpc_address.rpartition(":")[2])
+    return Serving("memshare", "/", "smollm2", (url.hostname, url.port), ("0.0.0.0", port))
 
 
 def wait_for(what: str, found: Callable[[], Any], timeout_s: float = 60.0) -> Any:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from vllm.utils.network_utils import get_open_port
 
 from cluster.app import _ledger, build
 from cluster.exposure import proxy_host
 from cluster.ledger import LedgerDesk
 from cluster.limits import REPORT_S, Limiter, LimitReachedError, Limits
+from cluster.neighbours import BUILD
 from memshare.config import ConfigError
 
 pytestmark = pytest.mark.cluster
@@ -45,6 +48,37 @@ def test_a_server_that_others_can_reach_needs_keys(tmp_path: Path) -> None:
         build({"model": "smollm2-135m"})
     assert "fix: set 'auth.file'" in str(caught.value)
     build({"model": "smollm2-135m", "auth": {"file": str(tmp_path / "keys.yaml")}})
+
+
+@pytest.mark.usefixtures("running_serve")
+def test_two_applications_of_a_file_must_not_share_evaluators(tmp_path: Path) -> None:
+    """Ray Serve builds each by itself; both are refused, and nothing of them starts."""
+    arguments = {
+        "model": "smollm2-135m",
+        "auth": {"file": str(tmp_path / "keys.yaml")},
+        "memshare": {"evaluator": {"source": "ray", "namespace": "mine"}},
+    }
+    applications = [
+        {"name": name, "route_prefix": f"/{name}", "import_path": BUILD, "args": arguments}
+        for name in ("one", "two")
+    ]
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
+    end = time.monotonic() + 120
+    while True:
+        found = {name: serve.status().applications.get(name) for name in ("one", "two")}
+        if all(app is not None and app.status == "DEPLOY_FAILED" for app in found.values()):
+            break
+        assert time.monotonic() < end, found
+        time.sleep(0.5)
+    for app in found.values():
+        assert app is not None
+        assert "memshare.evaluator.namespace = 'mine': the applications one, two" in app.message
+        assert "fix: give each a namespace of its own" in app.message
+        assert app.deployments == {}
+    serve.delete("one")
+    serve.delete("two")
 
 
 async def admits(limiter: Limiter) -> bool:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -39,6 +40,7 @@ from ray import serve
 from ray.serve.generated.serve_pb2 import HealthzRequest, ListApplicationsRequest
 from ray.serve.generated.serve_pb2_grpc import RayServeAPIServiceStub
 
+from cluster.check.ports import look_at_ports
 from cluster.config import ReplicaConfig
 from cluster.evaluators import actor_name
 from cluster.grpc_ingress import SERVICE
@@ -62,7 +64,14 @@ from memshare.proto.memshare_pb2_grpc import MemShareStub
 from tests.cluster.collector import Collector
 from tests.cluster.faults import Old, Record, Stream, recover
 from tests.cluster.loose import LOOSE
-from tests.cluster.monitoring import json_lines, look_at_page, node_metrics, wait_for, writing
+from tests.cluster.monitoring import (
+    json_lines,
+    look_at_page,
+    node_metrics,
+    serving_of,
+    wait_for,
+    writing,
+)
 from tests.documents import Block, blocks, chat_bodies
 from tests.fuzzing import TIMES
 from tests.machine import DTYPE
@@ -243,6 +252,15 @@ def test_ray_serve_lists_its_applications_to_nobody(server: Server) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             ray_service.ListApplications(ListApplicationsRequest(), timeout=60)
         assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_check_of_the_machine_recognises_the_server(server: Server) -> None:
+    found, runs = look_at_ports(serving_of(server))
+    assert [finding.level for finding in found] == ["ok", "ok"], found
+    assert all("a MemShare server answers there, model smollm2" in f.text for f in found)
+    assert runs
+    other, _ = look_at_ports(replace(serving_of(server), model="other"))
+    assert [finding.level for finding in other] == ["warn", "warn"]
 
 
 def test_a_client_may_name_its_request(server: Server) -> None:

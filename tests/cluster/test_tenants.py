@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
+from cluster.check.ports import look_at_ports
 from cluster.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
 from tests.cluster.loose import LOOSE
+from tests.cluster.monitoring import serving_of
 from tests.fuzzing import TIMES
 from tests.machine import DTYPE
 from tools.local_cluster import (
@@ -156,6 +158,13 @@ def test_keys_hold_for_grpc(keyed: Keyed) -> None:
         assert client.generate(STORY, sampling).usage.completion_tokens > 0
         with pytest.raises(NotAllowedError):
             client.stats()  # of all tenants: for operators
+
+
+def test_a_check_of_the_machine_recognises_the_server_without_a_key(keyed: Keyed) -> None:
+    found, runs = look_at_ports(serving_of(keyed.server))
+    assert [finding.level for finding in found] == ["ok", "ok"], found
+    assert all(finding.text.endswith("a MemShare server answers there") for finding in found)
+    assert runs
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -72,7 +72,8 @@ def look(
 ) -> Look:
     """Runs in the other process."""
     engine = ("--model", folder, "--max-model-len=1024", "--enforce-eager", *words)
-    checking = ModelCheck(Setup("test", engine, load_config({"mode": mode}, {}), Needs()), place)
+    setup = Setup("test", engine, load_config({"mode": mode}, {}), Needs())
+    checking = ModelCheck(setup, place, print)
     return list(checking.findings()), checking.memory
 
 

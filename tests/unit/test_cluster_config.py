@@ -215,6 +215,83 @@ def test_fields_that_contradict_each_other(args: dict[str, object], text: str) -
     assert text in str(caught.value)
 
 
+RAY = {"distributed_executor_backend": "ray"}
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "fix"),
+    [
+        (
+            {"routing": {"load": "requests", "spill_demand": 1.0}},
+            "routing.spill_demand = 1.0: has no effect with routing.load = 'requests'",
+            "fix: leave it out, or set routing.load to 'kv'",
+        ),
+        (
+            {"routing": {"load": "requests", "spill_imbalance": 2}},
+            "routing.spill_imbalance = 2.0: has no effect",
+            "set routing.load to 'kv'",
+        ),
+        (
+            {"routing": {"load": "requests", "report_period_s": 1}},
+            "routing.report_period_s = 1.0: has no effect",
+            "set routing.load to 'kv'",
+        ),
+        (
+            {"routing": {"sessions": False, "fallbacks": 3}},
+            "routing.fallbacks = 3: has no effect with routing.sessions = False",
+            "fix: leave it out, or set routing.sessions to true",
+        ),
+        (
+            {"routing": {"sessions": False, "spill_demand": 0.9}},
+            "routing.spill_demand = 0.9: has no effect with routing.sessions = False",
+            "set routing.sessions to true",
+        ),
+        (
+            {"engine": {"tensor_parallel_size": 2, **RAY}, "replica": {"gpus": 1}},
+            "replica.gpus = 1: has no effect",
+            "fix: set replica.gpus to 2, or engine.distributed_executor_backend to 'mp'",
+        ),
+        (
+            {"engine": {"tensor_parallel_size": 2, **RAY}, "replica": {"gpus": 4}},
+            "replica.gpus = 4: has no effect",
+            "fix: set replica.gpus to 2",
+        ),
+        (
+            {"replica": {"gpus": 1, "pin_cpus": True}},
+            "replica.pin_cpus = True: has no effect",
+            "fix: leave it out",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    args: dict[str, object], field: str, fix: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(**args)
+    assert field in str(caught.value)
+    assert fix in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"routing": {"load": "requests", "fallbacks": 3}},
+        {"routing": {"load": "requests", "sessions": False}},
+        {"routing": {"sessions": False, "report_period_s": 1}},
+        {"engine": {"tensor_parallel_size": 2, **RAY}, "replica": {"gpus": 2}},
+        {"replica": {"gpus": 2}},  # an operator may reserve more than workers need
+    ],
+)
+def test_what_has_an_effect_is_accepted(args: dict[str, object]) -> None:
+    parse(**args)
+
+
+def test_every_fault_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(routing={"sessions": False, "fallbacks": 3}, engine={**RAY})
+    assert str(caught.value).count("fix: ") == 2
+
+
 def test_memshare_follows_its_own_precedence(tmp_path: Path) -> None:
     file = tmp_path / "memshare.yaml"
     file.write_text("mode: observe\nscope: tenant\nbudget: {max_shared_fraction: 0.1}\n")
