@@ -20,13 +20,9 @@ from ray.serve._private.common import (
 from ray.serve._private.grpc_util import get_grpc_response_status
 from ray.serve._private.http_util import get_http_response_status, send_http_response_on_exception
 from ray.serve.request_router import PendingRequest
-from vllm.entrypoints.serve import create_error_response
-from vllm.exceptions import RetryableRequestError
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from cluster.auth import LOCAL, Call, Caller
 from cluster.config import RoutingConfig
-from cluster.engine import _run
 from cluster.keys import MemSharePermissions
 from cluster.limits import Limits
 from cluster.outage import NoReplicaError, NoReplicaHTTPError, try_again
@@ -157,6 +153,13 @@ def test_over_grpc_it_is_unavailable() -> None:
 
 
 async def test_a_dead_engine_ends_its_requests_with_an_error_that_may_be_tried_again() -> None:
+    # Not with this module: it changes how this process starts others, which other tests look at.
+    from vllm.entrypoints.serve import create_error_response
+    from vllm.exceptions import RetryableRequestError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from cluster.engine import _run
+
     async def outputs() -> AsyncGenerator[Any, None]:
         yield "one"
         raise EngineDeadError
