@@ -37,7 +37,7 @@ _ELSEWHERE = {
 }
 
 
-# Options of vLLM that say how it logs; without them it follows `memshare.logs`.
+# Options of vLLM that say how it logs; without them it follows `memshare.telemetry.logs`.
 _OWN_LOGGING = {"logging_config", "log_config_file"}
 
 

@@ -39,7 +39,7 @@ from ray.exceptions import (
 )
 
 from memshare.config import EvaluatorConfig, MemShareConfig
-from memshare.evaluate import Answer, EvaluatorError, NewSteps, open_stage_one
+from memshare.search.evaluate import Answer, EvaluatorError, NewSteps, open_stage_one
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ class Evaluator:
 
     @ray.method
     def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
-        """See :meth:`memshare.evaluate.StageOne.evaluate`."""
+        """See :meth:`memshare.search.evaluate.StageOne.evaluate`."""
         return self._stage_one.evaluate(batch)
 
     @ray.method
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`memshare.evaluate.CandidateSource.forget`."""
+        """See :meth:`memshare.search.evaluate.CandidateSource.forget`."""
         self._stage_one.forget(histories, request_ids)
 
     @ray.method
@@ -186,7 +186,7 @@ class RayCandidateSource:
 
     @property
     def pending(self) -> int:
-        """See :attr:`memshare.evaluate.CandidateSource.pending`."""
+        """See :attr:`memshare.search.evaluate.CandidateSource.pending`."""
         return len(self._calls) + len(self._faults)
 
     def submit(self, batch: Sequence[NewSteps]) -> None:
@@ -199,7 +199,7 @@ class RayCandidateSource:
             self._send(self._seats[index], part)
 
     def collect(self) -> list[Answer | EvaluatorError]:
-        """See :meth:`memshare.evaluate.CandidateSource.collect`."""
+        """See :meth:`memshare.search.evaluate.CandidateSource.collect`."""
         items: list[Answer | EvaluatorError] = list(self._faults)
         self._faults.clear()
         if self._calls:
@@ -210,7 +210,7 @@ class RayCandidateSource:
         return items + self._expired()
 
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`memshare.evaluate.CandidateSource.forget`.
+        """See :meth:`memshare.search.evaluate.CandidateSource.forget`.
 
         An actor that can't be told forgets by itself: by its restart, or as least recently used.
         """
@@ -229,7 +229,7 @@ class RayCandidateSource:
                 self._leave_alone(seat, _fault(error, seat.name))
 
     def close(self) -> None:
-        """See :meth:`memshare.evaluate.CandidateSource.close`. Ends the actors made here."""
+        """See :meth:`memshare.search.evaluate.CandidateSource.close`. Ends the actors made here."""
         self._calls.clear()
         self._seats.clear()
         self._directory = ActorDirectory(self._config)

@@ -11,7 +11,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from cluster.dashboard.watch import Step
-from memshare.stats import Payload
+from memshare.telemetry.stats import Payload
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import prometheus_client
 
 from cluster.config import ClusterArgs
 from memshare import __version__
-from memshare.metrics import METRICS
 from memshare.proto import memshare_pb2 as pb
+from memshare.telemetry.metrics import METRICS
 
 if TYPE_CHECKING:
     from cluster.generation import Generation

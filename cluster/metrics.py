@@ -1,7 +1,7 @@
 """What a replica counts itself, in both exporters: ``/metrics`` and the Ray node's port.
 
-The engine's metrics come by vLLM's way (:mod:`memshare.engine.metrics`); these are counted in front
-of it. Both follow :mod:`memshare.metrics`.
+The engine's metrics come by vLLM's way (:mod:`memshare.engine.prometheus`); these are counted in
+front of it. Both follow :mod:`memshare.telemetry.metrics`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import prometheus_client
 from ray.util import metrics as ray_metrics
 
-from memshare.metrics import REPLICA, Label, Metric
+from memshare.telemetry.metrics import REPLICA, Label, Metric
 
 OTHER = "other"
 
@@ -32,7 +32,7 @@ class BoundedLabel:
 
 
 class ReplicaMetrics:
-    """The counters of ``memshare.metrics.REPLICA``. Thread-safe, as both exporters are."""
+    """Counts ``memshare.telemetry.metrics.REPLICA``. Thread-safe, as both exporters are."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ReplicaMetrics:
         """Count.
 
         Args:
-            name: one of ``memshare.metrics.REPLICA``.
+            name: one of ``memshare.telemetry.metrics.REPLICA``.
             values: of the metric's own labels, in their order.
             by: how many.
 

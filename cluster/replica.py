@@ -44,8 +44,8 @@ from cluster.serve_logs import (
 )
 from cluster.workers import Workers
 from memshare.config import MemShareConfig
-from memshare.logs import set_up_logging
 from memshare.model import resolve_model
+from memshare.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

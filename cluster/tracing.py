@@ -28,7 +28,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.metrics.stats import RequestStateStats
 
 from cluster.dashboard.watch import Step
-from memshare.stats import PreemptionNote, RemapNote
+from memshare.telemetry.stats import PreemptionNote, RemapNote
 
 _CONTEXT = TraceContextTextMapPropagator()
 

@@ -28,11 +28,11 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from memshare.bridge import EvaluatorBridge  # noqa: E402
 from memshare.config import MemShareConfig, load_config  # noqa: E402
-from memshare.evaluate import EvaluatorError, NewSteps, open_source  # noqa: E402
 from memshare.model import resolve_model  # noqa: E402
 from memshare.replay.traces import load_traces  # noqa: E402
+from memshare.search.bridge import EvaluatorBridge  # noqa: E402
+from memshare.search.evaluate import EvaluatorError, NewSteps, open_source  # noqa: E402
 from memshare.tables import table_head, table_row  # noqa: E402
 
 Steps = list[list[int]]  # token ids of the steps of one text

@@ -214,7 +214,7 @@ def _run(
 
     engine = llm.llm_engine
     llm.reset_prefix_cache()
-    before = Counter(side.journal.tally.totals)
+    before = Counter(side.recorder.counters.totals)
     params = SamplingParams(max_tokens=options.tokens, temperature=0, ignore_eos=True)
     for i in range(options.requests):
         prompt = f"Add 1 to {i} again and again. Write every step as its own paragraph."
@@ -230,7 +230,7 @@ def _run(
             output.finished and len(output.outputs[0].token_ids) == options.tokens
             for output in outputs
         )
-    after = Counter(side.journal.tally.totals)
+    after = Counter(side.recorder.counters.totals)
     wanted = ("steps", "verified", "applied", "steps_dropped:", "evaluator_faults:")
     counts = Counter({k: v for k, v in (after - before).items() if k.startswith(wanted)})
     return Phase(name, steps[2:], finished, counts)  # without prefill and first remaps

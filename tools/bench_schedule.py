@@ -1,7 +1,8 @@
 """What vLLM's scheduler does under KV pressure, with and without MemShare: counts, free of noise.
 
 vLLM's real scheduler, block pool and cache manager run with MemShare's real connector; the model is
-a stand-in (memshare/simulate/rig.py), so a run takes seconds and gives the same numbers everywhere.
+a stand-in (memshare/simulate/harness.py), so a run takes seconds and gives the same numbers
+everywhere.
 
     python tools/bench_schedule.py
     python tools/bench_schedule.py --texts solutions
@@ -164,12 +165,12 @@ def show(model: Path, work: Workload, arms: dict[str, dict[str, Any]]) -> None:
 def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
     """Run a workload to its end."""
     from memshare.simulate.costs import Recomputation
-    from memshare.simulate.rig import Rig
+    from memshare.simulate.harness import SchedulerHarness
 
     longest = max(len(job.prompt) + job.length for job in work.jobs) + 1
-    rig = Rig(
+    rig = SchedulerHarness(
         model, options, work.blocks + 1, max_num_seqs=256, max_model_len=max(2048, longest),
-        prompt_stage_one=True,
+        synchronous_search=True,
     )  # fmt: skip
     given_up: dict[str, float] = {}
     steps = preemptions = added = 0
@@ -185,9 +186,9 @@ def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
         steps += 1
         preemptions += len(output.preempted_req_ids or ())
         if rig.side is not None:
-            for state in rig.side.roster:
+            for state in rig.side.tracker:
                 given_up[state.request_id] = len(state.repointed) / max(state.full, 1)
-    remaps = rig.side.journal.tally.totals["applied"] if rig.side is not None else 0
+    remaps = rig.side.recorder.counters.totals["applied"] if rig.side is not None else 0
     rig.close()
     tokens = sum(job.length for job in work.jobs)
     mean = sum(given_up.values()) / len(work.jobs)

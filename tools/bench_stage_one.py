@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from memshare.bench.report import machine, spread
 from memshare.bench.workloads import Source, build
 from memshare.config import MemShareConfig, load_config
-from memshare.evaluate import NewSteps, StageOne, open_stage_one
 from memshare.model import resolve_model
 from memshare.replay.traces import load_traces
-from memshare.steps import StepSegmenter, compile_delimiters
+from memshare.search.evaluate import NewSteps, StageOne, open_stage_one
+from memshare.search.steps import StepSegmenter, compile_delimiters
+from memshare.search.vocabulary import token_bytes
 from memshare.tables import table
-from memshare.vocabulary import token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -38,11 +38,13 @@ def main() -> None:
 
 def measure(options: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Seconds of each hook call: without new blocks, and with 16 finished steps."""
-    from memshare.simulate.rig import Rig
+    from memshare.simulate.harness import SchedulerHarness
     from tests.engine.harness import write_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        rig = Rig(write_tiny_model(Path(folder)), options, blocks=16_000, max_num_seqs=REQUESTS)
+        rig = SchedulerHarness(
+            write_tiny_model(Path(folder)), options, blocks=16_000, max_num_seqs=REQUESTS
+        )
         rng = random.Random(0)
         for i in range(REQUESTS):
             # Groups of 16 whose prompts end two slots apart: a group is due every other step.
@@ -63,13 +65,13 @@ def measure(options: dict[str, Any]) -> tuple[list[float], list[float]]:
             return message
 
         rig.scheduler.connector.build_connector_meta = timed
-        tally = rig.side.journal.tally
+        counters = rig.side.recorder.counters
         wheel = rig.side._wheel
         for _ in range(STEPS):
-            due, steps_before = wheel.due_within(1), tally.totals["steps"]
+            due, steps_before = wheel.due_within(1), counters.totals["steps"]
             rig.step()
             sleep(FORWARD_S)
-            finished = tally.totals["steps"] - steps_before
+            finished = counters.totals["steps"] - steps_before
             if due == 0:
                 quiet.append(took)
             elif due == GROUP and (finished in (0, GROUP)):

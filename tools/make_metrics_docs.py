@@ -2,9 +2,9 @@
 
     python tools/make_metrics_docs.py
 
-:mod:`memshare.metrics` is the truth. The text between the tables is written by hand; each table
-stands between two comments that name it. A test fails while the page differs from what this script
-would write.
+:mod:`memshare.telemetry.metrics` is the truth. The text between the tables is written by hand; each
+table stands between two comments that name it. A test fails while the page differs from what this
+script would write.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "metrics.md"
 if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
-from memshare.metrics import (  # noqa: E402
+from memshare.telemetry.metrics import (  # noqa: E402
     BLOCKS,
     COUNTERS,
     GAUGES,

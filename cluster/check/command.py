@@ -142,7 +142,7 @@ def _capacity(
     max_model_len: int,
     max_num_seqs: int,
 ) -> tuple[list[Finding], Capacity]:
-    from memshare.capacity import RequestShape, concurrency
+    from memshare.core.capacity import RequestShape, concurrency
 
     prompt = min(_PROMPT, max_model_len // 2) if args.prompt is None else args.prompt
     output = min(_OUTPUT, max_model_len - prompt) if args.output is None else args.output

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from memshare.engine.blueprint import Blueprint
+    from memshare.engine.vllm_0_32.model_memory import ModelMemory
 
 SECTION = "model"
 GPU_BLOCK = 16  # tokens: vLLM's block size on GPUs, where nothing else is asked for
@@ -66,8 +66,8 @@ class ModelCheck:
             if self.setup.hub.level == "fail":
                 return
         self.say("the model's configuration (loads vLLM)")
-        from memshare.engine.blueprint import UNBOUNDED, plan_cache, read_blueprint
-        from memshare.engine.guard import cache_faults, config_of, setup_faults
+        from memshare.engine.compatibility import cache_faults, config_of, setup_faults
+        from memshare.engine.vllm_0_32.model_memory import UNBOUNDED, plan_cache, read_model_memory
 
         try:
             config = self.config = vllm_config(self.setup, self.place)
@@ -82,8 +82,8 @@ class ModelCheck:
             return  # named above: has no KV cache of the kind that is counted below
         self.say("the model's layers, without weights")
         try:
-            blueprint = read_blueprint(config)
-            cache = plan_cache(config, blueprint, UNBOUNDED)
+            model_memory = read_model_memory(config)
+            cache = plan_cache(config, model_memory, UNBOUNDED)
         except Exception as error:
             yield Finding(SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}")
             return
@@ -94,25 +94,25 @@ class ModelCheck:
             yield from _delimiters(config, memshare)
         if not faults:
             name = config.model_config.architectures[0]
-            yield Finding(SECTION, "ok", f"{name}, {len(blueprint.layers)} layers, one KV cache")
-        yield from self._memory(blueprint)
+            yield Finding(SECTION, "ok", f"{name}, {len(model_memory.layers)} layers, one KV cache")
+        yield from self._memory(model_memory)
 
-    def _memory(self, blueprint: Blueprint) -> Iterator[Finding]:
-        from memshare.engine.blueprint import plan_cache
+    def _memory(self, model_memory: ModelMemory) -> Iterator[Finding]:
+        from memshare.engine.vllm_0_32.model_memory import plan_cache
 
         assert self.config is not None
-        size, source = kv_memory(self.config, blueprint.weight_bytes, self.place)
+        size, source = kv_memory(self.config, model_memory.weight_bytes, self.place)
         if size <= 0:
             text = f"weights leave no room for a KV cache ({source})"
             fix = "raise tensor_parallel_size, or take a smaller model or larger GPUs"
             yield Finding(SECTION, "fail", text, fix)
             return
         try:
-            cache = plan_cache(self.config, blueprint, size)
+            cache = plan_cache(self.config, model_memory, size)
         except ValueError as error:
             yield Finding(SECTION, "fail", _first_lines(error))
             return
-        self.memory = _memory_of(self.config, blueprint, cache, size, source)
+        self.memory = _memory_of(self.config, model_memory, cache, size, source)
 
 
 def vllm_config(setup: Setup, place: Place) -> VllmConfig:
@@ -145,7 +145,7 @@ def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int,
     """Bytes that a worker has for its KV cache, and where the number comes from."""
     cache = config.cache_config
     if cache.num_gpu_blocks_override is not None:
-        from memshare.engine.blueprint import UNBOUNDED
+        from memshare.engine.vllm_0_32.model_memory import UNBOUNDED
 
         return UNBOUNDED, "as num_gpu_blocks_override wants"
     if cache.kv_cache_memory_bytes is not None:
@@ -160,13 +160,13 @@ def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int,
 
 
 def _memory_of(
-    config: VllmConfig, blueprint: Blueprint, cache: KVCacheConfig, size: int, source: str
+    config: VllmConfig, model_memory: ModelMemory, cache: KVCacheConfig, size: int, source: str
 ) -> Memory:
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
-    block_bytes = sum(spec.page_size_bytes for spec in blueprint.layers.values())
+    block_bytes = sum(spec.page_size_bytes for spec in model_memory.layers.values())
     return Memory(
-        weight_bytes=blueprint.weight_bytes,
+        weight_bytes=model_memory.weight_bytes,
         kv_bytes=min(size, cache.num_blocks * block_bytes),
         kv_source=source,
         block_size=cache.kv_cache_groups[0].kv_cache_spec.block_size,
@@ -177,7 +177,7 @@ def _memory_of(
 
 
 def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[Finding]:
-    from memshare.engine.guard import compile_steps
+    from memshare.engine.compatibility import compile_steps
 
     if not memshare.uses_stages or config.model_config.skip_tokenizer_init:
         return

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Literal
 
-from memshare.capacity import Concurrency
+from memshare.core.capacity import Concurrency
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -61,7 +61,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Requests of one shape in one replica, see :mod:`memshare.capacity`.
+    """Requests of one shape in one replica, see :mod:`memshare.core.capacity`.
 
     Attributes:
         prompt: tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from memshare.stats import RequestRow
+from memshare.telemetry.stats import RequestRow
 
 
 class Sample(NamedTuple):
@@ -85,7 +85,7 @@ class Report:
         started: when its engine was ready, seconds since the epoch.
         blocks: KV blocks in all; 0 if unknown.
         samples: new ones, in order.
-        kinds: KV blocks by kind (``memshare.metrics.BLOCKS``); empty if not known.
+        kinds: KV blocks by kind (``memshare.telemetry.metrics.BLOCKS``); empty if not known.
         requests: those with most blocks, as last looked at.
         ended: requests that have ended lately and whose trace can still be asked for.
     """

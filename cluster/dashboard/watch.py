@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.dashboard.records import Report, Reuse, Sample, Trace
-from memshare.stats import Payload, PreemptionNote, RemapNote, RequestRow
+from memshare.telemetry.stats import Payload, PreemptionNote, RemapNote, RequestRow
 
 _ENDED = 32  # requests that have ended and whose trace is kept
 _UNSENT = 120  # samples that are kept while the board can't be reached

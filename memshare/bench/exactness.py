@@ -172,7 +172,7 @@ def write(argument: dict[str, Any]) -> Written:
     found = llm.generate([PROMPT] * COPIES + OTHERS, params, use_tqdm=False)
     outputs = [list(output.outputs[0].token_ids) for output in found[:COPIES]]
     side = getattr(core.scheduler.connector, "scheduler_side", None)
-    applied = 0 if side is None else int(side.journal.tally.totals.get("applied", 0))
+    applied = 0 if side is None else int(side.recorder.counters.totals.get("applied", 0))
     pool = core.scheduler.kv_cache_manager.block_pool
     clean = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     return Written(outputs, applied, clean and llm.reset_prefix_cache())

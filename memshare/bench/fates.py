@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from memshare.config import MemShareConfig, PaperParams, TwinsParams
 
 if TYPE_CHECKING:
-    from memshare.engine.reclaimer import Victims
+    from memshare.core.reclaimer import TableView
 
 Fate = Literal[
     "prompt", "recent window", "given up", "in other tables", "last copy", "no similar block",
@@ -19,7 +19,9 @@ FATES: tuple[Fate, ...] = get_args(Fate)
 """``given up``, or why not: the first reason that holds, in this order."""
 
 
-def fates(view: Victims, config: MemShareConfig, has_pair: Callable[[int], bool]) -> Counter[Fate]:
+def fates(
+    view: TableView, config: MemShareConfig, has_pair: Callable[[int], bool]
+) -> Counter[Fate]:
     """Count the full blocks of a request by their fate.
 
     Args:
@@ -31,7 +33,7 @@ def fates(view: Victims, config: MemShareConfig, has_pair: Callable[[int], bool]
 
 
 def _fate(
-    view: Victims, index: int, config: MemShareConfig, has_pair: Callable[[int], bool]
+    view: TableView, index: int, config: MemShareConfig, has_pair: Callable[[int], bool]
 ) -> Fate:
     policy = config.policy
     if index < view.first:

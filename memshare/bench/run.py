@@ -258,8 +258,8 @@ def measure(plan: Plan, arm: Arm) -> Run:
 def _start(plan: Plan, arm: Arm) -> LLM:
     from vllm import LLM, SamplingParams
 
-    from memshare.engine.forced import ForcedDecoding
     from memshare.plug_in import plug_in
+    from memshare.replay.forced import ForcedDecoding
 
     forced = any(task.forced for task in plan.tasks)
     llm = LLM(
@@ -287,7 +287,7 @@ def _start(plan: Plan, arm: Arm) -> LLM:
 def _sampling(task: Task) -> SamplingParams:
     from vllm import SamplingParams
 
-    from memshare.engine.forced import forced
+    from memshare.replay.forced import forced
 
     if task.forced is not None:
         return forced(task.forced)
@@ -334,8 +334,8 @@ class _Watch:
         side.finish = watched  # type: ignore[method-assign]
 
     def _note_end(self, side: SchedulerSide, request_id: str) -> None:
-        state = side.roster.get(request_id)
-        if state is not None and side.book.table(request_id) is not None:
+        state = side.tracker.get(request_id)
+        if state is not None and side.tables.table(request_id) is not None:
             self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
             has_pair = partial(side.reclaimer.has_pair, state)
             self._fates += fates(side.reclaimer.view(state), side.config, has_pair)
@@ -406,7 +406,7 @@ class _Watch:
         return next((v for k, v in self._repointed.items() if k.split("-")[0] == name), 0.0)
 
     def _total(self, name: str) -> int:
-        return 0 if self._side is None else int(self._side.journal.tally.totals.get(name, 0))
+        return 0 if self._side is None else int(self._side.recorder.counters.totals.get(name, 0))
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:

@@ -162,7 +162,7 @@ def _steps(args: argparse.Namespace) -> None:
 
 def _trace(args: argparse.Namespace) -> None:
     from memshare.plots.trace import marks, with_twin, write_trace
-    from memshare.vocabulary import token_bytes
+    from memshare.search.vocabulary import token_bytes
 
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output}: a trace is drawn as a page; end it in .html")

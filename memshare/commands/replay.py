@@ -23,7 +23,7 @@ from memshare.errors import UserError
 from memshare.tables import table
 
 if TYPE_CHECKING:
-    from memshare.engine.replay import ReplayPlan
+    from memshare.replay.run import ReplayPlan
 
 _SIZES = (8, 16, 32, 64)  # tokens of a block
 
@@ -118,7 +118,7 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
     if args.text_only:
         return 0
     call_for = {"plan": f"{folder}/plan.json"}
-    seen = call("memshare.engine.replay:observe_plan", call_for, "the observing engine")
+    seen = call("memshare.replay.run:observe_plan", call_for, "the observing engine")
     print(f"\n{report([Sighting(*one) for one in seen], args.block_size)}")
     return 0
 
@@ -126,8 +126,8 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
 def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
     """Tokenize the texts that are long enough, and write the plan."""
     from memshare.bench.workloads import Source
-    from memshare.engine.replay import SETTLING, ReplayPlan
     from memshare.model import resolve_model, tokenizer_of
+    from memshare.replay.run import SETTLING, ReplayPlan
     from memshare.replay.traces import load_traces
 
     if not args.observe and args.continuation < 2 * SETTLING:
@@ -172,7 +172,7 @@ def _row(folder: str, arm: str, fraction: float, recent: int) -> Row:
 def _measure(folder: str, arm: Arm) -> Any:
     plan = f"{folder}/plan.json"
     argument = {"plan": plan, "arm": asdict(arm)}
-    return call("memshare.engine.replay:run_arm", argument, f"the engine of {arm.name}")
+    return call("memshare.replay.run:run_arm", argument, f"the engine of {arm.name}")
 
 
 def _table(rows: list[Row]) -> str:

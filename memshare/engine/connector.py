@@ -18,8 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from memshare.bridge import EvaluatorBridge
-from memshare.engine.guard import (
+from memshare.engine.compatibility import (
     check_before_load,
     check_cache,
     check_workers,
@@ -27,11 +26,12 @@ from memshare.engine.guard import (
     config_of,
 )
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
-from memshare.engine.metrics import MemSharePromMetrics, MemShareStats
+from memshare.engine.prometheus import MemSharePromMetrics, MemShareStats
 from memshare.engine.scheduler_side import SchedulerSide
 from memshare.engine.worker_side import WorkerSide
-from memshare.evaluate import open_source
-from memshare.logs import set_up_logging
+from memshare.search.bridge import EvaluatorBridge
+from memshare.search.evaluate import open_source
+from memshare.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
     import torch

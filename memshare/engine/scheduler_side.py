@@ -11,26 +11,26 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from memshare.bridge import EvaluatorBridge
 from memshare.config import MemShareConfig
-from memshare.engine.admission import Admission
-from memshare.engine.blocks import BlockBook
-from memshare.engine.desk import StageTwoDesk
-from memshare.engine.intake import Intake
-from memshare.engine.jobs import JobDesk
-from memshare.engine.journal import Journal
-from memshare.engine.lookout import Lookout
+from memshare.core.admission import Admission
+from memshare.core.reclaimer import Reclaimer
+from memshare.core.request_tracker import RequestTracker
+from memshare.core.requests import RequestState
+from memshare.core.timing_wheel import TimingWheel
 from memshare.engine.messages import SchedulerMessage, WorkerMessage
-from memshare.engine.reclaimer import Reclaimer
-from memshare.engine.requests import RequestState
-from memshare.engine.roster import Roster
-from memshare.engine.survey import Survey
 from memshare.engine.usage import ReturnedUsage, returned_usage
-from memshare.policy import load_policy
-from memshare.policy.base import DemandPolicy, StagedPolicy
-from memshare.stats import Payload
-from memshare.steps import DelimiterAutomaton
-from memshare.wheel import TimingWheel
+from memshare.engine.vllm_0_32.block_tables import BlockTables
+from memshare.mechanisms.registry import load_policy
+from memshare.mechanisms.remap.policy import DemandPolicy, StagedPolicy
+from memshare.mechanisms.remap.verifier import PairVerifier
+from memshare.mechanisms.step_pairs.verifier import BlockPairVerifier
+from memshare.mechanisms.twins.verifier import TokenPairVerifier
+from memshare.search.bridge import EvaluatorBridge
+from memshare.search.step_feeder import StepFeeder
+from memshare.search.steps import DelimiterAutomaton
+from memshare.telemetry.block_census import BlockCensus
+from memshare.telemetry.recorder import Recorder
+from memshare.telemetry.stats import Payload
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -73,45 +73,47 @@ class SchedulerSide:
         """
         policy = load_policy(config.policy)
         self.config = config
-        self.journal = Journal(config)
-        self.book = BlockBook(manager, block_size)
-        self.roster = Roster(config, automaton, self.book)
-        survey: Survey | None = None
+        self.recorder = Recorder(config)
+        self.tables = BlockTables(manager, block_size)
+        self.tracker = RequestTracker(config, automaton, self.tables)
+        survey: TokenPairVerifier | None = None
         if isinstance(policy, DemandPolicy) and policy.uses_coverage:
-            survey = Survey(config.distance, self.roster, self.book, self.journal, world_size)
-        self.reclaimer = Reclaimer(config, policy, self.roster, self.book, survey, self.journal)
-        self.admission = Admission(config.admission, self.roster, self.reclaimer, self.book)
-        self.jobs: StageTwoDesk | None = survey
+            survey = TokenPairVerifier(
+                config.distance, self.tracker, self.tables, self.recorder, world_size
+            )
+        self.reclaimer = Reclaimer(config, policy, self.tracker, self.tables, survey, self.recorder)
+        self.admission = Admission(config.admission, self.tracker, self.reclaimer, self.tables)
+        self.jobs: PairVerifier | None = survey
         if isinstance(policy, StagedPolicy):
-            self.jobs = JobDesk(
-                config.distance, policy, self.roster, self.book, self.reclaimer, self.journal,
+            self.jobs = BlockPairVerifier(
+                config.distance, policy, self.tracker, self.tables, self.reclaimer, self.recorder,
                 world_size,
             )  # fmt: skip
-        self.intake: Intake | None = None
+        self.intake: StepFeeder | None = None
         if self.jobs is not None:
-            self.intake = Intake(config, open_bridge(), self.journal)
-        self._lookout = Lookout(config.report, self.roster, self.book, self.journal.tally)
+            self.intake = StepFeeder(config, open_bridge(), self.recorder)
+        self._census = BlockCensus(config.report, self.tracker, self.tables, self.recorder.counters)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
         self._check_wanted = False
         self._check_failed = False
-        self.journal.event(
-            "started", blocks=self.book.total, mode=config.mode, policy=config.policy.name
+        self.recorder.event(
+            "started", blocks=self.tables.total, mode=config.mode, policy=config.policy.name
         )
 
     def close(self) -> None:
         """Stop threads and close files. Idempotent."""
         if self.intake is not None:
             self.intake.close()
-        self.journal.close()
+        self.recorder.close()
 
     # ---- requests come and go ----
 
     def add(self, request: Request) -> None:
         """Begin to follow a request, unless it must stay exact."""
-        reason = self.roster.add(request)
+        reason = self.tracker.add(request)
         if reason is not None:
-            self.journal.tally.add_labelled("opted_out", reason)
-            self.journal.event("opted_out", request=request.request_id, reason=reason)
+            self.recorder.counters.add_labelled("opted_out", reason)
+            self.recorder.event("opted_out", request=request.request_id, reason=reason)
 
     def finish(self, request: Request) -> ReturnedUsage | None:
         """Stop following a request; vLLM frees its blocks right after this call.
@@ -120,11 +122,11 @@ class SchedulerSide:
             What goes back with its last output; None if it has not asked for anything.
         """
         request_id = request.request_id
-        state = self.roster.remove(request_id)
-        usage = returned_usage(request, state, self.book.entries(request_id))
+        state = self.tracker.remove(request_id)
+        usage = returned_usage(request, state, self.tables.entries(request_id))
         if state is None:
             return usage
-        self.journal.event("finished", request=request_id, shared=len(state.repointed))
+        self.recorder.event("finished", request=request_id, shared=len(state.repointed))
         self.reclaimer.forget(state, "finished")
         self.admission.forget(state)
         self._forget_stages(state)
@@ -132,7 +134,7 @@ class SchedulerSide:
 
     def admitted(self, request_id: str) -> None:
         """vLLM has given blocks to a request that was waiting."""
-        state = self.roster.get(request_id)
+        state = self.tracker.get(request_id)
         if state is not None:
             self.admission.admitted(state)
 
@@ -140,7 +142,7 @@ class SchedulerSide:
 
     def build_message(self, output: SchedulerOutput) -> SchedulerMessage:
         """Run one step of MemShare; called when vLLM has scheduled, before it executes."""
-        self.journal.step += 1
+        self.recorder.step += 1
         self._note_schedule(output)
         if self.intake is not None and self.jobs is not None:
             for answer in self.intake.answers():
@@ -154,7 +156,7 @@ class SchedulerSide:
         # vLLM admits nobody in a step in which memory was short. If it did, somebody has reset it.
         short = bool(output.preempted_req_ids) and not output.scheduled_cached_reqs.resumed_req_ids
         self.admission.advance(preempted=short)
-        self.journal.explainer.tell(self.book.free, self.book.total)
+        self.recorder.explainer.tell(self.tables.free, self.tables.total)
         return SchedulerMessage(
             remaps=self.reclaimer.take_remaps(),
             batches=self.jobs.take() if self.jobs is not None else (),
@@ -179,27 +181,27 @@ class SchedulerSide:
 
     def _note_schedule(self, output: SchedulerOutput) -> None:
         for request_id in output.preempted_req_ids or ():
-            state = self.roster.get(request_id)
+            state = self.tracker.get(request_id)
             if state is None:
                 continue
-            self.journal.preempted(state)
+            self.recorder.preempted(state)
             state.note_held(state.full)
             self.reclaimer.forget(state, "preempted")
             self.admission.forget(state)
             self._forget_stages(state)
-            self.roster.start_generation(state)
+            self.tracker.start_generation(state)
         sent_whole = [new.req_id for new in output.scheduled_new_reqs]
         sent_whole += output.scheduled_cached_reqs.resumed_req_ids
         for request_id in sent_whole:
-            state = self.roster.get(request_id)
+            state = self.tracker.get(request_id)
             if state is not None:
-                state.sent_whole_at = self.journal.step
+                state.sent_whole_at = self.recorder.step
                 self._wheel.schedule((state, state.generation), 1)
                 self.admission.grown(state)  # it may have been preempted and resumed at once
 
     def _look_at(self, state: RequestState) -> None:
         """Look at a request that may have filled a block since it was last looked at."""
-        request, block_size = state.request, self.book.block_size
+        request, block_size = state.request, self.tables.block_size
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
         in_prompt = committed < request.num_prompt_tokens
@@ -220,7 +222,7 @@ class SchedulerSide:
         if self.jobs is not None:
             self.jobs.receive(message.results)
         if message.remap_misses:
-            self.journal.tally.add("remap_misses", message.remap_misses)
+            self.recorder.counters.add("remap_misses", message.remap_misses)
             # The block is free, and a worker may still read it.
             self._report_check([f"workers did not know {message.remap_misses} remapped requests"])
         self._check_wanted |= message.check_wanted
@@ -231,20 +233,20 @@ class SchedulerSide:
 
     def check_integrity(self) -> list[str]:
         """Compare our bookkeeping with vLLM's, on the scheduler side. [] if all is well."""
-        faults = self.book.reference_faults()
-        for state in self.roster:
-            name, table = f"request {state.request_id}", self.book.table(state.request_id)
+        faults = self.tables.reference_faults()
+        for state in self.tracker:
+            name, table = f"request {state.request_id}", self.tables.table(state.request_id)
             if table is None:
                 continue
             if state.repointed and state.tainted_from is None:
                 faults.append(f"{name}: remapped, but not tainted")
-            if state.tainted_from is not None and self.book.is_publishing(state.request_id):
+            if state.tainted_from is not None and self.tables.is_publishing(state.request_id):
                 faults.append(f"{name}: tainted, but still publishing")
             if state.repointed and max(state.repointed) >= len(table):
                 faults.append(f"{name}: a remapped entry is gone")
             elif not state.sharers_are_right(table):
                 faults.append(f"{name}: a remapped entry points elsewhere than is noted")
-        shared = sum(len(state.repointed) for state in self.roster)
+        shared = sum(len(state.repointed) for state in self.tracker)
         if shared != self.reclaimer.shared_entries:
             faults.append(f"{self.reclaimer.shared_entries} shared entries counted, {shared} held")
         return faults
@@ -252,19 +254,19 @@ class SchedulerSide:
     def _begin_check(self) -> dict[str, list[int]] | None:
         """Check this side; returns the tables that the workers compare with theirs, if due."""
         every = self.config.integrity.check_every
-        if not self._check_wanted and not (every and self.journal.step % every == 0):
+        if not self._check_wanted and not (every and self.recorder.step % every == 0):
             return None
         self._check_wanted = False
         faults = self.check_integrity()
         if faults:
             self._report_check(faults)
-        return self.book.tables()
+        return self.tables.tables()
 
     def _report_check(self, faults: list[str]) -> None:
         result = "failed" if faults else "passed"
         listed = "; ".join(faults[:8])
-        self.journal.tally.add_labelled("integrity_checks", result)
-        self.journal.event("integrity", result=result, faults=listed)
+        self.recorder.counters.add_labelled("integrity_checks", result)
+        self.recorder.event("integrity", result=result, faults=listed)
         if not faults:
             return
         if self.config.integrity.on_failure == "raise":
@@ -279,13 +281,13 @@ class SchedulerSide:
 
     def take_stats(self) -> Payload | None:
         """What has changed since the last call; None if nothing has."""
-        self._lookout.look()
-        return self.journal.take_stats(
+        self._census.look()
+        return self.recorder.take_stats(
             {
                 "queue_length": float(len(self.reclaimer)),
                 "pairs_waiting": float(len(self.jobs)) if self.jobs is not None else 0.0,
                 "shared_entries": float(self.reclaimer.shared_entries),
-                "free_blocks": float(self.book.free),
+                "free_blocks": float(self.tables.free),
                 "admission_reserve": float(self.admission.reserve),
                 "sharing_stopped": float(self._check_failed),
             }

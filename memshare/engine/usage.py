@@ -14,7 +14,7 @@ from memshare.request_options import USAGE
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from memshare.engine.requests import RequestState
+    from memshare.core.requests import RequestState
 
 
 class Usage(TypedDict):

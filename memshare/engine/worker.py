@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.platforms import current_platform
 
+from memshare.engine.compatibility import check_before_load
 from memshare.engine.connector import MemShareConnector
-from memshare.engine.guard import check_before_load
 from memshare.engine.messages import SchedulerMessage
 from memshare.engine.worker_side import WorkerSide
 

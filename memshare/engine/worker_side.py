@@ -9,8 +9,8 @@ from torch import Tensor
 
 from memshare.config import MemShareConfig
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
-from memshare.engine.stage_two import StageTwo
-from memshare.engine.tables import WorkerTable, table_of
+from memshare.engine.vllm_0_32.worker_tables import WorkerTable, table_of
+from memshare.kv.comparer import StageTwo
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from memshare.mechanisms.twins.index import Positions, TwinIndex
 from memshare.tables import table
-from memshare.twins import Positions, TwinIndex
 
 _STEP = 8  # tokens that are added to the index at a time: what they repeat must stand before them
 _RUN = 4  # tokens: shorter repetitions are chance

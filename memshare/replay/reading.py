@@ -18,18 +18,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memshare.capacity import end_target, first_target
 from memshare.config import DistanceConfig, PolicyParams, ProtectConfig, StepConfig, TwinsParams
-from memshare.copies import CopyLists
-from memshare.distance import TokenScale, spread_layers, token_similarity_sums
+from memshare.core.capacity import end_target, first_target
+from memshare.kv.rotary import Rotation
+from memshare.kv.similarity import TokenScale, spread_layers, token_similarity_sums
+from memshare.mechanisms.registry import load_policy
+from memshare.mechanisms.remap.policy import DemandPolicy
+from memshare.mechanisms.twins.copies import TokenCopies
+from memshare.mechanisms.twins.index import Positions, TwinIndex
 from memshare.model import tokenizer_of
-from memshare.policy import load_policy
-from memshare.policy.base import DemandPolicy
 from memshare.replay.damage import measure
-from memshare.rotary import Rotation
-from memshare.steps import StepSegmenter, compile_delimiters
-from memshare.twins import Positions, TwinIndex
-from memshare.vocabulary import token_bytes
+from memshare.search.steps import StepSegmenter, compile_delimiters
+from memshare.search.vocabulary import token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Reading:
 
 @dataclass(slots=True)
 class Prefix:
-    """The prefix as an on-demand policy sees it (:class:`memshare.policy.base.VictimView`).
+    """The prefix as an on-demand policy sees it: a :class:`.RequestView`.
 
     Attributes:
         twins: what both stages know of its tokens; None if the policy does not ask.
@@ -80,27 +80,27 @@ class Prefix:
     end: int
     full: int
     budget: int
-    twins: CopyLists | None
+    twins: TokenCopies | None
     donor_of: dict[int, int] = field(default_factory=dict)
     block_threshold: float | None = None
 
     @property
     def coverage(self) -> npt.NDArray[np.float32]:
-        """See :attr:`VictimView.coverage`."""
+        """See :attr:`RequestView.coverage`."""
         if self.twins is None:
             return np.zeros(self.full, np.float32)
         return self.twins.coverage[: self.full]
 
     def is_own(self, index: int) -> bool:
-        """See :meth:`VictimView.is_own`."""
+        """See :meth:`RequestView.is_own`."""
         return index not in self.donor_of
 
     def sharers(self, index: int) -> int:
-        """See :meth:`VictimView.sharers`."""
+        """See :meth:`RequestView.sharers`."""
         return sum(donor == index for donor in self.donor_of.values())
 
     def is_target(self, index: int) -> bool:
-        """See :meth:`VictimView.is_target`."""
+        """See :meth:`RequestView.is_target`."""
         return self.is_own(index) and not (self.twins is not None and self.twins.last_copies[index])
 
     def repoint(self, target: int, donor: int) -> None:
@@ -225,7 +225,7 @@ class Reader:
                 self._hand_on(reading, twins, victim.target)
         return prefix
 
-    def _hand_on(self, reading: Reading, twins: CopyLists, index: int) -> None:
+    def _hand_on(self, reading: Reading, twins: TokenCopies, index: int) -> None:
         """Block ``index`` is gone: its tokens' neighbours are neighbours now."""
         earlier, later = twins.give_up(index)
         twins.learn(earlier, later, reading.similarity(earlier, later))
@@ -236,9 +236,9 @@ class Reader:
         _, bounds = StepSegmenter(self._automaton, *self._steps).feed(output)
         return [reading.prompt + bound for bound in bounds]
 
-    def _twins(self, reading: Reading, params: TwinsParams) -> CopyLists:
+    def _twins(self, reading: Reading, params: TwinsParams) -> TokenCopies:
         """Both stages over the whole prefix."""
-        known = CopyLists(self._block_size)
+        known = TokenCopies(self._block_size)
         known.grow(-(-reading.prefix // self._block_size))
         index = TwinIndex(params.shortest_run)
         for first, last in pairwise([0, *self.steps(reading)]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memshare.simulate.costs import DoesNotFitError, Recomputation, StepCosts, work_of
-from memshare.simulate.rig import Rig
+from memshare.simulate.harness import SchedulerHarness
 
 # The smallest model that vLLM's configuration accepts: nothing of it is ever computed.
 _MODEL = {
@@ -108,7 +108,7 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
         longest = max(job.prompt + job.output for job in jobs) + 1
         config = _MODEL | {"max_position_embeddings": longest}
         (folder / "config.json").write_text(json.dumps(config))
-        rig = Rig(
+        rig = SchedulerHarness(
             folder, {"mode": "off"} if memshare is None else memshare, engine.blocks + 1,
             max_num_seqs=engine.max_num_seqs, block_size=engine.block_size,
             max_model_len=longest, max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -119,7 +119,7 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
             rig.close()
 
 
-def _run(rig: Rig, engine: Engine, jobs: Sequence[Job]) -> Prediction:
+def _run(rig: SchedulerHarness, engine: Engine, jobs: Sequence[Job]) -> Prediction:
     draw = random.Random(0)
     seconds = 0.0
     steps = added = preemptions = requests = 0
@@ -141,7 +141,7 @@ def _run(rig: Rig, engine: Engine, jobs: Sequence[Job]) -> Prediction:
         steps += 1
         requests += work.requests
         preemptions += len(output.preempted_req_ids or ())
-    remaps = rig.side.journal.tally.totals["applied"] if rig.side is not None else 0
+    remaps = rig.side.recorder.counters.totals["applied"] if rig.side is not None else 0
     return Prediction(
         seconds, steps, sum(job.output for job in jobs), preemptions, again.tokens,
         requests / steps, int(remaps),

@@ -16,9 +16,9 @@ import pytest
 import ray
 
 from cluster.evaluators import EvaluatorPool, RayCandidateSource, actor_name
-from memshare.bridge import EvaluatorBridge
 from memshare.config import MemShareConfig, load_config
-from memshare.evaluate import Answer, EvaluatorError, NewSteps
+from memshare.search.bridge import EvaluatorBridge
+from memshare.search.evaluate import Answer, EvaluatorError, NewSteps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_address")]
 
@@ -316,7 +316,7 @@ def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_addre
         import signal, sys, time
         from cluster.evaluators import RayCandidateSource
         from memshare.config import MemShareConfig
-        from memshare.evaluate import Answer, NewSteps
+        from memshare.search.evaluate import Answer, NewSteps
 
         handler = lambda *_: sys.exit(42)
         signal.signal(signal.SIGTERM, handler)

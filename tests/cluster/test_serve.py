@@ -58,9 +58,9 @@ from memshare.client import (
     TimedOutError,
     UnavailableError,
 )
-from memshare.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
 from memshare.proto import memshare_pb2 as pb
 from memshare.proto.memshare_pb2_grpc import MemShareStub
+from memshare.telemetry.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
 from tests.cluster.collector import Collector
 from tests.cluster.faults import Old, Record, Stream, recover
 from tests.cluster.loose import LOOSE

@@ -78,5 +78,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def folder(tiny: str) -> Path:
-    """The same, as memshare/simulate/rig.py wants it."""
+    """The same, as memshare/simulate/harness.py wants it."""
     return Path(tiny)

@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def totals(self) -> Counter[str]:
-        return Counter(self.side.journal.tally.totals)
+        return Counter(self.side.recorder.counters.totals)
 
     def metric(self, name: str) -> float:
         return sum(m.value for m in self.llm.get_metrics() if m.name == name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memshare.simulate.rig import Rig
+from memshare.simulate.harness import SchedulerHarness
 from tools.bench_schedule import DENSE, SHARE, UNHELD, Job, Workload, of_lengths, run
 
 pytestmark = pytest.mark.engine
@@ -18,14 +18,14 @@ _, BURST, *_ = of_lengths()  # 24 x 800 tokens; memory for a third of them
 HELD = SHARE | {"admission": {"lookahead_tokens": 256, "hold_steps": 50}}
 
 
-def crowd(folder: Path, options: dict[str, Any], requests: int = 20) -> Rig:
-    rig = Rig(folder, options, blocks=100)
+def crowd(folder: Path, options: dict[str, Any], requests: int = 20) -> SchedulerHarness:
+    rig = SchedulerHarness(folder, options, blocks=100)
     for i in range(requests):
         rig.add(f"r{i}", [i] * 40, 400)
     return rig
 
 
-def step_until_preempted(rig: Rig) -> None:
+def step_until_preempted(rig: SchedulerHarness) -> None:
     for _ in range(400):
         if rig.step().preempted_req_ids:
             return
@@ -83,7 +83,7 @@ def test_nothing_is_held_back_unless_sharing_and_asked(
 
 def test_the_users_own_watermark_stays_the_least(folder: Path) -> None:
     with closing(crowd(folder, HELD)) as rig:
-        rig.side.book._configured_watermark = 7
+        rig.side.tables._configured_watermark = 7
         rig.step()
         assert rig.scheduler.kv_cache_manager.watermark_blocks == 7
 

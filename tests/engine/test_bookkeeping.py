@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from memshare.config import ReportConfig
-from memshare.stats import Payload
+from memshare.telemetry.stats import Payload
 from tests.engine.harness import Engine, StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -68,20 +68,20 @@ def test_what_is_reported_agrees_with_the_books(
         if payload is not None:
             payloads.append(payload)
             if payload["blocks"]:
-                assert payload["blocks"]["free"] == side.book.free
-                assert sum(payload["blocks"].values()) == side.book.total
+                assert payload["blocks"]["free"] == side.tables.free
+                assert sum(payload["blocks"].values()) == side.tables.total
                 assert min(payload["blocks"].values()) >= 0
-                tables = side.book.tables()
+                tables = side.tables.tables()
                 for row in payload["requests"]:
                     assert row["blocks"] == len(tables.get(row["request"], []))
-                    assert row["shared"] == len(side.roster.get(row["request"]).repointed)
+                    assert row["shared"] == len(side.tracker.get(row["request"]).repointed)
         return payload
 
     monkeypatch.setattr(side, "take_stats", keep)
-    monkeypatch.setattr(side._lookout, "_next", 0.0)
-    monkeypatch.setattr("memshare.engine.lookout._SHARE_OF_TIME", 0.05)
+    monkeypatch.setattr(side._census, "_next", 0.0)
+    monkeypatch.setattr("memshare.telemetry.block_census._SHARE_OF_TIME", 0.05)
     monkeypatch.setattr(
-        side._lookout, "_config", ReportConfig.model_validate({"every_s": 0.001, "requests": 4})
+        side._census, "_config", ReportConfig.model_validate({"every_s": 0.001, "requests": 4})
     )
     before = engine.totals
     engine.generate(PROMPTS, max_tokens=320)
@@ -93,7 +93,7 @@ def test_what_is_reported_agrees_with_the_books(
     assert any(payload["blocks"]["shared"] for payload in looks)
     assert max(len(payload["requests"]) for payload in looks) == 4
     assert looks[-1]["requests"] == [], "the end is reported at once"
-    assert looks[-1]["blocks"]["free"] == side.book.total
+    assert looks[-1]["blocks"]["free"] == side.tables.total
     assert len(remaps) == counted["applied"]
     assert all(note.target != note.donor or note.request != note.donor_request for note in remaps)
     assert sum(len(payload["preempted"]) for payload in payloads) == counted["preemptions"]
@@ -143,7 +143,7 @@ def test_aborts_in_the_middle(engine: Engine) -> None:
     assert engine.totals["applied"] > before
     assert "integrity_checks:failed" not in engine.totals
     assert engine.is_clean()
-    assert len(list(engine.side.roster)) == 0
+    assert len(list(engine.side.tracker)) == 0
     assert engine.side.reclaimer.shared_entries == 0
     assert len(engine.side.reclaimer) == 0
 

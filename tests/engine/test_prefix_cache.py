@@ -34,13 +34,13 @@ def test_a_later_turn_is_served_no_tainted_block(start_engine: StartEngine, smol
     with start_engine(smollm2, EAGER, **options) as engine:
         prompt = engine.llm.get_tokenizer().encode(FIRST_TURN)
         tainted_from: list[int] = []
-        stop_publishing = engine.side.book.stop_publishing
+        stop_publishing = engine.side.tables.stop_publishing
 
         def note(request_id: str) -> None:
-            tainted_from.append(engine.side.roster.get(request_id).tainted_from)
+            tainted_from.append(engine.side.tracker.get(request_id).tainted_from)
             stop_publishing(request_id)
 
-        engine.side.book.stop_publishing = note
+        engine.side.tables.stop_publishing = note
         answer, _ = turn(engine, prompt, TOKENS)
         conversation = prompt + answer + engine.llm.get_tokenizer().encode(" Now sort them.")
         assert engine.totals["applied"] > 0
@@ -52,7 +52,7 @@ def test_a_later_turn_is_served_no_tainted_block(start_engine: StartEngine, smol
 
         # Negative control: without the taint, the same conversation is served approximate blocks.
         engine.llm.reset_prefix_cache()
-        engine.side.book.stop_publishing = lambda request_id: None
+        engine.side.tables.stop_publishing = lambda request_id: None
         engine.side.check_integrity = list
         polluted, _ = turn(engine, prompt, TOKENS)
         assert polluted == answer

@@ -65,7 +65,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_before_the_model_loads(vllm_config: Any, case: str) -> None:
-    from memshare.engine.guard import UnsupportedSetup, check_before_load
+    from memshare.engine.compatibility import UnsupportedSetup, check_before_load
 
     check_before_load(vllm_config)  # the set-up itself is fine
     spoil, symptom = CASES[case]
@@ -97,7 +97,7 @@ def test_models_whose_cache_cannot_be_shared() -> None:
         SlidingWindowSpec,
     )
 
-    from memshare.engine.guard import UnsupportedSetup, check_cache
+    from memshare.engine.compatibility import UnsupportedSetup, check_cache
 
     shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
     full = FullAttentionSpec(**shape)
@@ -126,7 +126,7 @@ def test_other_versions_are_refused(found: str) -> None:
 
 
 def test_a_missing_worker_hook_is_noticed() -> None:
-    from memshare.engine.guard import UnsupportedSetup, check_workers
+    from memshare.engine.compatibility import UnsupportedSetup, check_workers
     from memshare.engine.messages import WorkerHandshake
 
     hooked, bare = WorkerHandshake(True), WorkerHandshake(False)

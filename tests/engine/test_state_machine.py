@@ -1,6 +1,6 @@
 """Random schedules against vLLM's real scheduler, block pool and cache manager (design: 1-6).
 
-Only the model is a stand-in (memshare/simulate/rig.py). Every step checks reference counts,
+Only the model is a stand-in (memshare/simulate/harness.py). Every step checks reference counts,
 equality of scheduler's and worker's tables, and that no block is overwritten while an entry points
 at it.
 ``SCHEDULER_TEST_STEPS`` sets how many engine steps a run makes (``make test-long``: 100,000).
@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from memshare.simulate.rig import Rig
+from memshare.simulate.harness import SchedulerHarness
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 
@@ -82,7 +82,9 @@ class Schedule(RuleBasedStateMachine):
     )
     def start(self, options: dict[str, Any], blocks: int, ranks: int, seed: int) -> None:
         self.random = random.Random(seed)
-        self.rig = Rig(self.folder, options, blocks, max_num_seqs=16, ranks=ranks, seed=seed)
+        self.rig = SchedulerHarness(
+            self.folder, options, blocks, max_num_seqs=16, ranks=ranks, seed=seed
+        )
         self.added = 0
         # So that prefix caching has something to hit.
         self.common = [self.random.randrange(250) for _ in range(64)]
@@ -136,7 +138,7 @@ class Schedule(RuleBasedStateMachine):
             return
         try:
             assert_clean(self.rig)
-            self.applied.append(self.rig.side.journal.tally.totals["applied"])
+            self.applied.append(self.rig.side.recorder.counters.totals["applied"])
         finally:
             self.rig.close()
 
@@ -165,39 +167,39 @@ def test_the_random_runs_did_share() -> None:
     assert sum(applied) > 5 * len(applied) > 0
 
 
-def step(rig: Rig) -> None:
+def step(rig: SchedulerHarness) -> None:
     rig.step()
     assert rig.worker.overwritten() == []
     assert_tenants_are_apart(rig)
-    for state in rig.side.roster:
-        table = rig.side.book.table(state.request_id)
+    for state in rig.side.tracker:
+        table = rig.side.tables.table(state.request_id)
         for index in state.repointed:
             assert not table[index].is_null
 
 
-def assert_tenants_are_apart(rig: Rig) -> None:
+def assert_tenants_are_apart(rig: SchedulerHarness) -> None:
     """No block lies in the tables of two tenants, be it by a remap or by the prefix cache."""
     owners: dict[int, str | None] = {}
     for request in rig.scheduler.requests.values():
-        for block in rig.side.book.table(request.request_id) or ():
+        for block in rig.side.tables.table(request.request_id) or ():
             if not block.is_null:
                 owner = owners.setdefault(block.block_id, request.cache_salt)
                 assert owner == request.cache_salt, "a block crosses tenants"
 
 
-def abort(rig: Rig, request_ids: list[str]) -> None:
+def abort(rig: SchedulerHarness, request_ids: list[str]) -> None:
     from vllm.v1.request import RequestStatus
 
     rig.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
 
 
-def assert_clean(rig: Rig) -> None:
+def assert_clean(rig: SchedulerHarness) -> None:
     abort(rig, list(rig.scheduler.requests))
     rig.step()
     pool = rig.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert rig.scheduler.reset_prefix_cache()
-    assert len(list(rig.side.roster)) == 0
+    assert len(list(rig.side.tracker)) == 0
     assert len(rig.side.reclaimer) == 0
     if rig.side.jobs is not None:
         rig.step()  # the second rank answers a step later
@@ -205,12 +207,12 @@ def assert_clean(rig: Rig) -> None:
     assert rig.side.reclaimer.shared_entries == 0
     assert rig.side.admission._growth == {}
     assert rig.side.admission._total == 0
-    totals = rig.side.journal.tally.totals
+    totals = rig.side.recorder.counters.totals
     assert totals["integrity_checks:failed"] == 0
     assert totals["remap_misses"] == 0
 
 
-def pressed(rig: Rig) -> None:
+def pressed(rig: SchedulerHarness) -> None:
     """Twenty long requests in a cache for six: pressure from the first hundred steps on."""
     rng = random.Random(0)
     for i in range(20):
@@ -221,7 +223,7 @@ def pressed(rig: Rig) -> None:
 
 def test_a_donor_that_goes_takes_its_sharers_along(folder: Path) -> None:
     options = CHECKED | {"policy": {"name": "random", "seed": 1}, "protect": {"recent_tokens": 0}}
-    rig = Rig(folder, options | {"budget": {"max_shared_fraction": 1.0}}, 100, seed=1)
+    rig = SchedulerHarness(folder, options | {"budget": {"max_shared_fraction": 1.0}}, 100, seed=1)
     points: dict[tuple[str, int, int], int] = {}  # block of each re-pointed entry
     moved = 0
     try:
@@ -230,8 +232,8 @@ def test_a_donor_that_goes_takes_its_sharers_along(folder: Path) -> None:
         for _ in range(300):
             step(rig)
             assert rig.side.check_integrity() == []
-            for state in rig.side.roster:
-                table = rig.side.book.table(state.request_id)
+            for state in rig.side.tracker:
+                table = rig.side.tables.table(state.request_id)
                 for entry in state.repointed:
                     key = (state.request_id, state.generation, entry)
                     moved += points.get(key, table[entry].block_id) != table[entry].block_id
@@ -242,7 +244,7 @@ def test_a_donor_that_goes_takes_its_sharers_along(folder: Path) -> None:
         rig.close()
 
 
-def between_tenants(rig: Rig) -> None:
+def between_tenants(rig: SchedulerHarness) -> None:
     """Two tenants with the same prompts, in a cache for six of their twenty requests."""
     for i in range(20):
         rig.add(f"t{i}", [i // 2] * 64, 400, cache_salt="ab"[i % 2])
@@ -252,10 +254,10 @@ def between_tenants(rig: Rig) -> None:
 
 def test_pairs_never_cross_a_tenant(folder: Path) -> None:
     options = CHECKED | STAGED | {"policy": {"name": "paper"}, "scope": "tenant"}
-    rig = Rig(folder, options, 100, seed=1)
+    rig = SchedulerHarness(folder, options, 100, seed=1)
     try:
         between_tenants(rig)
-        assert rig.side.journal.tally.totals["applied"] > 10
+        assert rig.side.recorder.counters.totals["applied"] > 10
     finally:
         rig.close()
 
@@ -268,9 +270,9 @@ def test_a_pair_or_a_cache_hit_that_crosses_would_be_seen(
     from vllm.v1.core import kv_cache_utils
 
     options = CHECKED | STAGED | {"policy": {"name": "paper"}, "scope": "tenant"}
-    rig = Rig(folder, options, 100, seed=1)
+    rig = SchedulerHarness(folder, options, 100, seed=1)
     if sabotage == "one history":
-        monkeypatch.setattr(rig.side.roster, "_history_of", lambda request: "everybody's")
+        monkeypatch.setattr(rig.side.tracker, "_history_of", lambda request: "everybody's")
     else:
         monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", no_extra_keys)
     try:
@@ -297,15 +299,15 @@ def test_the_checks_can_fail(folder: Path, sabotage: str, symptom: str) -> None:
     """Negative controls: each invariant, broken on purpose, is noticed."""
     from memshare.engine.scheduler_side import IntegrityError
 
-    rig = Rig(folder, CHECKED | {"policy": {"name": "oldest"}}, 100)
-    book, reclaimer = rig.side.book, rig.side.reclaimer
+    rig = SchedulerHarness(folder, CHECKED | {"policy": {"name": "oldest"}}, 100)
+    tables, reclaimer = rig.side.tables, rig.side.reclaimer
     if sabotage == "no worker edit":
         take = reclaimer.take_remaps
         reclaimer.take_remaps = lambda: take()[:0]
     elif sabotage == "no reference":
-        book._pool.touch = lambda blocks: None
+        tables._pool.touch = lambda blocks: None
     else:
-        book.stop_publishing = lambda request_id: None
+        tables.stop_publishing = lambda request_id: None
     try:
         with pytest.raises((IntegrityError, AssertionError), match=symptom):
             pressed(rig)

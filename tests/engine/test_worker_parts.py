@@ -41,7 +41,7 @@ def test_stage_two_reads_what_the_model_wrote(start_engine: StartEngine, tiny: s
         def note(message: Any) -> None:
             before_step(message)
             table[:] = [
-                b.block_id for b in next(iter(engine.side.book._manager.req_to_blocks.values()))
+                b.block_id for b in next(iter(engine.side.tables._manager.req_to_blocks.values()))
             ]
 
         worker._memshare.before_step = note
@@ -84,7 +84,7 @@ def test_v2_table_stages_one_entry() -> None:
     """On vLLM's own tables and kernels; the runner that holds them is a stand-in."""
     from vllm.v1.worker.gpu.block_table import BlockTables
 
-    from memshare.engine.tables import V2Table, table_of
+    from memshare.engine.vllm_0_32.worker_tables import V2Table, table_of
 
     tables = BlockTables([BLOCK], 3, 64, [6], torch.device("cpu"))
     states = SimpleNamespace(req_id_to_index={"a": 0, "b": 2})
@@ -127,7 +127,7 @@ def test_v2_attributes_exist_in_this_vllm() -> None:
 
 
 def test_v1_table_edits_row_and_request() -> None:
-    from memshare.engine.tables import V1Table, table_of
+    from memshare.engine.vllm_0_32.worker_tables import V1Table, table_of
 
     rows = np.zeros((2, 8), dtype=np.int32)
     rows[1, :3] = [5, 6, 7]

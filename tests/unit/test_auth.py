@@ -19,7 +19,7 @@ from cluster.config import KeylessConfig
 from cluster.http import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS, KeyGate
 from cluster.keys import SEQUENCES_PER_REQUEST, KeySource, WatchedKeys, hash_key
 from cluster.limits import Ledger, Limiter, LocalDesk
-from memshare.metrics import REPLICA
+from memshare.telemetry.metrics import REPLICA
 
 CHAT = "/v1/chat/completions"
 App = Callable[[Scope, Receive, Send], Awaitable[None]]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from memshare import bridge as bridge_module
-from memshare.bridge import EvaluatorBridge
 from memshare.config import load_config
-from memshare.evaluate import (
+from memshare.search import bridge as bridge_module
+from memshare.search.bridge import EvaluatorBridge
+from memshare.search.evaluate import (
     Answer,
     EvaluatorError,
     InProcessSource,
@@ -254,7 +254,7 @@ def test_complaints_are_logged_but_not_at_every_fault(caplog: pytest.LogCaptureF
         KeyError("c"),
         RuntimeError("d"),
     ]
-    with caplog.at_level(logging.WARNING, "memshare.bridge"), running(source) as bridge:
+    with caplog.at_level(logging.WARNING, "memshare.search.bridge"), running(source) as bridge:
         for i in range(4):
             bridge.submit([steps(position=i)])
             until(lambda n=i: source.submitted[-1:] == [n])
@@ -392,8 +392,8 @@ def test_a_lasting_fault_does_not_flood_the_engine(source: type[Source]) -> None
 
 
 def test_faults_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memshare.bridge._AFTER_FAULT_S", 0.0)
-    monkeypatch.setattr("memshare.bridge._MAX_FAULTS", 5)
+    monkeypatch.setattr("memshare.search.bridge._AFTER_FAULT_S", 0.0)
+    monkeypatch.setattr("memshare.search.bridge._MAX_FAULTS", 5)
     with running(Uncollectable()) as bridge:
         bridge.submit([steps()])
         until(lambda: bridge._outbox.qsize() == 5)

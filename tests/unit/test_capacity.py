@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.capacity import RequestShape, concurrency, end_target, first_target
 from memshare.config import MemShareConfig, ProtectConfig, load_config
+from memshare.core.capacity import RequestShape, concurrency, end_target, first_target
 
 BLOCK = 32
 

@@ -23,8 +23,8 @@ from cluster.check.machine import (
 from cluster.check.report import GIB, Capacity, Finding, Memory, Report
 from cluster.check.setup import read_setup
 from cluster.config import parse_cluster_args
-from memshare.capacity import Concurrency
 from memshare.config import ConfigError
+from memshare.core.capacity import Concurrency
 from memshare.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.copies import CopyLists
+from memshare.mechanisms.twins.copies import TokenCopies
 
 SIZE, BLOCKS = 4, 12
 TOKENS = SIZE * BLOCKS
 
 
-def learnt(known: CopyLists, *pairs: tuple[int, int, float]) -> CopyLists:
+def learnt(known: TokenCopies, *pairs: tuple[int, int, float]) -> TokenCopies:
     earlier, later, similarity = (list(column) for column in zip(*pairs, strict=True))
     known.learn(
         np.array(earlier, np.int32), np.array(later, np.int32), np.array(similarity, np.float32)
@@ -21,8 +21,8 @@ def learnt(known: CopyLists, *pairs: tuple[int, int, float]) -> CopyLists:
     return known
 
 
-def lists() -> CopyLists:
-    known = CopyLists(SIZE)
+def lists() -> TokenCopies:
+    known = TokenCopies(SIZE)
     known.grow(BLOCKS)
     return known
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memshare.distance import (
+from memshare.kv.rotary import Rotation
+from memshare.kv.similarity import (
     LayerBlocks,
     Norm,
     PairSums,
@@ -21,7 +22,6 @@ from memshare.distance import (
     similarity_sums,
     token_similarity_sums,
 )
-from memshare.rotary import Rotation
 
 LAYERS, HEADS, SLOTS, CHANNELS = 2, 3, 4, 8
 PAIRS, SAMPLES = 4, 4

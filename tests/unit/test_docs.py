@@ -15,12 +15,12 @@ import yaml
 from cluster.config import parse_cluster_args
 from cluster.keys import parse_table
 from memshare.config import ENV_PREFIX, load_config
-from memshare.engine.guard import setup_faults
+from memshare.engine.compatibility import setup_faults
 from memshare.engine.versions import TESTED_VLLM
-from memshare.events import EventKind
-from memshare.metrics import METRICS
 from memshare.plug_in import CONNECTOR_MODULE
 from memshare.request_options import RequestOptions
+from memshare.telemetry.event_log import EventKind
+from memshare.telemetry.metrics import METRICS
 from tests.documents import DOCS, PAGES, ROOT, Block, blocks
 from tools.make_config_docs import PAGE, anchor, render
 from tools.make_docs import PAGES as GENERATED

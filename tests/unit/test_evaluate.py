@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare import evaluate
 from memshare.config import EvaluatorConfig, StepConfig, load_config
-from memshare.evaluate import (
+from memshare.search import evaluate
+from memshare.search.evaluate import (
     Answer,
     EvaluatorError,
     InProcessSource,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from memshare import events
-from memshare.events import EventLog
+from memshare.telemetry import event_log as events
+from memshare.telemetry.event_log import EventLog
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from memshare.config import LogConfig
-from memshare.engine.explain import Explainer
+from memshare.telemetry.explain import Explainer
 
 
 class Clock:
@@ -25,7 +25,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def explainer(clock: Clock, caplog: pytest.LogCaptureFixture) -> Explainer:
-    caplog.set_level(logging.INFO, "memshare.engine.explain")
+    caplog.set_level(logging.INFO, "memshare.telemetry.explain")
     return Explainer(LogConfig(explain_every_s=10.0), clock)
 
 
@@ -79,7 +79,7 @@ def test_an_obstacle_is_one_of_its_own_step(
 
 
 def test_zero_writes_and_keeps_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "memshare.engine.explain")
+    caplog.set_level(logging.INFO, "memshare.telemetry.explain")
     explainer = Explainer(LogConfig(explain_every_s=0.0), clock)
     for step in range(100):
         clock.now += 10

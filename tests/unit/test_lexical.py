@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memshare.lexical import StepIndex
+from memshare.search.lexical import StepIndex
 
 STEPS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), max_size=30)
 THRESHOLDS = st.sampled_from([0.0, 0.3, 0.7, 0.9, 1.0]) | st.floats(0.0, 1.0)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import logging, sys
 from memshare.config import LogConfig
-from memshare.logs import set_up_logging
+from memshare.telemetry.logs import set_up_logging
 config = LogConfig(format=sys.argv[1], level=sys.argv[2])
 set_up_logging(config)
 set_up_logging(config)  # a second connector in the same process
@@ -62,7 +62,7 @@ def test_lines_below_the_level_are_not_written() -> None:
 
 def test_handlers_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
     from memshare.config import LogConfig
-    from memshare.logs import set_up_logging
+    from memshare.telemetry.logs import set_up_logging
 
     before = logging.getLogger("memshare").handlers[:]
     set_up_logging(LogConfig())  # pytest has handlers of its own
@@ -71,7 +71,7 @@ def test_handlers_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_handlers_of_others_stay_open() -> None:
     from memshare.config import LogConfig
-    from memshare.logs import set_up_logging
+    from memshare.telemetry.logs import set_up_logging
 
     target = logging.NullHandler()
     other = logging.handlers.MemoryHandler(10, target=target)

@@ -14,8 +14,8 @@ from typing import Any, cast
 import pytest
 
 from memshare.config import ReportConfig
-from memshare.engine.lookout import Lookout
-from memshare.stats import Payload, Tally
+from memshare.telemetry.block_census import BlockCensus
+from memshare.telemetry.stats import Counters, Payload
 
 
 @dataclass
@@ -30,12 +30,12 @@ class World:
     tables: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tally = Tally()
-        self.lookout = Lookout(
+        self.counters = Counters()
+        self.lookout = BlockCensus(
             ReportConfig(every_s=1.0, requests=2),
             cast(Any, self),
             cast(Any, self),
-            self.tally,
+            self.counters,
             lambda: self.now,
         )
 
@@ -65,7 +65,7 @@ class World:
     def step(self, seconds: float = 0.0) -> Payload | None:
         self.now += seconds
         self.lookout.look()
-        return self.tally.take({})
+        return self.counters.take({})
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import get_args
 import prometheus_client
 import pytest
 
-from memshare.metrics import COMMON_LABELS, LABELLED, METRICS, Metric
-from memshare.stats import DropReason
+from memshare.telemetry.metrics import COMMON_LABELS, LABELLED, METRICS, Metric
+from memshare.telemetry.stats import DropReason
 from tools.make_metrics_docs import PAGE, render
 
 # Both exporters accept what matches (Ray: src/ray/stats/metric.cc).

@@ -12,7 +12,7 @@ import pytest
 import cluster.dashboard
 from cluster.config import PageConfig
 from cluster.dashboard.records import Report, Reuse, Sample, Trace
-from memshare.metrics import BLOCKS
+from memshare.telemetry.metrics import BLOCKS
 from tests.page.serving import PageServer, serve_page
 
 STATIC = Path(cluster.dashboard.__file__).with_name("static")

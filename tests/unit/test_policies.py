@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare import config, policy
+from memshare import config
 from memshare.config import OldestParams, PaperParams, RandomParams, TwinsParams
-from memshare.evaluate import Span
-from memshare.policy import load_policy
-from memshare.policy.base import BlockRef, DemandPolicy, StagedPolicy, Victim
-from memshare.policy.oldest import OldestPolicy
-from memshare.policy.paper import PaperPolicy
-from memshare.policy.random import RandomPolicy
-from memshare.policy.twins import TwinsPolicy
+from memshare.mechanisms import registry
+from memshare.mechanisms.baselines.oldest import OldestPolicy
+from memshare.mechanisms.baselines.random import RandomPolicy
+from memshare.mechanisms.registry import load_policy
+from memshare.mechanisms.remap.policy import BlockRef, DemandPolicy, StagedPolicy, Victim
+from memshare.mechanisms.step_pairs.policy import PaperPolicy
+from memshare.mechanisms.twins.policy import TwinsPolicy
+from memshare.search.evaluate import Span
 
 BLOCK = 16
 
@@ -250,7 +251,7 @@ def test_every_policy_of_the_configuration_can_be_built() -> None:
         (name,) = get_args(params.model_fields["name"].annotation)
         built[name] = load_policy(params(name=name))
         assert isinstance(built[name], StagedPolicy | DemandPolicy)
-    assert built.keys() == policy._POLICIES.keys()
+    assert built.keys() == registry._POLICIES.keys()
     assert len({type(p) for p in built.values()}) == len(built)
     # The configuration says by itself, without importing a policy, which ones need the stages.
     for params in union:

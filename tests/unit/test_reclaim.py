@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from memshare.reclaim import ReclaimQueue
+from memshare.core.reclaim_queue import ReclaimQueue
 
 
 @dataclass(frozen=True, eq=False)  # pairs are told apart by identity, as real ones are

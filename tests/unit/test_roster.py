@@ -1,4 +1,4 @@
-"""Which requests may be compared with each other (memshare/engine/roster.py)."""
+"""Which requests may be compared with each other (memshare/core/request_tracker.py)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.config import load_config
-from memshare.engine.roster import Roster
+from memshare.core.request_tracker import RequestTracker
 
 
 def history(scope: str, name: str, salt: str | None, adapter: int | None) -> str:
     """Key under which the steps of a request are compared."""
     config = load_config({"scope": scope, "policy": {"name": "paper"}}, environ={})
-    book: Any = SimpleNamespace(block_size=32)
+    tables: Any = SimpleNamespace(block_size=32)
     lora = None if adapter is None else SimpleNamespace(lora_int_id=adapter)
     request: Any = SimpleNamespace(
         request_id=name,
@@ -25,9 +25,9 @@ def history(scope: str, name: str, salt: str | None, adapter: int | None) -> str
         sampling_params=SimpleNamespace(extra_args=None, prompt_logprobs=None),
         resumable=False,
     )
-    roster = Roster(config, None, book)
-    assert roster.add(request) is None
-    state = roster.get(name)
+    tracker = RequestTracker(config, None, tables)
+    assert tracker.add(request) is None
+    state = tracker.get(name)
     assert state is not None
     return state.history
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshare.rotary import Rotation, RotationUnknown
+from memshare.kv.rotary import Rotation, RotationUnknown
 
 POSITIONS = 512
 HEAD = 16

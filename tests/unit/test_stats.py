@@ -11,14 +11,14 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.metrics import COUNTERS, GAUGES, LABELLED
-from memshare.stats import (
+from memshare.telemetry.metrics import COUNTERS, GAUGES, LABELLED
+from memshare.telemetry.stats import (
+    Counters,
     DropReason,
     Payload,
     PreemptionNote,
     RemapNote,
     RequestRow,
-    Tally,
     empty_payload,
     merge_payloads,
 )
@@ -27,7 +27,7 @@ NAMES = st.sampled_from(sorted(COUNTERS))
 FAMILIES = st.sampled_from(sorted(LABELLED))
 REASONS = st.sampled_from(get_args(DropReason))
 NUMBERS = st.floats(0, 10)
-Act = Callable[[Tally], object]
+Act = Callable[[Counters], object]
 
 ACTS: st.SearchStrategy[Act] = st.one_of(
     st.builds(lambda n, c: lambda t: t.add(n, c), NAMES, st.integers(1, 5)),
@@ -65,7 +65,7 @@ def plain(payload: Payload) -> Payload:
 def test_intervals_merge_into_the_whole(
     intervals: list[tuple[list[Act], dict[str, float]]],
 ) -> None:
-    piecewise, whole = Tally(), Tally()
+    piecewise, whole = Counters(), Counters()
     merged, gauges = empty_payload(), {}
     for acts, now in intervals:
         for act in acts:
@@ -87,11 +87,11 @@ def test_intervals_merge_into_the_whole(
 def test_a_payload_crosses_processes_unchanged(
     intervals: list[tuple[list[Act], dict[str, float]]],
 ) -> None:
-    tally = Tally()
+    counters = Counters()
     for acts, gauges in intervals:
         for act in acts:
-            act(tally)
-        payload = tally.take(gauges)
+            act(counters)
+        payload = counters.take(gauges)
         if payload is not None:
             for crossed in (
                 json.loads(json.dumps(payload)),
@@ -103,25 +103,25 @@ def test_a_payload_crosses_processes_unchanged(
 
 
 def test_a_quiet_interval_gives_nothing() -> None:
-    tally = Tally()
-    assert tally.take({}) is None
-    assert tally.take({"free_blocks": 3.0}) is not None
-    assert tally.take({"free_blocks": 3.0}) is None, "an unchanged gauge is no news"
-    changed = tally.take({"free_blocks": 2.0})
+    counters = Counters()
+    assert counters.take({}) is None
+    assert counters.take({"free_blocks": 3.0}) is not None
+    assert counters.take({"free_blocks": 3.0}) is None, "an unchanged gauge is no news"
+    changed = counters.take({"free_blocks": 2.0})
     assert changed is not None
     assert changed["gauges"] == {"free_blocks": 2.0}
-    tally.add("steps")
-    assert tally.take({"free_blocks": 2.0}) == {**empty_payload(), "counters": {"steps": 1}}
-    assert tally.take({"free_blocks": 2.0}) is None
+    counters.add("steps")
+    assert counters.take({"free_blocks": 2.0}) == {**empty_payload(), "counters": {"steps": 1}}
+    assert counters.take({"free_blocks": 2.0}) is None
 
 
 def test_a_payload_taken_is_not_touched_again() -> None:
-    tally = Tally()
-    tally.observe_distance(0.5)
-    tally.add_labelled("dropped", "stale")
-    first = tally.take({})
-    tally.observe_distance(0.25)
-    tally.add_labelled("dropped", "stale")
+    counters = Counters()
+    counters.observe_distance(0.5)
+    counters.add_labelled("dropped", "stale")
+    first = counters.take({})
+    counters.observe_distance(0.25)
+    counters.add_labelled("dropped", "stale")
     assert first is not None
     assert first["distances"] == [0.5]
     assert first["labelled"] == {"dropped": {"stale": 1}}

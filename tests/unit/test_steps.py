@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from memshare.steps import StepSegmenter, compile_delimiters
+from memshare.search.steps import StepSegmenter, compile_delimiters
 
 # A small alphabet, so that tokens and delimiters overlap in every way; "é" is two bytes.
 TEXTS = st.text("ab\né", min_size=1, max_size=4)

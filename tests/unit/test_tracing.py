@@ -15,7 +15,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 
 from cluster.dashboard.watch import Step
 from cluster.tracing import RequestSpans
-from memshare.stats import PreemptionNote, RemapNote, empty_payload
+from memshare.telemetry.stats import PreemptionNote, RemapNote, empty_payload
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 FROM_CLIENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.evaluate import Answer, NewSteps, TwinEvaluator, TwinLinks
-from memshare.twins import TwinIndex
+from memshare.mechanisms.twins.index import TwinIndex
+from memshare.search.evaluate import Answer, NewSteps, TwinEvaluator, TwinLinks
 
 
 def cut(tokens: list[int], sizes: list[int]) -> list[tuple[int, list[int]]]:

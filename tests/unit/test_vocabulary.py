@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from memshare.steps import StepSegmenter, compile_delimiters
-from memshare.vocabulary import token_bytes
+from memshare.search.steps import StepSegmenter, compile_delimiters
+from memshare.search.vocabulary import token_bytes
 
 PROSE = [
     "Wait, let me check that again.\n\nSo the sum of the first n numbers is n(n+1)/2.\n\n",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.wheel import TimingWheel
+from memshare.core.timing_wheel import TimingWheel
 
 # What happens: schedule the next item so many ticks ahead, or let one tick pass.
 ACTIONS = st.lists(st.one_of(st.none(), st.integers(-1, 12)), max_size=80)

@@ -1,8 +1,8 @@
 """The metrics that exist, in both spellings. What is not here can't be put on a dashboard.
 
-Ours come from :mod:`memshare.metrics`, vLLM's from the source of the installed vLLM, Ray's from the
-dashboards that the installed Ray brings. Of kube-state-metrics, which comes with the usual set-ups
-of the Prometheus operator, one is in use.
+Ours come from :mod:`memshare.telemetry.metrics`, vLLM's from the source of the installed vLLM,
+Ray's from the dashboards that the installed Ray brings. Of kube-state-metrics, which comes with the
+usual set-ups of the Prometheus operator, one is in use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from memshare.metrics import METRICS
+from memshare.telemetry.metrics import METRICS
 
 Spelling = Literal["vllm", "ray"]
 Kind = Literal["counter", "gauge", "histogram"]
@@ -58,7 +58,7 @@ class Series:
 
 
 def ours(name: str) -> Series:
-    """A metric of :mod:`memshare.metrics`.
+    """A metric of :mod:`memshare.telemetry.metrics`.
 
     Raises:
         KeyError: there is none of that name.

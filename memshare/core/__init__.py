@@ -1,0 +1,1 @@
+"""What the engine side is made of, without vLLM and without torch: requests, limits, triggers."""

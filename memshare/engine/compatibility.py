@@ -1,0 +1,154 @@
+"""Set-ups that MemShare refuses, with the reason and the way out, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+from memshare.config import MemShareConfig, load_config
+from memshare.engine.messages import WorkerHandshake
+from memshare.engine.versions import check_vllm_version
+from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
+from memshare.search.steps import DelimiterAutomaton, compile_delimiters
+from memshare.search.vocabulary import Tokenizer, token_bytes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+class UnsupportedSetup(ValueError):  # noqa: N818 - reads as a finding in the log
+    """This combination of options is not supported. The text names each option and the fix."""
+
+
+def config_of(vllm_config: VllmConfig) -> MemShareConfig:
+    """The configuration that ``kv_connector_extra_config``, environment and file amount to.
+
+    Raises:
+        ConfigError: a field is unknown or wrong.
+    """
+    transfer = vllm_config.kv_transfer_config
+    return load_config(transfer.kv_connector_extra_config if transfer is not None else None)
+
+
+def check_before_load(vllm_config: VllmConfig) -> None:
+    """Refuse what can be refused before the model is loaded.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        UnsupportedSetup: the set-up is not supported.
+        UnsupportedVersion: vLLM was not tested.
+    """
+    check_vllm_version()
+    config = config_of(vllm_config)
+    if config.mode == "off":
+        return
+    _raise(setup_faults(vllm_config, config))
+
+
+def check_cache(kv_cache_config: KVCacheConfig) -> None:
+    """Refuse KV caches that cannot be shared block by block.
+
+    Raises:
+        UnsupportedSetup: see there.
+    """
+    _raise(cache_faults(kv_cache_config))
+
+
+def check_workers(handshakes: dict[tuple[int, int], WorkerHandshake], world_size: int) -> None:
+    """Refuse to start unless every rank's table can be edited.
+
+    Raises:
+        UnsupportedSetup: a rank did not answer or runs another worker class.
+    """
+    hooked = sum(h.hooked for h in handshakes.values())
+    if hooked != world_size:
+        _raise(
+            [
+                f"{hooked} of {world_size} workers run MemShare's class; "
+                f"add --worker-cls {WORKER_CLASS}"
+            ]
+        )
+
+
+def compile_steps(vllm_config: VllmConfig, config: MemShareConfig) -> DelimiterAutomaton:
+    """Compile the step delimiters against the model's tokenizer.
+
+    Raises:
+        ValueError: no tokens can form a delimiter.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return compile_delimiters(config.steps.delimiters, token_bytes(cast(Tokenizer, tokenizer)))
+
+
+def _raise(faults: Iterator[str] | list[str]) -> None:
+    faults = list(faults)
+    if faults:
+        raise UnsupportedSetup(
+            "MemShare cannot run here:\n" + "\n".join(f"  - {f}" for f in faults)
+        )
+
+
+def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
+    """What is not supported in a set-up, and the way out, as far as its options tell."""
+    transfer = vllm_config.kv_transfer_config
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        yield (
+            f"kv_connector is {transfer.kv_connector if transfer else None!r}; MemShare must be "
+            f"the only KV connector: set kv_connector to {CONNECTOR!r} in --kv-transfer-config"
+        )
+    elif transfer.kv_role != ROLE:
+        yield f'kv_role is {transfer.kv_role!r}; set "kv_role": "{ROLE}"'
+    if parallel.worker_cls != WORKER_CLASS:
+        yield f"worker_cls is {parallel.worker_cls!r}; add --worker-cls {WORKER_CLASS}"
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; set it to 1 and use "
+            "tensor_parallel_size"
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name)
+        if size > 1:
+            yield f"{name} is {size}; set it to 1"
+    if model.is_encoder_decoder:
+        yield f"{model.model} is an encoder-decoder model; choose a decoder-only model"
+    if model.runner_type != "generate":
+        yield f"{model.model} runs as {model.runner_type!r}; MemShare serves generation only"
+    if model.skip_tokenizer_init and config.uses_stages:
+        yield (
+            f"skip_tokenizer_init is set; policy {config.policy.name!r} compiles step delimiters "
+            "against the tokenizer"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        yield (
+            f"speculative decoding by {speculative.method!r} keeps a KV cache of its own; use "
+            "'ngram' or none"
+        )
+    cache_type = vllm_config.cache_config.cache_dtype
+    if cache_type not in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"):
+        yield f"kv_cache_dtype is {cache_type!r}; choose 'auto' or a per-tensor fp8 type"
+
+
+def cache_faults(kv_cache_config: KVCacheConfig) -> Iterator[str]:
+    """What is not supported in a model's KV cache, and the way out."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        yield (
+            f"the model has {len(groups)} KV cache groups (hybrid attention or Mamba); choose a "
+            "model with full attention in every layer"
+        )
+        return
+    spec = groups[0].kv_cache_spec
+    if isinstance(spec, MLAAttentionSpec):
+        yield "the model uses multi-head latent attention; choose one with separate K and V"
+    elif type(spec) is not FullAttentionSpec:
+        yield f"the model's cache is {type(spec).__name__}; choose a model with full attention"
+    elif spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        yield "the model attends to a sliding window; choose a model with full attention"

@@ -1,0 +1,115 @@
+"""The one place that touches vLLM's block pool and block tables on the scheduler side.
+
+vLLM keeps, per request, a list of :class:`KVCacheBlock` objects (``req_to_blocks``), and in each
+block a reference count (vllm/v1/core/block_pool.py, single_type_kv_cache_manager.py). Everything
+here keeps their invariant: a block's count is the number of table entries that point to it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+# Beyond any number of blocks: SingleTypeKVCacheManager.cache_blocks returns early.
+_NEVER_PUBLISH_AGAIN = 1 << 30
+
+
+class BlockTables:
+    """Reads and edits the block tables of one KV cache group."""
+
+    def __init__(self, manager: KVCacheManager, block_size: int) -> None:
+        self._pool = manager.block_pool
+        self._cache = manager
+        self._manager = manager.coordinator.single_type_managers[0]
+        self._configured_watermark: int = manager.watermark_blocks
+        self.block_size = block_size
+
+    @property
+    def total(self) -> int:
+        """KV blocks that requests can use (the null block is not one)."""
+        return int(self._pool.num_gpu_blocks) - 1
+
+    @property
+    def free(self) -> int:
+        """Free KV blocks."""
+        return int(self._pool.get_num_free_blocks())
+
+    def table(self, request_id: str) -> list[KVCacheBlock] | None:
+        """The request's blocks, live, in order; None while it holds none."""
+        blocks: list[KVCacheBlock] | None = self._manager.req_to_blocks.get(request_id)
+        return blocks
+
+    def entries(self, request_id: str) -> int:
+        """How many entries the request's table has; 0 while it holds no blocks."""
+        return len(self._manager.req_to_blocks.get(request_id, ()))
+
+    def publishes_soon(self, request: Request) -> bool:
+        """Whether the step that is being scheduled may publish a block of this request.
+
+        ``allocate_slots`` publishes a block in the step that completes it. A first remap in that
+        very step would let approximate KV enter the prefix cache.
+        """
+        done = request.num_computed_tokens
+        ahead = request.num_tokens_with_spec + request.num_output_placeholders
+        return bool(ahead // self.block_size != done // self.block_size)
+
+    def repoint(self, request_id: str, index: int, donor: KVCacheBlock) -> int:
+        """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""
+        blocks = self._manager.req_to_blocks[request_id]
+        target = blocks[index]
+        before = self.free
+        self._pool.touch([donor])
+        blocks[index] = donor
+        self._pool.free_blocks([target])
+        return self.free - before
+
+    def keep_free(self, blocks: int) -> None:
+        """Let vLLM admit a waiting request only if so many blocks stay free.
+
+        The user's own ``watermark`` stays the least. vLLM ignores both while nothing runs, so no
+        request waits for ever.
+        """
+        self._cache.watermark_blocks = max(self._configured_watermark, blocks)
+
+    def stop_publishing(self, request_id: str) -> None:
+        """Taint: none of the request's later blocks may enter the prefix cache.
+
+        vLLM forgets this count when it frees the request, so a preempted request, which is computed
+        again exactly, publishes again.
+        """
+        self._manager.num_cached_block[request_id] = _NEVER_PUBLISH_AGAIN
+
+    def is_publishing(self, request_id: str) -> bool:
+        """Whether blocks of this request may still enter the prefix cache."""
+        count: int = self._manager.num_cached_block.get(request_id, 0)
+        return count < _NEVER_PUBLISH_AGAIN
+
+    def reference_faults(self) -> list[str]:
+        """Blocks whose count is not the number of entries that point to them; [] if all is well."""
+        entries: dict[int, int] = {}
+        for blocks in self._manager.req_to_blocks.values():
+            for block in blocks:
+                entries[block.block_id] = entries.get(block.block_id, 0) + 1
+        faults = []
+        for block in self._pool.blocks:
+            pointing = entries.get(block.block_id, 0)
+            if not block.is_null and block.ref_cnt != pointing:
+                faults.append(
+                    f"block {block.block_id}: ref_cnt is {block.ref_cnt}, but {pointing} table "
+                    "entries point to it"
+                )
+        in_use = sum(1 for block in self._pool.blocks if block.ref_cnt > 0 and not block.is_null)
+        if in_use + self.free != self.total:
+            faults.append(f"{in_use} blocks in use and {self.free} free do not make {self.total}")
+        return faults
+
+    def tables(self) -> dict[str, list[int]]:
+        """Block ids of every request that holds blocks."""
+        return {
+            request_id: [block.block_id for block in blocks]
+            for request_id, blocks in self._manager.req_to_blocks.items()
+        }

@@ -1,0 +1,134 @@
+"""A model's weights and KV cache as vLLM would lay them out, from its configuration alone.
+
+The model is built the way vLLM's workers build it, but on torch's ``meta`` device: layers and
+shapes are all there, no weight is read and no memory is taken. What its layers then say about their
+caches goes through vLLM's own planner, the one that counts the blocks of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+UNBOUNDED = 1 << 50
+"""Bytes: a cache that holds anything, to look at its groups and not at its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """What one worker of a model holds.
+
+    Attributes:
+        weight_bytes: all weights, divided by the tensor-parallel size. The few that every rank
+            keeps whole, such as norms, are counted as if they were divided, too.
+        layers: the KV cache of each layer that has one, with this worker's heads.
+    """
+
+    weight_bytes: int
+    layers: dict[str, KVCacheSpec]
+
+
+def read_model_memory(vllm_config: VllmConfig) -> ModelMemory:
+    """Build the model without weights. Not in a process that is to run an engine, too: vLLM keeps
+    tensors that models share, such as rotary embeddings, in global tables.
+
+    Args:
+        vllm_config: as an engine would get it. Its layers and its KV cache layout are set here.
+
+    Raises:
+        Exception: whatever vLLM raises for a model that it cannot build.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    dtype = cast(torch.dtype, vllm_config.model_config.dtype)
+    with set_current_vllm_config(vllm_config), _one_rank():
+        with torch.device("meta"), set_default_torch_dtype(dtype):
+            model = initialize_model(vllm_config)
+        current_platform.update_block_size_for_backend(vllm_config)
+        layers = {name: _of_one(spec, ranks) for name, spec in _specs(vllm_config)}
+        _resolve_layout(vllm_config, layers)
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return ModelMemory(weight_bytes // ranks, layers)
+
+
+def plan_cache(vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int) -> KVCacheConfig:
+    """The KV cache of one worker that has ``kv_bytes`` for it; allocates nothing.
+
+    Raises:
+        ValueError: not even one request of the greatest length fits; vLLM's text says how much is
+            wanted.
+    """
+    from vllm.v1.core.kv_cache_utils import (
+        generate_scheduler_kv_cache_config,
+        get_kv_cache_configs,
+    )
+
+    plans = get_kv_cache_configs(vllm_config, [dict(model_memory.layers)], [kv_bytes])
+    return generate_scheduler_kv_cache_config(plans)
+
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    """vLLM's groups of ranks, with this process as the only one."""
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.utils.network_utils import get_file_store_init_method
+
+    init_distributed_environment(1, 0, get_file_store_init_method(), 0, "gloo")
+    try:
+        initialize_model_parallel(1, 1)
+        yield
+    finally:
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+def _specs(vllm_config: VllmConfig) -> Iterator[tuple[str, KVCacheSpec]]:
+    """As vLLM's model runner collects them (``GPUModelRunner.get_kv_cache_spec``)."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    kind = cast(type[Any], AttentionLayerBase)
+    for name, layer in get_layers_from_vllm_config(vllm_config, kind).items():
+        if getattr(layer, "kv_sharing_target_layer_name", None):
+            continue  # uses another layer's cache
+        if (spec := layer.get_kv_cache_spec(vllm_config)) is not None:
+            yield name, spec
+
+
+def _of_one(spec: KVCacheSpec, ranks: int) -> KVCacheSpec:
+    """The part of a layer's cache that one of ``ranks`` holds; too few heads are copied."""
+    from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
+
+    if not isinstance(spec, AttentionSpec) or isinstance(spec, MLAAttentionSpec):
+        return spec
+    return replace(spec, num_kv_heads=max(1, spec.num_kv_heads // ranks))
+
+
+def _resolve_layout(vllm_config: VllmConfig, layers: dict[str, KVCacheSpec]) -> None:
+    """What vLLM's engine asks of its workers before it counts blocks."""
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+    from vllm.v1.attention.backends.utils import (
+        get_supported_kv_cache_layouts,
+        resolve_kv_cache_layout,
+    )
+
+    supported = get_supported_kv_cache_layouts(get_current_attn_backends(vllm_config))
+    names = [layout.name for layout in supported]
+    resolve_kv_cache_layout(vllm_config, [names], list(layers.values()))

@@ -1,0 +1,1 @@
+"""Ways to need less KV memory: a folder each."""

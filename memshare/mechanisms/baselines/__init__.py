@@ -1,0 +1,1 @@
+"""Baselines: the oldest blocks first, or random ones, whatever they hold."""

@@ -1,0 +1,1 @@
+"""``twins``: blocks whose tokens appear elsewhere in the request."""

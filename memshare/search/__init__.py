@@ -1,0 +1,1 @@
+"""Stage one: output is cut into steps, and evaluators search them for repetitions."""
