@@ -18,6 +18,7 @@ from memshare.bench.child import call
 from memshare.bench.models import DUMMY
 from memshare.bench.workloads import GRADED, WORKLOADS
 from memshare.commands.options import add_sharing, count, fractions, new_file, sharing
+from memshare.core.token_map import TokenMap
 from memshare.errors import UserError
 from memshare.model import SMOLLM2
 from memshare.reasoner.model import NAME as REASONER
@@ -138,7 +139,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _blocks(task: Task, block_size: int) -> int:
-    return -(-task.need // block_size)
+    return TokenMap(block_size).entries(task.need)
 
 
 def _measure(plan: Path, arm: Arm) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from memshare.commands.options import count, fractions, positive, whole
 from memshare.config import without_fields
+from memshare.core.token_map import TokenMap
 from memshare.errors import UserError
 from memshare.tables import table_head, table_row
 
@@ -157,7 +158,8 @@ def _rows(
     except DoesNotFitError as error:
         yield table_row([number, "-", "-", f"cannot run: {error}", *["-"] * 6])
         return
-    needed = sum(-(-(job.prompt + job.output) // deployment.block_size) for job in jobs)
+    token_map = TokenMap(deployment.block_size)
+    needed = sum(token_map.entries(job.prompt + job.output) for job in jobs)
     machine = [number, str(blocks), f"{blocks / needed:.2f}"]
     yield _row(machine, "dense", dense, dense)
     for name, (own_jobs, budget) in arms.items():

@@ -11,17 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memshare.config import MemShareConfig, ProtectConfig
+from memshare.core.token_map import TokenMap
 
 
-def first_target(prompt: int, block_size: int, protect: ProtectConfig) -> int:
+def first_target(prompt: int, token_map: TokenMap, protect: ProtectConfig) -> int:
     """First block behind the protected part of a prompt of ``prompt`` tokens."""
     protected = prompt if protect.prompt_tokens == "all" else min(prompt, protect.prompt_tokens)
-    return -(-protected // block_size)
+    return token_map.entries(protected)
 
 
-def end_target(full: int, block_size: int, protect: ProtectConfig) -> int:
+def end_target(full: int, token_map: TokenMap, protect: ProtectConfig) -> int:
     """One past the last block before the recent window of a request with ``full`` full blocks."""
-    return max(0, (full * block_size - protect.recent_tokens) // block_size)
+    return token_map.full(max(0, token_map.first_position(full) - protect.recent_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +39,21 @@ class RequestShape:
     output: int
     freed: float
 
-    def held(self, written: int, block_size: int, config: MemShareConfig | None) -> int:
+    def held(self, written: int, token_map: TokenMap, config: MemShareConfig | None) -> int:
         """Blocks that a request holds once it has written ``written`` tokens.
 
         Args:
             written: tokens of output so far.
-            block_size: tokens.
+            token_map: of the cache's block size.
             config: MemShare's limits; None for plain vLLM.
         """
         tokens = self.prompt + written
-        blocks = -(-tokens // block_size)
+        blocks = token_map.entries(tokens)
         if config is None:
             return blocks
-        full = tokens // block_size
-        first = first_target(self.prompt, block_size, config.protect)
-        targets = max(0, end_target(full, block_size, config.protect) - first)
+        full = token_map.full(tokens)
+        first = first_target(self.prompt, token_map, config.protect)
+        targets = max(0, end_target(full, token_map, config.protect) - first)
         fraction = min(self.freed, config.budget.max_shared_fraction)
         return blocks - min(int(fraction * full), targets)
 
@@ -88,9 +89,10 @@ def concurrency(
         max_num_seqs: vLLM's limit of running requests.
         config: MemShare's limits; None for plain vLLM.
     """
-    held = shape.held(shape.output, block_size, config)
+    token_map = TokenMap(block_size)
+    held = shape.held(shape.output, token_map, config)
     steps = range(1, shape.output + 1)
-    mean = sum(shape.held(step, block_size, config) for step in steps) / len(steps)
+    mean = sum(shape.held(step, token_map, config) for step in steps) / len(steps)
     return Concurrency(
         held, min(max_num_seqs, usable // held), min(max_num_seqs, int(usable / mean))
     )

@@ -72,10 +72,10 @@ class Reclaimer:
         All that it may re-point on demand is left out, though a policy may keep some of that. Pairs
         of a staged policy cannot be foreseen.
         """
-        blocks = -(-tokens // self._tables.block_size)
+        blocks = self._tables.token_map.entries(tokens)
         if isinstance(self._policy, StagedPolicy):
             return blocks
-        return blocks - self._tracker.shareable(state, tokens // self._tables.block_size)
+        return blocks - self._tracker.shareable(state, self._tables.token_map.full(tokens))
 
     def view(self, state: RequestState) -> TableView:
         """The request's blocks as an on-demand policy sees them; it must hold some."""

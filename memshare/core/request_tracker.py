@@ -91,7 +91,7 @@ class RequestTracker:
         # Placeholders of images and embeddings hide what a block holds: all of the prompt stays.
         opaque = request.mm_features or request.prompt_embeds is not None
         protect = _ALL_OF_THE_PROMPT if opaque else self._config.protect
-        return first_target(request.num_prompt_tokens, self._tables.block_size, protect)
+        return first_target(request.num_prompt_tokens, self._tables.token_map, protect)
 
     def end_target(self, state: RequestState) -> int:
         """One past the last block before the recent window."""
@@ -107,7 +107,7 @@ class RequestTracker:
         return min(self._budget(state, full), targets)
 
     def _end_target(self, full: int) -> int:
-        return end_target(full, self._tables.block_size, self._config.protect)
+        return end_target(full, self._tables.token_map, self._config.protect)
 
     def _budget(self, state: RequestState, full: int) -> int:
         fraction = self._config.budget.max_shared_fraction

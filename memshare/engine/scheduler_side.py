@@ -17,6 +17,7 @@ from memshare.core.reclaimer import Reclaimer
 from memshare.core.request_tracker import RequestTracker
 from memshare.core.requests import RequestState
 from memshare.core.timing_wheel import TimingWheel
+from memshare.core.token_map import TokenMap
 from memshare.engine.messages import SchedulerMessage, WorkerMessage
 from memshare.engine.usage import ReturnedUsage, returned_usage
 from memshare.engine.vllm_0_32.block_tables import BlockTables
@@ -74,7 +75,7 @@ class SchedulerSide:
         policy = load_policy(config.policy)
         self.config = config
         self.recorder = Recorder(config)
-        self.tables = BlockTables(manager, block_size)
+        self.tables = BlockTables(manager, TokenMap(block_size))
         self.tracker = RequestTracker(config, automaton, self.tables)
         survey: TokenPairVerifier | None = None
         if isinstance(policy, DemandPolicy) and policy.uses_coverage:
@@ -201,18 +202,18 @@ class SchedulerSide:
 
     def _look_at(self, state: RequestState) -> None:
         """Look at a request that may have filled a block since it was last looked at."""
-        request, block_size = state.request, self.tables.block_size
+        request, token_map = state.request, self.tables.token_map
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
         in_prompt = committed < request.num_prompt_tokens
-        ticks = 1 if in_prompt else block_size - committed % block_size
+        ticks = 1 if in_prompt else token_map.until_full(committed)
         self._wheel.schedule((state, state.generation), ticks)
-        full = committed // block_size
+        full = token_map.full(committed)
         if full == state.full:
             return
         state.full = full
         if self.intake is not None and self.jobs is not None:
-            self.intake.feed(state, until=full * block_size)
+            self.intake.feed(state, until=token_map.first_position(full))
             self.jobs.grown(state)
         self.reclaimer.release(state)
         self.admission.grown(state)

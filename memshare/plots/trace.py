@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from memshare.core.token_map import TokenMap
 from memshare.replay.reading import Prefix, Reading
 
 Kind = Literal["prompt", "plain", "twin", "gone"]
@@ -54,10 +55,11 @@ def marks(reading: Reading, before: Prefix, after: Prefix, block_size: int) -> l
     if before.twins is None:
         raise ValueError("the policy has not looked for twins")
     twins, similarity = before.twins.best
+    token_map = TokenMap(block_size)
     for position in range(reading.prefix):
         twin, score = int(twins[position]), float(max(similarity[position], 0.0))
         kind: Kind = "twin" if twin >= 0 else "plain"
-        if position // block_size in after.donor_of:
+        if token_map.entry(position) in after.donor_of:
             kind = "gone"
         elif position < reading.prompt:
             kind = "prompt"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from memshare.core.token_map import TokenMap
 from memshare.mechanisms.twins.index import Positions, TwinIndex
 from memshare.tables import table
 
@@ -48,12 +49,13 @@ def opportunity(tokens: Sequence[int], block_size: int) -> Opportunity:
     Raises:
         ValueError: the text is too short.
     """
-    count = len(tokens) // block_size
+    token_map = TokenMap(block_size)
+    count = token_map.full(len(tokens))
     if count < 2:
         raise ValueError(f"{len(tokens)} tokens do not fill two blocks of {block_size}")
-    ids = np.asarray(tokens[: count * block_size], np.int64)
+    ids = np.asarray(tokens[: token_map.first_position(count)], np.int64)
     equal = _most_equal_slots(ids.reshape(count, block_size))
-    covered = _written_again(ids, block_size).reshape(count, block_size).mean(axis=1)
+    covered = _written_again(ids, token_map).reshape(count, block_size).mean(axis=1)
     return Opportunity(
         float((equal == block_size).mean()),
         float((equal >= _MOST * block_size).mean()),
@@ -122,12 +124,12 @@ def _most_equal_slots(blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return best
 
 
-def _written_again(ids: npt.NDArray[np.int64], block_size: int) -> npt.NDArray[np.bool_]:
+def _written_again(ids: npt.NDArray[np.int64], token_map: TokenMap) -> npt.NDArray[np.bool_]:
     """``[T]``: whether a later token, in another block, ends the same run of tokens."""
     index = TwinIndex(shortest_run=_RUN)
     found = np.zeros(len(ids), np.bool_)
     for start in range(0, len(ids), _STEP):
         earlier: Positions
         earlier, later = index.add(ids[start : start + _STEP].tolist(), start)
-        found[earlier[earlier // block_size != later // block_size]] = True
+        found[earlier[token_map.entry(earlier) != token_map.entry(later)]] = True
     return found

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memshare.config import DistanceConfig, PolicyParams, ProtectConfig, StepConfig, TwinsParams
 from memshare.core.capacity import end_target, first_target
+from memshare.core.token_map import TokenMap
 from memshare.kv.rotary import Rotation
 from memshare.kv.similarity import TokenScale, spread_layers, token_similarity_sums
 from memshare.mechanisms.registry import load_policy
@@ -131,7 +132,7 @@ class Reader:
 
         self.tokenizer: PreTrainedTokenizerBase = tokenizer_of(model)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self._block_size = block_size
+        self._map = TokenMap(block_size)
         self._protect = ProtectConfig(recent_tokens=recent)
         self._distance = distance or DistanceConfig()
         steps = StepConfig()
@@ -183,13 +184,11 @@ class Reader:
         Returns:
             ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.replay.damage`).
         """
-        size = self._block_size
         keys, values = reading.keys.clone(), reading.values.clone()
         for target, donor in donor_of.items():
             for tensor, exact in ((keys, reading.keys), (values, reading.values)):
-                tensor[:, :, target * size : (target + 1) * size] = exact[
-                    :, :, donor * size : (donor + 1) * size
-                ]
+                there = self._map.positions(donor)
+                tensor[:, :, self._map.positions(target)] = exact[:, :, there]
         cache = _new_cache(reading.fp8)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k[None], v[None], layer)
@@ -211,10 +210,10 @@ class Reader:
         if not isinstance(policy, DemandPolicy):
             raise ValueError(f"policy {params.name!r} chooses no victims on demand")
         twins = self._twins(reading, params) if isinstance(params, TwinsParams) else None
-        full = reading.prefix // self._block_size
+        full = self._map.full(reading.prefix)
         prefix = Prefix(
-            first=first_target(reading.prompt, self._block_size, self._protect),
-            end=end_target(full, self._block_size, self._protect),
+            first=first_target(reading.prompt, self._map, self._protect),
+            end=end_target(full, self._map, self._protect),
             full=full,
             budget=int(fraction * full),
             twins=twins,
@@ -238,12 +237,12 @@ class Reader:
 
     def _twins(self, reading: Reading, params: TwinsParams) -> TokenCopies:
         """Both stages over the whole prefix."""
-        known = TokenCopies(self._block_size)
-        known.grow(-(-reading.prefix // self._block_size))
+        known = TokenCopies(self._map)
+        known.grow(self._map.entries(reading.prefix))
         index = TwinIndex(params.shortest_run)
         for first, last in pairwise([0, *self.steps(reading)]):
             earlier, later = index.add(reading.tokens[first:last].tolist(), first)
-            apart = earlier // self._block_size != later // self._block_size
+            apart = self._map.entry(earlier) != self._map.entry(later)
             earlier, later = earlier[apart], later[apart]
             known.learn(earlier, later, reading.similarity(earlier, later))
         return known

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.bench.arms import Arm
+from memshare.core.token_map import TokenMap
 from memshare.plug_in import plug_in
 from memshare.replay.damage import COLUMNS, Damage
 from memshare.replay.forced import ForcedDecoding, Measurement, forced
@@ -131,7 +132,7 @@ def _start(plan: ReplayPlan, memshare: Mapping[str, object] | None) -> LLMEngine
     from vllm import LLM
 
     longest = max(len(p) + len(o) for p, o in zip(plan.prompts, plan.outputs, strict=True)) + 1
-    blocks = (longest // plan.block_size + 2) * len(plan.prompts) + 1
+    blocks = (TokenMap(plan.block_size).full(longest) + 2) * len(plan.prompts) + 1
     llm = LLM(
         plan.model,
         dtype=plan.dtype,  # type: ignore[arg-type]

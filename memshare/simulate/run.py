@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memshare.core.token_map import TokenMap
 from memshare.simulate.costs import DoesNotFitError, Recomputation, StepCosts, work_of
 from memshare.simulate.harness import SchedulerHarness
 
@@ -98,7 +99,8 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
     Raises:
         DoesNotFitError: a job can never run, as its KV does not fit.
     """
-    most = max(-(-(job.prompt + job.output) // engine.block_size) for job in jobs)
+    token_map = TokenMap(engine.block_size)
+    most = max(token_map.entries(job.prompt + job.output) for job in jobs)
     if most > engine.blocks:
         raise DoesNotFitError(
             f"the longest request needs {most} KV blocks, and there are {engine.blocks}"

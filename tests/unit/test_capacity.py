@@ -1,4 +1,4 @@
-"""How many requests a cache holds (memshare/capacity.py)."""
+"""How many requests a cache holds (memshare/core/capacity.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from memshare.config import MemShareConfig, ProtectConfig, load_config
 from memshare.core.capacity import RequestShape, concurrency, end_target, first_target
+from memshare.core.token_map import TokenMap
 
-BLOCK = 32
+BLOCKS = TokenMap(32)
 
 
 def config(**options: object) -> MemShareConfig:
@@ -19,13 +20,13 @@ def test_a_request_by_hand() -> None:
     """96 tokens of prompt (3 blocks, protected), 400 of output: 16 blocks, the last half full."""
     limits = config(protect={"recent_tokens": 128}, budget={"max_shared_fraction": 1.0})
     shape = RequestShape(prompt=96, output=400, freed=1.0)
-    assert shape.held(400, BLOCK, None) == 16
+    assert shape.held(400, BLOCKS, None) == 16
     # 15 full blocks, 4 of them in the recent window, 3 prompt: 8 may go.
-    assert shape.held(400, BLOCK, limits) == 16 - 8
-    assert RequestShape(96, 400, 0.25).held(400, BLOCK, limits) == 16 - 3
+    assert shape.held(400, BLOCKS, limits) == 16 - 8
+    assert RequestShape(96, 400, 0.25).held(400, BLOCKS, limits) == 16 - 3
     half = config(budget={"max_shared_fraction": 0.2})
-    assert RequestShape(96, 400, 0.25).held(400, BLOCK, half) == 16 - 3
-    assert shape.held(400, BLOCK, half) == 16 - 3, "the budget bounds what is freed"
+    assert RequestShape(96, 400, 0.25).held(400, BLOCKS, half) == 16 - 3
+    assert shape.held(400, BLOCKS, half) == 16 - 3, "the budget bounds what is freed"
 
 
 def test_concurrency_by_hand() -> None:
@@ -40,11 +41,11 @@ def test_concurrency_by_hand() -> None:
 
 def test_protection_is_whole_blocks() -> None:
     protect = ProtectConfig(prompt_tokens=40, recent_tokens=40)
-    assert first_target(100, BLOCK, protect) == 2
-    assert first_target(10, BLOCK, protect) == 1
-    assert first_target(100, BLOCK, ProtectConfig()) == 4
-    assert end_target(10, BLOCK, protect) == 8
-    assert end_target(1, BLOCK, protect) == 0
+    assert first_target(100, BLOCKS, protect) == 2
+    assert first_target(10, BLOCKS, protect) == 1
+    assert first_target(100, BLOCKS, ProtectConfig()) == 4
+    assert end_target(10, BLOCKS, protect) == 8
+    assert end_target(1, BLOCKS, protect) == 0
 
 
 @given(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memshare.core.token_map import TokenMap
 from memshare.mechanisms.twins.copies import TokenCopies
 
 SIZE, BLOCKS = 4, 12
@@ -22,7 +23,7 @@ def learnt(known: TokenCopies, *pairs: tuple[int, int, float]) -> TokenCopies:
 
 
 def lists() -> TokenCopies:
-    known = TokenCopies(SIZE)
+    known = TokenCopies(TokenMap(SIZE))
     known.grow(BLOCKS)
     return known
 

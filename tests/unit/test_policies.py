@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from memshare import config
 from memshare.config import OldestParams, PaperParams, RandomParams, TwinsParams
+from memshare.core.token_map import TokenMap
 from memshare.mechanisms import registry
 from memshare.mechanisms.baselines.oldest import OldestPolicy
 from memshare.mechanisms.baselines.random import RandomPolicy
@@ -23,6 +24,7 @@ from memshare.mechanisms.twins.policy import TwinsPolicy
 from memshare.search.evaluate import Span
 
 BLOCK = 16
+BLOCKS = TokenMap(BLOCK)
 
 
 @dataclass
@@ -225,18 +227,18 @@ def test_paper_pairs_kth_with_kth(pair: tuple[Span, Span]) -> None:
     ]
     oldest = PaperPolicy(PaperParams(name="paper", survivor="oldest"))
     newest = PaperPolicy(PaperParams(name="paper", survivor="newest"))
-    assert [(p.target, p.donor) for p in oldest.propose(later, earlier, BLOCK)] == expected
-    assert [(p.donor, p.target) for p in newest.propose(later, earlier, BLOCK)] == expected
+    assert [(p.target, p.donor) for p in oldest.propose(later, earlier, BLOCKS)] == expected
+    assert [(p.donor, p.target) for p in newest.propose(later, earlier, BLOCKS)] == expected
 
 
 @pytest.mark.parametrize("survivor", ["oldest", "newest"])
 def test_paper_never_pairs_a_block_with_itself(survivor: str) -> None:
     staged = PaperPolicy(PaperParams.model_validate({"name": "paper", "survivor": survivor}))
     earlier, later = Span("a", 0, 2 * BLOCK, 2 * BLOCK + 4), Span("a", 0, 2 * BLOCK + 4, 3 * BLOCK)
-    assert list(staged.propose(later, earlier, BLOCK)) == []
+    assert list(staged.propose(later, earlier, BLOCKS)) == []
     # Negative control: the same positions of two requests are different blocks.
     other = earlier._replace(request_id="b")
-    assert len(list(staged.propose(later, other, BLOCK))) == 1
+    assert len(list(staged.propose(later, other, BLOCKS))) == 1
 
 
 def test_less_similar_means_more_damage() -> None:

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from memshare.config import load_config
 from memshare.core.request_tracker import RequestTracker
+from memshare.core.token_map import TokenMap
 
 
 def history(scope: str, name: str, salt: str | None, adapter: int | None) -> str:
     """Key under which the steps of a request are compared."""
     config = load_config({"scope": scope, "policy": {"name": "paper"}}, environ={})
-    tables: Any = SimpleNamespace(block_size=32)
+    tables: Any = SimpleNamespace(token_map=TokenMap(32))
     lora = None if adapter is None else SimpleNamespace(lora_int_id=adapter)
     request: Any = SimpleNamespace(
         request_id=name,

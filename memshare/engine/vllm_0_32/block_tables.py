@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memshare.core.token_map import TokenMap
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -21,12 +23,12 @@ _NEVER_PUBLISH_AGAIN = 1 << 30
 class BlockTables:
     """Reads and edits the block tables of one KV cache group."""
 
-    def __init__(self, manager: KVCacheManager, block_size: int) -> None:
+    def __init__(self, manager: KVCacheManager, token_map: TokenMap) -> None:
         self._pool = manager.block_pool
         self._cache = manager
         self._manager = manager.coordinator.single_type_managers[0]
         self._configured_watermark: int = manager.watermark_blocks
-        self.block_size = block_size
+        self.token_map = token_map
 
     @property
     def total(self) -> int:
@@ -55,7 +57,7 @@ class BlockTables:
         """
         done = request.num_computed_tokens
         ahead = request.num_tokens_with_spec + request.num_output_placeholders
-        return bool(ahead // self.block_size != done // self.block_size)
+        return bool(self.token_map.full(ahead) != self.token_map.full(done))
 
     def repoint(self, request_id: str, index: int, donor: KVCacheBlock) -> int:
         """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from memshare.core.token_map import TokenMap
 from memshare.search.evaluate import Span
 
 
@@ -32,7 +33,7 @@ class StagedPolicy(ABC):
     """A policy whose pairs pass stage one and stage two."""
 
     @abstractmethod
-    def propose(self, later: Span, earlier: Span, block_size: int) -> Iterator[PairProposal]:
+    def propose(self, later: Span, earlier: Span, token_map: TokenMap) -> Iterator[PairProposal]:
         """Block pairs of two similar steps that are worth comparing in stage two."""
 
     def damage(self, similarity: float) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memshare.config import PaperParams
+from memshare.core.token_map import TokenMap
 from memshare.mechanisms.remap.policy import BlockRef, PairProposal, StagedPolicy
 from memshare.search.evaluate import Span
 
@@ -16,11 +17,11 @@ class PaperPolicy(StagedPolicy):
     def __init__(self, params: PaperParams) -> None:
         self._keep_newest = params.survivor == "newest"
 
-    def propose(self, later: Span, earlier: Span, block_size: int) -> Iterator[PairProposal]:
+    def propose(self, later: Span, earlier: Span, token_map: TokenMap) -> Iterator[PairProposal]:
         """See :meth:`StagedPolicy.propose`. Blocks that a step only touches are included: at the
         sizes that engines use, few steps hold a whole block, and stage two judges anyway."""
-        new = range(later.start // block_size, -(-later.end // block_size))
-        old = range(earlier.start // block_size, -(-earlier.end // block_size))
+        new = token_map.touched(later.start, later.end)
+        old = token_map.touched(earlier.start, earlier.end)
         for i, j in zip(new, old, strict=False):
             if i == j and later.request_id == earlier.request_id:
                 continue  # two short steps in one block

@@ -60,7 +60,7 @@ class BlockPairVerifier:
             if not self._may_pair(match):
                 counters.add_labelled("dropped", "unknown_request")
                 continue
-            for pair in self._policy.propose(match.later, match.earlier, self._tables.block_size):
+            for pair in self._policy.propose(match.later, match.earlier, self._tables.token_map):
                 counters.add("candidates")
                 candidate = self._candidate(pair)
                 if candidate is None:
@@ -141,7 +141,7 @@ class BlockPairVerifier:
         return similar
 
     def _at(self, entry: Entry) -> BlockAt:
-        return BlockAt(entry.block.block_id, entry.index * self._tables.block_size)
+        return BlockAt(entry.block.block_id, self._tables.token_map.first_position(entry.index))
 
     def _sample(self, state: RequestState) -> tuple[BlockAt, ...]:
         table = self._tables.table(state.request_id)
@@ -149,4 +149,5 @@ class BlockPairVerifier:
         # A re-pointed entry holds keys that were turned for another position.
         own = [index for index in range(state.full) if index not in state.repointed]
         chosen = self._random.sample(own, min(_SAMPLE_BLOCKS, len(own)))
-        return tuple(BlockAt(table[i].block_id, i * self._tables.block_size) for i in chosen)
+        first_position = self._tables.token_map.first_position
+        return tuple(BlockAt(table[i].block_id, first_position(i)) for i in chosen)

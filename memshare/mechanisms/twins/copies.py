@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from memshare.core.token_map import TokenMap
 from memshare.mechanisms.twins.index import Positions
 
 _Similarities = npt.NDArray[np.float32]
@@ -23,13 +24,13 @@ class TokenCopies:
     """Lists of copies, by token position. Tokens of one block are never neighbours: they would go
     together."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, token_map: TokenMap) -> None:
         """Start without tokens.
 
         Args:
-            block_size: tokens.
+            token_map: which tokens are of one block.
         """
-        self._block_size = block_size
+        self._map = token_map
         # -1: none. Of a token that was given up, `_next` is who stands for it.
         self._next: Positions = np.full(0, -1, np.int32)
         self._previous: Positions = np.full(0, -1, np.int32)
@@ -41,7 +42,7 @@ class TokenCopies:
 
     def grow(self, blocks: int) -> None:
         """Make room for so many blocks."""
-        missing = blocks * self._block_size - len(self._next)
+        missing = self._map.first_position(blocks) - len(self._next)
         if missing <= 0:
             return
         missing += len(self._next) // 2
@@ -84,9 +85,7 @@ class TokenCopies:
             for _ in range(_HOPS):
                 further = self._next[tails]
                 tails = np.where(further >= 0, further, tails)
-            fits = (self._next[tails] < 0) & (
-                tails // self._block_size != behind // self._block_size
-            )
+            fits = (self._next[tails] < 0) & (self._map.entry(tails) != self._map.entry(behind))
             tails, behind, likeness = tails[fits], behind[fits], likeness[fits]
             _, first = np.unique(tails, return_index=True)
             self._next[tails[first]], self._previous[behind[first]] = behind[first], tails[first]
@@ -99,7 +98,7 @@ class TokenCopies:
         Returns:
             Pairs that have become neighbours, worth comparing: how alike they are is a guess.
         """
-        own = slice(index * self._block_size, (index + 1) * self._block_size)
+        own = self._map.positions(index)
         before, after = self._previous[own].copy(), self._next[own].copy()
         likeness = np.minimum(self._similarity_to_previous()[own], self._similarity[own])
         self._needed[before[before >= 0]] = True
@@ -110,7 +109,7 @@ class TokenCopies:
         self._next[own] = np.where(after >= 0, after, before)
         self._previous[own], self._similarity[own], self._gone[own] = -1, 0.0, True
         joined = (before >= 0) & (after >= 0)
-        joined &= before // self._block_size != after // self._block_size
+        joined &= self._map.entry(before) != self._map.entry(after)
         before, after = before[joined], after[joined]
         self._next[before], self._previous[after] = after, before
         self._similarity[before] = likeness[joined]
@@ -139,7 +138,7 @@ class TokenCopies:
         self._next[gone[alone]] = later[alone]
         self._needed[later[alone]] = True
         self._blocks = None
-        apart = ~alone & (heirs // self._block_size != later // self._block_size)
+        apart = ~alone & (self._map.entry(heirs) != self._map.entry(later))
         heirs, later = heirs[apart], later[apart]
         _, first = np.unique(heirs, return_index=True)
         return heirs[first], later[first]
@@ -167,8 +166,8 @@ class TokenCopies:
 
     def _by_block(self) -> _BlockView:
         if self._blocks is None:
-            size = self._block_size
-            whole = len(self._next) // size * size
+            size = self._map.block_size
+            whole = self._map.first_position(self._map.full(len(self._next)))
             covered = np.maximum(self._similarity, self._similarity_to_previous())[:whole]
             alone = self._needed & ~self._gone & (self._next < 0) & (self._previous < 0)
             last_copies = np.logical_or.reduce(alone[:whole].reshape(-1, size), axis=1)

@@ -46,10 +46,11 @@ class TokenPairVerifier:
         recorder: Recorder,
         world_size: int,
     ) -> None:
-        self._per_step = config.max_jobs_per_step * tables.block_size
-        self._max_waiting = config.max_waiting * tables.block_size
+        self._per_step = tables.token_map.first_position(config.max_jobs_per_step)
+        self._max_waiting = tables.token_map.first_position(config.max_waiting)
         self._tracker = tracker
         self._tables = tables
+        self._map = tables.token_map
         self._recorder = recorder
         self._gather = RankReducer(world_size)
         self._copies: dict[str, TokenCopies] = {}
@@ -71,7 +72,7 @@ class TokenPairVerifier:
         """What is known of the request's tokens, with room for its full blocks."""
         known = self._copies.get(state.request_id)
         if known is None:
-            known = self._copies[state.request_id] = TokenCopies(self._tables.block_size)
+            known = self._copies[state.request_id] = TokenCopies(self._map)
         known.grow(state.full)
         return known
 
@@ -157,15 +158,15 @@ class TokenPairVerifier:
             self._drop(len(links.earlier), "unknown_request")
             return
         # What is protected needs no twin, but may be one.
-        first = self._tracker.first_target(state) * self._tables.block_size
+        first = self._map.first_position(self._tracker.first_target(state))
         begin = int(np.searchsorted(links.later, first))
         self._drop(begin, "protected")
         earlier, later = links.earlier[begin:], links.later[begin:]
         # A twin in the same block would go together with its token.
-        apart = earlier // self._tables.block_size != later // self._tables.block_size
+        apart = self._map.entry(earlier) != self._map.entry(later)
         self._drop(int((~apart).sum()), "no_gain")
         earlier, later = earlier[apart], later[apart]
-        if len(later) and int(later.max()) >= state.full * self._tables.block_size:
+        if len(later) and int(later.max()) >= self._map.first_position(state.full):
             self._drop(len(later), "unavailable")  # not written yet: an answer that can't be right
             return
         self._add(_Pairs(state, state.generation, earlier, later))
@@ -199,7 +200,7 @@ class TokenPairVerifier:
         repointed = np.zeros(state.full + 1, np.bool_)
         repointed[list(state.repointed)] = True
         gone: npt.NDArray[np.bool_] = np.logical_or.reduce(
-            [repointed[positions // self._tables.block_size] for positions in ends]
+            [repointed[self._map.entry(positions)] for positions in ends]
         )
         return ~gone
 
@@ -217,7 +218,7 @@ class TokenPairVerifier:
         assert table is not None, "looked at by the caller"
         rows = []
         for positions in (pairs.earlier, pairs.later):
-            indices = (positions // self._tables.block_size).tolist()
+            indices = self._map.entry(positions).tolist()
             blocks = np.fromiter((table[i].block_id for i in indices), np.int64, len(indices))
             rows += [blocks, positions.astype(np.int64)]
         return np.stack(rows)
