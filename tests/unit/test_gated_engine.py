@@ -39,6 +39,7 @@ class Engine(GatedAsyncLLM):
         self.gate = gate
         self.public_name = "m"
         self.uses_memshare = True
+        self.unavailable_s = 17
         self.reason = reason
         self.closed = 0
 

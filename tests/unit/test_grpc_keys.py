@@ -27,7 +27,7 @@ async def served(gate: Gate, host: str = "127.0.0.1") -> AsyncIterator[tuple[str
     async def method(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         serve_context = RayServegRPCContext(context)  # as Ray Serve's proxy makes it
         try:
-            async with gate.admit(identify(gate, serve_context)) as call:
+            async with gate.admit(identify(gate, serve_context), serve_context.peer() or "") as call:
                 if request == b"wait":
                     await go_on.wait()
                 return f"{call.caller.tenant} {gate.call() is call}".encode()

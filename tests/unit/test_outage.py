@@ -166,7 +166,7 @@ async def test_a_dead_engine_ends_its_requests_with_an_error_that_may_be_tried_a
 
     caller = Caller(LOCAL, Limits(None, None), None, None, True, MemSharePermissions())
     call = Call(caller, "")
-    passed_on = _run(outputs(), call, 0, 17)
+    passed_on = _run(outputs(), call, "r", 0, 17)
     assert await anext(passed_on) == "one"
     with pytest.raises(RetryableRequestError) as caught:
         await anext(passed_on)
