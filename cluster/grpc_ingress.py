@@ -144,6 +144,10 @@ def _whole(call: Any) -> Any:
     async def unary(request: Any, context: Any) -> bytes:
         reply: bytes = await call(request, context)
         _amend(context)
+        if context.code() not in (None, grpc.StatusCode.OK):
+            # Ray Serve returns an empty reply beside the status. With a reply, empty or not, a
+            # client takes the call for answered, and does not try again by itself.
+            await context.abort(context.code(), _text(context.details()))
         return reply
 
     return unary

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,30 @@ async def test_rays_list_of_applications_is_closed_and_its_health_is_not() -> No
         assert await model(b""), "ours go to replicas"
     await server.stop(None)
     await ended
+
+
+async def test_our_client_comes_again_when_it_is_told() -> None:
+    """Its own first pause is half a second."""
+    came: list[float] = []
+
+    async def generate(request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        came.append(time.monotonic())
+        if len(came) == 1:
+            context.set_code(grpc.StatusCode.UNAVAILABLE)
+            context.set_details(try_again(2))
+        return pb.GenerateResponse(text="a")
+
+    server = grpc.aio.server()
+    add_memshare(servicer(Generate=generate), server)  # type: ignore[arg-type]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            assert (await client.generate("x")).text == "a"
+    finally:
+        await server.stop(None)
+    first, second = came
+    assert second - first > 1.9
 
 
 class Handlers:
