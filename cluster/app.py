@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 
 from ray import serve
@@ -19,6 +20,7 @@ from cluster.ledger import LimitLedger
 from cluster.neighbours import require_own_namespace_in_cluster
 from cluster.replica import EngineReplica
 from cluster.router import router_config
+from cluster.timeouts import timeouts
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def build(args: Mapping[str, object]) -> Application:
         from cluster.engine_options import check_engine_options
 
         check_engine_options(cluster)
+    timeouts(os.environ)  # proxies read them, too, where nobody would look for what is wrong
     require_keys_or_localhost(cluster.auth)
     require_own_namespace_in_cluster(cluster)
     logger.info("MemShare cluster: %s", without_secrets(cluster).model_dump_json())

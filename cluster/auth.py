@@ -71,6 +71,8 @@ class Caller(NamedTuple):
     models: tuple[str, ...] | None
     operator: bool
     permissions: MemSharePermissions
+    connection: str | None = None
+    """By which a caller without a key came, and which has bounds therefore."""
 
 
 def _local_caller(bounds: KeylessConfig) -> Caller:
@@ -202,7 +204,9 @@ class Gate:
                 self._closed_s,
             )
 
-    def identify(self, key: str | None, peer: str | None, *sites: str) -> Caller:
+    def identify(
+        self, key: str | None, peer: str | None, *sites: str, connection: str = ""
+    ) -> Caller:
         """Say who is calling.
 
         Args:
@@ -210,6 +214,7 @@ class Gate:
             peer: address of the client; None if it is not known.
             sites: hosts that the request names as its target or origin. A browser on this machine
                 may be led here by any page it shows, and then names that page's.
+            connection: a name for the one that the request came by.
 
         Raises:
             RefusedError: unauthenticated.
@@ -224,7 +229,7 @@ class Gate:
                     "entry)",
                 )
             if is_local(peer):
-                return self._local
+                return self._local._replace(connection=connection)
             raise self._refusal(
                 "not_local",
                 f"this server has no keys and serves its own machine only, not {peer or 'unknown'};"
@@ -263,25 +268,20 @@ class Gate:
             )
 
     @asynccontextmanager
-    async def admit(self, caller: Caller, connection: str) -> AsyncIterator[Call]:
+    async def admit(self, caller: Caller) -> AsyncIterator[Call]:
         """A call within the caller's limits, in the context of what runs inside.
-
-        Args:
-            caller: see :meth:`identify`.
-            connection: names the one that the call came by. Without a key table, which tells
-                callers apart, each has its bounds.
 
         Raises:
             RefusedError: limited, or unavailable.
         """
         self.require_open(caller.tenant)
-        with self._counted(connection):
+        with self._counted(caller.connection):
             async with self._admitted(caller) as call:
                 yield call
 
     @contextmanager
-    def _counted(self, connection: str) -> Iterator[None]:
-        if self._keys is not None:
+    def _counted(self, connection: str | None) -> Iterator[None]:
+        if connection is None:
             yield
             return
         limit = self._keyless.requests_per_connection

@@ -6,8 +6,9 @@ Kept light, and free of vLLM: a proxy that cannot import this does not start.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.config import MAX_REQUEST_BYTES
 from cluster.serve_logs import log_no_refusals
+from cluster.timeouts import timeouts
 from memshare.proto import memshare_pb2
 
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
@@ -66,7 +68,8 @@ def _add(service: ServiceDescriptor, servicer: Any, server: grpc.Server) -> None
             request_deserializer=_parser(GetMessageClass(method.input_type)),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
-    server.add_generic_rpc_handlers((_Methods(service.full_name, handlers),))
+    methods = _Methods(service.full_name, handlers, timeouts(os.environ).body)
+    server.add_generic_rpc_handlers((methods,))
 
 
 def _close_list(server: Any) -> None:
@@ -115,10 +118,17 @@ def too_large(size: int, limit: int) -> str:
 
 
 class _Methods(grpc.ServiceRpcHandler):
-    """The methods of a service, around what Ray Serve makes of them: see :func:`_amend`."""
+    """The methods of a service, around what Ray Serve makes of them: see :func:`_amend`.
 
-    def __init__(self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+    To gRPC each is one with a stream of messages, which is the same on the wire: it would wait for
+    the single message of another one without end, before anything of ours runs.
+    """
+
+    def __init__(
+        self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]], timeout_s: float
+    ) -> None:
         self._service = service
+        self._timeout_s = timeout_s
         # By this name Serve replaces them with its own when we are added to its server, as it does
         # with generated code's (``gRPCGenericServer`` in ``ray/serve/_private/grpc_util.py``).
         self._method_handlers = {
@@ -134,15 +144,29 @@ class _Methods(grpc.ServiceRpcHandler):
             return None
         serializers = handler.request_deserializer, handler.response_serializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _streamed(handler.unary_stream), *serializers
+            return grpc.stream_stream_rpc_method_handler(
+                _streamed(handler.unary_stream, self._timeout_s), *serializers
             )
-        return grpc.unary_unary_rpc_method_handler(_whole(handler.unary_unary), *serializers)
+        return grpc.stream_unary_rpc_method_handler(
+            _whole(handler.unary_unary, self._timeout_s), *serializers
+        )
 
 
-def _whole(call: Any) -> Any:
-    async def unary(request: Any, context: Any) -> bytes:
-        reply: bytes = await call(request, context)
+async def _message(messages: AsyncIterator[Any], context: Any, timeout_s: float) -> Any:
+    """The message of a call; without one in time, the call ends."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await anext(messages)
+    except TimeoutError:
+        late = f"the message did not arrive within {timeout_s:g} s; send it faster"
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, late)
+    except StopAsyncIteration:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message; send one")
+
+
+def _whole(call: Any, timeout_s: float) -> Any:
+    async def unary(messages: AsyncIterator[Any], context: Any) -> bytes:
+        reply: bytes = await call(await _message(messages, context, timeout_s), context)
         _amend(context)
         if context.code() not in (None, grpc.StatusCode.OK):
             # Ray Serve returns an empty reply beside the status. With a reply, empty or not, a
@@ -153,7 +177,7 @@ def _whole(call: Any) -> Any:
     return unary
 
 
-def _streamed(read: Any) -> Any:
+def _streamed(read: Any, timeout_s: float) -> Any:
     """A stream that ends at the replica whenever it ends here.
 
     Ray Serve cancels the call to the replica if the client leaves while the proxy waits for the
@@ -162,13 +186,14 @@ def _streamed(read: Any) -> Any:
     ``ray/serve/_private/proxy.py``). So the reading is cancelled while it waits for a message.
     """
 
-    async def stream(request: Any, context: Any) -> None:
-        messages: AsyncGenerator[bytes, None] = read(request, context)
-        async for message in messages:
+    async def stream(messages: AsyncIterator[Any], context: Any) -> None:
+        request = await _message(messages, context, timeout_s)
+        replies: AsyncGenerator[bytes, None] = read(request, context)
+        async for reply in replies:
             try:
-                await context.write(message)
+                await context.write(reply)
             except BaseException:
-                await _cancel(messages)
+                await _cancel(replies)
                 raise
         _amend(context)
 

@@ -23,8 +23,8 @@ def identify(gate: Gate, context: RayServegRPCContext) -> Caller:
     Raises:
         RefusedError: unauthenticated.
     """
-    metadata = dict(context.invocation_metadata())
-    return gate.identify(key_of(metadata.get), host_of(context.peer()))
+    metadata, peer = dict(context.invocation_metadata()), context.peer()
+    return gate.identify(key_of(metadata.get), host_of(peer), connection=str(peer))
 
 
 def host_of(peer: str | None) -> str | None:

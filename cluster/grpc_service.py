@@ -211,7 +211,7 @@ class GrpcService:
             failure: Exception | None = None
             caller = grpc_keys.identify(self._gate, context)
             line.tenant = caller.tenant
-            async with self._gate.admit(caller, context.peer() or "") as call:
+            async with self._gate.admit(caller) as call:
                 try:
                     yield line
                 except Exception as error:

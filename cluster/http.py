@@ -82,7 +82,7 @@ class KeyGate:
         receive, send = exchange.receive, exchange.send
         # A browser asks by OPTIONS, without a key, what it may send.
         is_open = path in OPEN_PATHS or method == "OPTIONS"
-        host, port = scope.get("client") or (None, 0)
+        client = scope.get("client")
         try:
             if path in PROBE_PATHS:
                 self._gate.require_open()
@@ -90,14 +90,19 @@ class KeyGate:
                 await self._app(scope, receive, send)
                 return
             headers = Headers(scope=scope)
-            caller = self._gate.identify(key_of(headers.get), host, *_sites(headers))
+            caller = self._gate.identify(
+                key_of(headers.get),
+                client[0] if client else None,
+                *_sites(headers),
+                connection=str(client),
+            )
             line.tenant = caller.tenant
             if path not in FREE_PATHS and path not in INFERENCE_PATHS:
                 self._gate.require_operator(caller, f"{path}, which is no inference route,")
             if method in ("GET", "HEAD"):  # starts nothing: limits are not for it
                 await self._app(scope, receive, send)
                 return
-            async with self._gate.admit(caller, f"{host}:{port}") as call:
+            async with self._gate.admit(caller) as call:
                 await self._app(scope, receive, send)
                 call.end(exchange.outcome)
         except RefusedError as refusal:

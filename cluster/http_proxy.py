@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
@@ -21,12 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from memshare.config import ConfigError
+from cluster.timeouts import Timeouts, timeouts
 
 logger = logging.getLogger(__name__)
 
-HEAD_VARIABLE = "HTTP_HEAD_TIMEOUT_S"
-BODY_VARIABLE = "HTTP_BODY_TIMEOUT_S"
 _ROUTES = "/-/routes"
 # The replica, which has a time limit for bodies too, answers in better words if it is first.
 _ANSWER_S = 5.0
@@ -35,47 +31,11 @@ _TOO_LATE = (
 )  # fmt: skip
 
 
-class Timeouts(NamedTuple):
-    """Seconds that a client has to send a request."""
-
-    head: float = 10.0
-    """From the first byte, or from the connection's start, to the end of the headers."""
-    body: float = 60.0
-    """From there to the end of the body."""
-
-
-def timeouts(environ: Mapping[str, str]) -> Timeouts:
-    """Read the variables :data:`HEAD_VARIABLE` and :data:`BODY_VARIABLE`.
-
-    Raises:
-        ConfigError: a value is no positive number.
-    """
-    return Timeouts(
-        _seconds(environ, HEAD_VARIABLE, Timeouts().head),
-        _seconds(environ, BODY_VARIABLE, Timeouts().body),
-    )
-
-
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name)
-    if text is None:
-        return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds < float("inf"):
-        raise ConfigError(
-            f"{name} = {text!r} is no positive number\n    fix: set it to seconds, or unset it"
-        )
-    return seconds
-
-
 def middlewares() -> list[Middleware]:
     """For ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``.
 
     Raises:
-        ConfigError: see :func:`timeouts`. The proxy does not start.
+        ConfigError: see :func:`cluster.timeouts.timeouts`. The proxy does not start.
     """
     BoundedProtocol.timeouts = timeouts(os.environ)
     if "auto" in HTTP_PROTOCOLS:  # what Ray Serve leaves uvicorn to choose

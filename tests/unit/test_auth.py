@@ -290,7 +290,7 @@ async def test_how_an_exchange_ended(
 async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={"tokens_per_minute": 100})
     work = Work(10, 0)
-    async with gate.admit(gate.identify("acme", None), "a") as call:
+    async with gate.admit(gate.identify("acme", None)) as call:
         call.began("r", work)
         work.counts = (10, 60)
         gate._note(call)
@@ -299,7 +299,7 @@ async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Pa
     assert counted(gate, "tenant_tokens", "acme", "prompt") == 10
     assert counted(gate, "tenant_tokens", "acme", "output") == 95
     with pytest.raises(RefusedError) as caught:
-        async with gate.admit(gate.identify("acme", None), "a"):
+        async with gate.admit(gate.identify("acme", None)):
             raise AssertionError("admitted")
     assert (caught.value.kind, caught.value.why) == ("limited", "tokens")
     assert caught.value.retry_after_s == 3, "a debt of 5 at 100 a minute"
@@ -308,7 +308,7 @@ async def test_tokens_are_counted_while_they_are_generated_and_once(tmp_path: Pa
 async def test_of_what_has_ended_only_the_sum_is_kept(tmp_path: Path) -> None:
     """Beam search makes a request of every beam for every token."""
     gate = gate_for(tmp_path, acme={})
-    async with gate.admit(gate.identify("acme", None), "a") as call:
+    async with gate.admit(gate.identify("acme", None)) as call:
         works: list[weakref.ref[Work]] = []
         for token in range(200):
             for beam in range(4):
@@ -327,17 +327,18 @@ async def test_of_what_has_ended_only_the_sum_is_kept(tmp_path: Path) -> None:
 
 async def test_without_keys_a_request_and_a_connection_have_bounds() -> None:
     gate = open_gate(requests_per_connection=2)
-    caller = gate.identify(None, "127.0.0.1")
-    assert caller.sequences_per_request == SEQUENCES_PER_REQUEST == gate.call().caller[2]
-    async with gate.admit(caller, "a"), gate.admit(caller, "a"):
+    a, b = (gate.identify(None, "127.0.0.1", connection=name) for name in "ab")
+    assert a.sequences_per_request == SEQUENCES_PER_REQUEST
+    assert gate.call().caller.sequences_per_request == SEQUENCES_PER_REQUEST
+    async with gate.admit(a), gate.admit(a):
         with pytest.raises(RefusedError, match="of 2 requests at one time by one conn") as caught:
-            async with gate.admit(caller, "a"):
+            async with gate.admit(a):
                 raise AssertionError("admitted")
-        async with gate.admit(caller, "b"):
+        async with gate.admit(b):
             pass
     assert (caught.value.kind, caught.value.retry_after_s) == ("limited", 1)
     assert "try again in 1 s" in str(caught.value), "what the gRPC proxy looks for"
-    async with gate.admit(caller, "a"):
+    async with gate.admit(a):
         pass
     assert not gate._connections
     assert counted(gate, "tenant_refusals", LOCAL, "requests") == 1
@@ -363,16 +364,16 @@ async def test_over_http_a_connection_is_known_by_its_port() -> None:
 async def test_with_keys_the_tenants_limits_hold_alone(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={})
     gate._keyless = KeylessConfig(requests_per_connection=1)
-    caller = gate.identify("acme", None)
-    async with gate.admit(caller, "gateway"), gate.admit(caller, "gateway"):
+    caller = gate.identify("acme", None, connection="gateway")
+    async with gate.admit(caller), gate.admit(caller):
         pass
 
 
 async def test_models_are_checked_by_name(tmp_path: Path) -> None:
     gate = gate_for(tmp_path, acme={"models": ["small"]}, bravo={})
-    async with gate.admit(gate.identify("bravo", None), "a") as call:
+    async with gate.admit(gate.identify("bravo", None)) as call:
         gate.require_model(call, "large")
-    async with gate.admit(gate.identify("acme", None), "a") as call:
+    async with gate.admit(gate.identify("acme", None)) as call:
         gate.require_model(call, "small")
         with pytest.raises(RefusedError, match="use one of: small") as caught:
             gate.require_model(call, "large")
@@ -391,7 +392,7 @@ async def test_what_runs_for_a_call_knows_it(tmp_path: Path) -> None:
             await asyncio.sleep(0)
             return gate.call()
 
-        async with gate.admit(gate.identify(tenant, None), "a"):
+        async with gate.admit(gate.identify(tenant, None)):
             call = await asyncio.create_task(deep())
             assert call.caller.tenant == tenant
             salts[tenant].add(call.salt)
@@ -415,7 +416,7 @@ async def test_salts_of_two_replicas_and_of_a_guess_differ(tmp_path: Path) -> No
     salts = []
     for _ in range(2):
         gate = gate_for(tmp_path, acme={})
-        async with gate.admit(gate.identify("acme", None), "a") as call:
+        async with gate.admit(gate.identify("acme", None)) as call:
             salts.append(call.salt)
     assert len({*salts, hashlib.sha256(b"acme").hexdigest(), "acme"}) == 4
     assert all(len(salt) == 64 for salt in salts)

@@ -92,7 +92,7 @@ async def test_without_keys_a_request_has_so_many_sequences() -> None:
 async def test_of_beams_that_have_ended_only_the_sum_is_kept() -> None:
     doors = gate()
     engine = Engine(doors, "length")
-    async with doors.admit(doors.identify(None, "127.0.0.1"), "a") as call:
+    async with doors.admit(doors.identify(None, "127.0.0.1")) as call:
         for token in range(50):
             for beam in range(4):
                 await outputs(engine, SamplingParams(max_tokens=1), f"{token}-beam-{beam}")

@@ -141,16 +141,48 @@ async def test_rays_list_of_applications_is_closed_and_its_health_is_not() -> No
     options = gRPCOptions(port=port, grpc_servicer_functions=added, enable_reflection=True)
     loop = asyncio.get_running_loop()
     ended, server = await start_grpc_server(serves, options, event_loop=loop)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        ray = RayServeAPIServiceStub(channel)
-        assert (await ray.Healthz(HealthzRequest())).message == "success"
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await ray.ListApplications(ListApplicationsRequest())
-        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
-        model = channel.unary_unary(f"/{SERVICE.full_name}/GetModelInfo")
-        assert await model(b""), "ours go to replicas"
-    await server.stop(None)
-    await ended
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            ray = RayServeAPIServiceStub(channel)
+            assert (await ray.Healthz(HealthzRequest())).message == "success"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ray.ListApplications(ListApplicationsRequest())
+            assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+            model = channel.unary_unary(f"/{SERVICE.full_name}/GetModelInfo")
+            assert await model(b""), "ours go to replicas"
+    finally:
+        await server.stop(None)
+        await ended
+
+
+async def one_message() -> AsyncIterator[pb.GenerateRequest]:
+    yield pb.GenerateRequest()
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_message_that_does_not_arrive_is_not_waited_for(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXY_BODY_TIMEOUT_S", "0.3")
+    server = grpc.aio.server()
+    add_memshare(servicer(Generate=asyncio.sleep, GenerateStream=asyncio.sleep), server)  # type: ignore[arg-type]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        # For a client it is the same on the wire, and this one can begin a call without a message.
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            silent = channel.stream_stream(f"/{SERVICE.full_name}/{method}")()
+            began = time.monotonic()
+            with pytest.raises(grpc.aio.AioRpcError, match=r"did not arrive within 0\.3 s") as late:
+                await silent.read()
+            assert 0.2 < time.monotonic() - began < 5
+            assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            empty = channel.stream_stream(f"/{SERVICE.full_name}/{method}")()
+            await empty.done_writing()
+            with pytest.raises(grpc.aio.AioRpcError, match="has no message"):
+                await empty.read()
+    finally:
+        await server.stop(None)
 
 
 async def test_our_client_comes_again_when_it_is_told() -> None:
@@ -183,7 +215,7 @@ class Handlers:
     def add_generic_rpc_handlers(self, handlers: tuple[Any]) -> None:
         [service] = handlers
         called = SimpleNamespace(method=f"/{SERVICE.full_name}/GenerateStream")
-        self.generate_stream: Any = service.service(called).unary_stream
+        self.generate_stream: Any = service.service(called).stream_stream
 
 
 @pytest.mark.parametrize("rounds", [None, *range(6)])
@@ -215,7 +247,7 @@ async def test_a_client_that_leaves_while_a_message_is_written_ends_the_call(
 
     handlers = Handlers()
     add_memshare(servicer(GenerateStream=read), handlers)  # type: ignore[arg-type]
-    call = asyncio.ensure_future(handlers.generate_stream(None, Context()))
+    call = asyncio.ensure_future(handlers.generate_stream(one_message(), Context()))
     call.add_done_callback(lambda _: events.append("call ended"))
     await asyncio.wait([call])
     await asyncio.sleep(0)

@@ -27,7 +27,7 @@ async def served(gate: Gate, host: str = "127.0.0.1") -> AsyncIterator[tuple[str
     async def method(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         serve_context = RayServegRPCContext(context)  # as Ray Serve's proxy makes it
         try:
-            async with gate.admit(identify(gate, serve_context), serve_context.peer() or "") as call:
+            async with gate.admit(identify(gate, serve_context)) as call:
                 if request == b"wait":
                     await go_on.wait()
                 return f"{call.caller.tenant} {gate.call() is call}".encode()
@@ -125,3 +125,26 @@ async def test_without_keys_nobody_else_is_served() -> None:
 )
 def test_the_address_of_a_peer(peer: str | None, host: str | None) -> None:
     assert host_of(peer) == host
+
+
+async def test_without_keys_a_connection_has_bounds_and_another_one_its_own() -> None:
+    async with served(open_gate(requests_per_connection=3)) as (address, go_on):
+        # Channels of one process share a connection, unless they are told not to.
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        async with (
+            grpc.aio.insecure_channel(address, own) as greedy,
+            grpc.aio.insecure_channel(address, own) as other,
+        ):
+            waiting = [
+                asyncio.ensure_future(greedy.unary_unary(METHOD)(b"wait", timeout=20))
+                for _ in range(3)
+            ]
+            done, _ = await asyncio.wait(waiting, timeout=0.5)
+            assert not done
+            with pytest.raises(grpc.aio.AioRpcError, match="limit of 3 requests") as limited:
+                await greedy.unary_unary(METHOD)(b"", timeout=10)
+            assert limited.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await other.unary_unary(METHOD)(b"", timeout=10) == b"local True"
+            go_on.set()
+            assert await asyncio.gather(*waiting) == [b"local True"] * 3
+            assert await greedy.unary_unary(METHOD)(b"", timeout=10) == b"local True"

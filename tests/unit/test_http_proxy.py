@@ -19,7 +19,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from cluster import http_proxy
-from cluster.http_proxy import BoundedProtocol, Timeouts, middlewares, timeouts
+from cluster.http_proxy import BoundedProtocol, middlewares
+from cluster.timeouts import Timeouts, timeouts
 from memshare.config import ConfigError
 from tools.local_cluster import free_port
 
@@ -80,8 +81,8 @@ async def proxy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
     monkeypatch.setattr(http_proxy, "_ANSWER_S", 0.0)
     monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])  # to be restored
     monkeypatch.setattr(BoundedProtocol, "timeouts", Timeouts())
-    monkeypatch.setenv("HTTP_HEAD_TIMEOUT_S", str(HEAD_S))
-    monkeypatch.setenv("HTTP_BODY_TIMEOUT_S", str(BODY_S))
+    monkeypatch.setenv("PROXY_HEAD_TIMEOUT_S", str(HEAD_S))
+    monkeypatch.setenv("PROXY_BODY_TIMEOUT_S", str(BODY_S))
     async with served() as proxy:
         yield proxy
 
@@ -157,7 +158,7 @@ async def test_rays_list_of_applications_is_closed(proxy: Proxy) -> None:
         assert (await client.get("/-/healthz")).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["HTTP_HEAD_TIMEOUT_S", "HTTP_BODY_TIMEOUT_S"])
+@pytest.mark.parametrize("name", ["PROXY_HEAD_TIMEOUT_S", "PROXY_BODY_TIMEOUT_S"])
 @pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf"])
 def test_a_wrong_time_is_named_with_its_fix(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name} = '{value}' is no positive number\n    fix: "):

@@ -20,7 +20,8 @@ from tools.kubernetes.build import Found, Manifest, Manifests
 # Set by pods, read by libraries that keep no list of their names.
 PLAIN_VARIABLES = {
     "HOME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "NCCL_DEBUG",
-    "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "REDIS_PASSWORD",
+    "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "REDIS_PASSWORD", "PROXY_HEAD_TIMEOUT_S",
+    "PROXY_BODY_TIMEOUT_S",
 }  # fmt: skip
 
 
