@@ -98,6 +98,7 @@ class Watch:
         self._started = clock()
         self._last = Step(0.0, 0, 0, 0, 0, None)
         self._interval = _Interval()
+        self._told_before = 0  # preemptions that MemShare has told, and vLLM has not yet
         self._gauges: dict[str, float] = {}
         self._kinds: dict[str, int] = {}
         self._requests: list[RequestRow] = []
@@ -110,8 +111,10 @@ class Watch:
         self._last = step
         interval = self._interval
         interval.tokens += step.tokens
-        interval.preempted += step.preempted
         payload = step.payload
+        interval.preempted += self._preemptions(
+            step.preempted, payload["counters"].get("preemptions", 0) if payload else 0
+        )
         if payload is None:
             return
         interval.reclaimed += payload["counters"].get("blocks_reclaimed", 0)
@@ -132,6 +135,14 @@ class Watch:
             if followed is not None:
                 donor = None if remap.donor_request == remap.request else remap.donor_request
                 followed.reused[remap.target] = Reuse(remap.target, remap.donor, donor, remap.time)
+
+    def _preemptions(self, by_vllm: int, by_memshare: int) -> int:
+        """New ones. MemShare tells at once, but only of requests that it follows; vLLM of each when
+        the request runs again, for which there has to be memory."""
+        self._told_before += by_memshare
+        again = min(self._told_before, by_vllm)
+        self._told_before -= again
+        return by_memshare + by_vllm - again
 
     def sample(self) -> None:
         """End the interval."""

@@ -192,6 +192,7 @@ def server(
     options = [
         "--served-model-name=tiny", f"--port={port}", f"--dtype={DTYPE}", "--block-size=32",
         "--max-model-len=320", "--num-gpu-blocks-override=12", "--enforce-eager",
+        "--load-format=dummy",
     ]  # fmt: skip
     model = str(write_tiny_model(tmp_path / "tiny"))
     if request.param == "memshare":

@@ -31,7 +31,7 @@ class Request:
 
 
 @dataclass
-class SchedulerHarness:
+class Rig:
     """A watch over a front end of which only the live requests are real."""
 
     show_text: bool = False
@@ -64,8 +64,8 @@ class SchedulerHarness:
 
 
 @pytest.fixture
-def rig() -> SchedulerHarness:
-    rig = SchedulerHarness()
+def rig() -> Rig:
+    rig = Rig()
     rig.requests["a"] = Request(range(6), list(range(100, 110)))
     return rig
 
@@ -81,7 +81,7 @@ def remap(target: int, donor: int, request: str = "a", other: str | None = None)
     return RemapNote(5.0, request, target, other or request, donor)
 
 
-def test_a_sample_adds_up_an_interval_and_keeps_the_last_state(rig: SchedulerHarness) -> None:
+def test_a_sample_adds_up_an_interval_and_keeps_the_last_state(rig: Rig) -> None:
     rig.step(payload(counters={"blocks_reclaimed": 2}, lags=[0.5, 0.1], gauges={"queue_length": 9}))
     rig.step(payload(counters={"blocks_reclaimed": 1, "preemptions_avoided": 1}))
     rig.step(usage=0.75, running=3, preempted=1)
@@ -94,8 +94,18 @@ def test_a_sample_adds_up_an_interval_and_keeps_the_last_state(rig: SchedulerHar
     assert (quiet.usage, quiet.running) == (0.75, 3), "the state stays"
 
 
+def test_a_preemption_counts_at_once_and_once(rig: Rig) -> None:
+    """vLLM tells of it when the request runs again."""
+    rig.step(payload(counters={"preemptions": 2}))
+    assert rig.next_sample().preempted == 2
+    rig.step(preempted=1)
+    assert rig.next_sample().preempted == 0, "one of the two"
+    rig.step(preempted=3)  # the other one, and two of requests that MemShare does not follow
+    assert rig.next_sample().preempted == 2
+
+
 def test_an_engine_that_has_nothing_to_do_is_idle_though_it_reports_nothing(
-    rig: SchedulerHarness,
+    rig: Rig,
 ) -> None:
     rows = [RequestRow(request="a", tokens=16, blocks=4, prompt=2, shared=0, preemptions=0)]
     rig.step(payload(blocks={"prompt": 2, "free": 46, "other": 2}, requests=rows))
@@ -109,7 +119,7 @@ def test_an_engine_that_has_nothing_to_do_is_idle_though_it_reports_nothing(
     assert report.kinds == {"prompt": 0, "free": 50, "other": 0}
 
 
-def test_nothing_is_kept_of_a_payload_that_changes_later(rig: SchedulerHarness) -> None:
+def test_nothing_is_kept_of_a_payload_that_changes_later(rig: Rig) -> None:
     mine = payload(blocks={"free": 50}, remaps=[remap(1, 3)], counters={"blocks_reclaimed": 1})
     rig.step(mine)
     merge_payloads(mine, payload(blocks={"free": 1}, remaps=[remap(2, 3)], lags=[9.0]))
@@ -122,7 +132,7 @@ def test_nothing_is_kept_of_a_payload_that_changes_later(rig: SchedulerHarness) 
 
 
 def test_a_trace_says_which_blocks_were_given_up_and_where_they_point(
-    rig: SchedulerHarness,
+    rig: Rig,
 ) -> None:
     rig.requests["b"] = Request([1])
     rig.step(payload(remaps=[remap(2, 3), remap(1, 0, other="b")]))
@@ -133,7 +143,7 @@ def test_a_trace_says_which_blocks_were_given_up_and_where_they_point(
     assert rig.trace("nobody") is None
 
 
-def test_a_preemption_clears_the_trace_and_a_later_remap_begins_anew(rig: SchedulerHarness) -> None:
+def test_a_preemption_clears_the_trace_and_a_later_remap_begins_anew(rig: Rig) -> None:
     rig.step(payload(remaps=[remap(2, 3)]))
     rig.step(payload(preempted=[PreemptionNote(7.0, "a", 4)]))
     rig.step(payload(remaps=[remap(1, 3)]))
@@ -147,7 +157,7 @@ def test_text_is_shown_by_block_and_only_if_allowed() -> None:
     request = Request([ord(c) for c in "prompt"], [ord(c) for c in "output!"])
     texts = []
     for show_text in (True, False):
-        rig = SchedulerHarness(show_text)
+        rig = Rig(show_text)
         rig.requests["a"] = request
         trace = rig.trace("a")
         assert trace is not None
@@ -156,7 +166,7 @@ def test_text_is_shown_by_block_and_only_if_allowed() -> None:
 
 
 def test_traces_of_requests_that_have_ended_are_kept_but_not_for_ever(
-    rig: SchedulerHarness,
+    rig: Rig,
 ) -> None:
     for i in range(60):
         rig.requests[f"r{i}"] = Request(range(4))
@@ -172,7 +182,7 @@ def test_traces_of_requests_that_have_ended_are_kept_but_not_for_ever(
     assert len(trace.reused) == 1
 
 
-def test_samples_wait_for_a_board_that_is_away_but_not_without_bound(rig: SchedulerHarness) -> None:
+def test_samples_wait_for_a_board_that_is_away_but_not_without_bound(rig: Rig) -> None:
     for _ in range(500):
         rig.next_sample()
     report = rig.watch.report()
