@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -41,6 +45,7 @@ from tools.local_cluster import (
     start,
     stop,
 )
+from tools.serve_setup import greeting, read_setup
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -147,6 +152,24 @@ def test_a_key_is_needed(keyed: Keyed) -> None:
     assert keyed.ask("acme").status_code == 200
     assert httpx.get(f"{keyed.server.url}/metrics", timeout=60).status_code == 401
     assert "memshare_tenant_requests_total" in keyed.metrics()
+
+
+# By curl, from Python, and over gRPC.
+PRINTED = r"^(?:curl .*?\}\'|\.venv/bin/python .*?^END|MEMSHARE_KEY=[^\n]*chat[^\n]*)$"
+
+
+def test_the_calls_that_make_serve_prints_work_with_a_key(keyed: Keyed) -> None:
+    setup = read_setup(keyed.server.log.with_name("cluster.yaml"))
+    calls = re.findall(PRINTED, greeting(setup, 1.0, Path("log")), re.DOTALL | re.MULTILINE)
+    assert [call[:8] for call in calls] == ["curl htt", ".venv/bi", "MEMSHARE"]
+    for call in calls:
+        done = subprocess.run(
+            ["bash", "-c", call.replace(".venv/bin/", f"{Path(sys.executable).parent}/")],
+            env=os.environ | {"OPENAI_API_KEY": keyed.keys["acme"]},
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Paris" in done.stdout, done.stdout
 
 
 def test_keys_hold_for_grpc(keyed: Keyed) -> None:
