@@ -2,7 +2,9 @@
 
     python tools/runtime_env.py pytest -m engine
 
-Every value is a default: what the caller's environment already sets stays.
+What an engine's process needs is known to ``memshare/process_env.py``; here is what a cluster on
+one machine, and tests beside it, need on top. Every value is a default: what the caller's
+environment already sets stays.
 """
 
 from __future__ import annotations
@@ -10,10 +12,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from glob import glob
 from pathlib import Path
 
-DEFAULTS = {
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script, from anywhere
+    sys.path.insert(0, str(ROOT))
+
+from memshare import process_env  # noqa: E402
+
+DEFAULTS = process_env.DEFAULTS | {
     # A proxy that has died is noticed within 2 s, instead of 10.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Proxies read no larger gRPC message into memory, instead of 2 GiB.
@@ -31,37 +38,18 @@ DEFAULTS = {
     # Never join (and on exit shut down) a Ray cluster that happens to run on this machine.
     "RAY_ADDRESS": "local",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
     # The default model is made locally. Set HF_HUB_OFFLINE=0 to serve a model by its hub id.
     "HF_HUB_OFFLINE": "1",
-    # One vLLM worker per core is fastest on small machines: two OpenMP threads on two busy cores
-    # wait for each other.
+    # Several engines run side by side, in replicas and in tests that share the machine.
     "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
 }
-
-# glibc returns large buffers to the kernel and faults them in again on every use; tcmalloc keeps
-# them. Debian's package is libtcmalloc-minimal4. vLLM itself preloads the OpenMP library it needs.
-TCMALLOC = ("/usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib*/libtcmalloc_minimal.so.4")
-
-
-def preload(current: str) -> str:
-    """Return ``LD_PRELOAD`` with tcmalloc added in front, if installed and not yet there."""
-    if "tcmalloc" in current:
-        return current
-    found = [path for pattern in TCMALLOC for path in sorted(glob(pattern))]  # noqa: PTH207
-    return ":".join([*found[:1], *([current] if current else [])])
 
 
 def runtime_env(base: Mapping[str, str]) -> dict[str, str]:
     """Return a copy of ``base`` with our defaults, this venv first on PATH, and tcmalloc."""
-    env = {**DEFAULTS, **base}
+    env = process_env.engine_env({**DEFAULTS, **base})
     bin_dir = str(Path(sys.executable).parent)
     env["PATH"] = os.pathsep.join([bin_dir, env.get("PATH", os.defpath)])
-    libraries = preload(env.get("LD_PRELOAD", ""))
-    if libraries:
-        env["LD_PRELOAD"] = libraries
     return env
 
 

@@ -144,7 +144,7 @@ def ask(engine: Engine, memshare: dict[str, Any] | None, forget: bool = False) -
     """
     argument = {"engine": asdict(engine), "memshare": memshare, "forget": forget}
     name = "plain vLLM" if memshare is None else f"MemShare with {memshare}"
-    return Written(*call(f"{__name__}:write", argument, f"the engine of {name}"))
+    return Written(*call(f"{__name__}:write", argument, f"the engine of {name}", engine.model))
 
 
 def write(argument: dict[str, Any]) -> Written:

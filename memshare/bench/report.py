@@ -22,6 +22,9 @@ Samples = Sequence[bool]
 def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
     """Return a Markdown table with a line an arm; ratios are to the first arm.
 
+    A ratio comes with its spread over the repeats, or, where there is one repeat, not at all: two
+    runs alone differ by what else the machine did.
+
     Args:
         arms: their names, in the order of the lines.
         repeats: the runs of each repeat, one an arm, in any order.
@@ -51,11 +54,45 @@ def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
         row = [
             arm,
             spread([run.tokens_per_second for run in mine], 1),
-            spread(ratios, 2),
+            _ratio(ratios) if arm != arms[0] else "1",
             *(spread([value(run) for run in mine], digits) for _, value, digits in columns),
         ]
         rows.append(row)
     return table(heads, rows)
+
+
+def _ratio(ratios: Sequence[float]) -> str:
+    if len(ratios) < 2:
+        return "-"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def remarks(sharing: Sequence[str], base: str, repeats: Sequence[Sequence[Run]]) -> list[str]:
+    """Return what has to be known to read the table of speeds; one sentence or two each.
+
+    Args:
+        sharing: arms that may give up blocks.
+        base: the arm that ratios are to.
+        repeats: as for :func:`speed_table`.
+    """
+    found = []
+    if len(repeats) == 1 and len(repeats[0]) > 1:
+        found.append("No ratios: one repeat has no spread. Ask for more with --repeats.")
+    for arm in sharing:
+        idle = [runs for runs in repeats if not _of(arm, runs).reclaimed]
+        if not idle:
+            continue
+        when = "" if len(idle) == len(repeats) else f" in {len(idle)} of {len(repeats)} repeats"
+        preempted = any(_of(name, runs).preemptions for runs in idle for name in (arm, base))
+        why = (
+            "memory was short, but there was nothing that it may give up"
+            if preempted
+            else "memory was never short. Ask for less of it with --memory"
+        )
+        found.append(
+            f"{arm} reclaimed nothing{when}: {why}. Its speed there says nothing about sharing."
+        )
+    return found
 
 
 def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str | None:

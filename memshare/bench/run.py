@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memshare.bench.arms import Arm
 from memshare.bench.fates import Fate, fates
 from memshare.bench.models import load_format
+from memshare.bench.progress import follow
 from memshare.bench.workloads import Task
 from memshare.errors import UserError
 from memshare.reasoner.problems import read_answer
@@ -245,6 +246,8 @@ def measure(plan: Plan, arm: Arm) -> Run:
     """Start an engine, let it do all tasks at once, and measure it."""
     llm = _start(plan, arm)
     watch = _Watch(llm)
+    expected = [task.expected for task in plan.tasks if task.expected is not None]
+    follow(llm.llm_engine, round(statistics.fmean(expected)) if expected else None)
     cpu, start = time.process_time(), time.perf_counter()
     for i, task in enumerate(plan.tasks):
         prompt: Any = {"prompt_token_ids": task.prompt}

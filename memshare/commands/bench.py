@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from memshare.bench import arms as known_arms
 from memshare.bench.child import call
+from memshare.bench.estimate import Work, estimate, in_words
 from memshare.bench.models import DUMMY
+from memshare.bench.progress import Progress
 from memshare.bench.workloads import GRADED, WORKLOADS
 from memshare.commands.options import add_sharing, count, fractions, new_file, sharing
 from memshare.core.token_map import TokenMap
@@ -25,6 +27,7 @@ from memshare.reasoner.model import NAME as REASONER
 
 if TYPE_CHECKING:
     from memshare.bench.arms import Arm
+    from memshare.bench.child import OnProgress
     from memshare.bench.run import Plan, Run
     from memshare.bench.workloads import Task
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option cannot be used, or an engine failed.
     """
-    from memshare.bench.report import accuracy_table, machine, speed_table
+    from memshare.bench.report import accuracy_table, machine, remarks, speed_table
     from memshare.bench.run import Record, Run
 
     budgets = fractions("--budget", args.budget)
@@ -95,9 +98,11 @@ def run(args: argparse.Namespace) -> int:
         f"{len(plan.tasks)} requests ({args.workload}), {sum(t.max_tokens for t in plan.tasks)} "
         f"tokens at most; {args.model} ({args.dtype}); {plan.blocks - 1} usable KV blocks of "
         f"{plan.block_size}, trigger {args.trigger}, recent window {args.recent}; "
-        f"{args.repeats} repeats; {machine()}.{known_arms.wider(arms, plan.blocks, plan.dtype)}\n",
+        f"{args.repeats} repeats of {len(arms)} arms; {machine()}."
+        f"{known_arms.wider(arms, plan.blocks, plan.dtype)} {_how_long(args, plan, len(arms))}\n",
         flush=True,
     )
+    progress = Progress(args.repeats * len(arms))
     repeats: list[list[Run]] = []
     with tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder:
         path = Path(folder) / "plan.json"
@@ -105,12 +110,15 @@ def run(args: argparse.Namespace) -> int:
         for repeat in range(args.repeats):
             repeats.append([])
             for arm in arms if repeat % 2 == 0 else arms[::-1]:
-                repeats[-1].append(Run.of(_measure(path, arm)))
+                with progress.run(f"repeat {repeat + 1}, {arm.name}") as told:
+                    repeats[-1].append(Run.of(_measure(path, plan, arm, told)))
                 _say(repeat, repeats[-1][-1])
                 if args.json is not None:  # after every run: a long comparison may be stopped
                     Record.of(plan, arms, repeats).save(args.json)
     names = [arm.name for arm in arms]
     print(speed_table(names, repeats))
+    for line in remarks([arm.name for arm in arms if arm.shares], names[0], repeats):
+        print(f"\n{line}")
     if (accuracy := accuracy_table(names, repeats)) is not None:
         print(f"\n{accuracy}")
     return 0
@@ -142,9 +150,21 @@ def _blocks(task: Task, block_size: int) -> int:
     return TokenMap(block_size).entries(task.need)
 
 
-def _measure(plan: Path, arm: Arm) -> Any:
-    argument = {"plan": str(plan), "arm": asdict(arm)}
-    return call("memshare.bench.run:run_arm", argument, f"the engine of {arm.name}")
+def _how_long(args: argparse.Namespace, plan: Plan, arms: int) -> str:
+    tokens = sum(task.expected or task.max_tokens for task in plan.tasks)
+    context = sum(task.need for task in plan.tasks) / len(plan.tasks) / 2
+    held = (plan.blocks - 1) * plan.block_size / (2 * context)  # requests that the memory holds
+    batch = max(1.0, min(len(plan.tasks), plan.max_num_seqs, held))
+    work = Work(plan.model, plan.dtype, args.repeats * arms, tokens / batch, batch, context)
+    return in_words(
+        estimate(work), "fewer --repeats, --arms, --requests or --tokens make it shorter"
+    )
+
+
+def _measure(path: Path, plan: Plan, arm: Arm, on_progress: OnProgress) -> Any:
+    argument = {"plan": str(path), "arm": asdict(arm)}
+    name = f"the engine of {arm.name}"
+    return call("memshare.bench.run:run_arm", argument, name, plan.model, on_progress)
 
 
 def _say(repeat: int, run: Run) -> None:

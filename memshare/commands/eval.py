@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memshare.bench.arms import CHOICES, expand, require_kv_types, wider
+from memshare.bench.arms import CHOICES, Arm, expand, require_kv_types, wider
+from memshare.bench.estimate import Work, estimate, in_words
+from memshare.bench.progress import Progress
 from memshare.bench.report import accuracy_cells
 from memshare.commands.options import add_sharing, count, fractions, new_file, sharing
 from memshare.errors import UserError
@@ -28,6 +30,7 @@ from memshare.tables import table
 logger = logging.getLogger(__name__)
 
 SERVED_ARMS = ("exact", "shared")
+_MAX_SEQS = 256  # vLLM's own default for an engine in this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +140,45 @@ def _ask_engines(
             f"--max-model-len {args.max_model_len} would cut answers off: the longest question and "
             f"--max-tokens {sampling.max_tokens} are {length} tokens; raise it, or leave it out"
         )
-    if args.blocks is not None and (more := wider(arms, args.blocks, args.dtype)):
-        print(f"{args.blocks - 1} usable KV blocks.{more}\n", flush=True)
     engine = EngineSettings(
         model, args.dtype, args.max_model_len or length, args.block_size, args.blocks,
         args.tensor_parallel_size, args.eager,
     )  # fmt: skip
+    count = len(questions) * sampling.samples
+    how_long = _how_long(args, engine, count, length, len(arms))
+    print(
+        f"{count} answers of {sampling.max_tokens} tokens at most to {len(questions)} questions "
+        f"({args.suite}), for each of {len(arms)} arms ({args.arms}); {args.model} "
+        f"({args.dtype}).{_memory(args, arms)} {how_long}\n",
+        flush=True,
+    )
+    progress = Progress(len(arms))
     with tempfile.TemporaryDirectory(prefix="memshare-eval-") as folder:
         for arm in arms:
-            answers = from_engine(prompts, sampling, engine, arm, Path(folder))
+            with progress.run(arm.name) as told:
+                answers = from_engine(prompts, sampling, engine, arm, Path(folder), told)
             yield _grade(arm.name, arm.shares, questions, answers)
+
+
+def _memory(args: argparse.Namespace, arms: list[Arm]) -> str:
+    if args.blocks is None:
+        return ""
+    return f" {args.blocks - 1} usable KV blocks.{wider(arms, args.blocks, args.dtype)}"
+
+
+def _how_long(
+    args: argparse.Namespace, engine: EngineSettings, count: int, length: int, arms: int
+) -> str:
+    """Answers may end at any length: what is told is how long the longest take."""
+    batch: float = min(count, _MAX_SEQS)
+    if engine.blocks is not None:
+        batch = max(1, min(batch, (engine.blocks - 1) * engine.block_size / length))
+    work = Work(
+        engine.model, engine.dtype, arms, steps=count * args.max_tokens / batch, batch=batch,
+        context=length / 2,
+    )  # fmt: skip
+    shorter = "a smaller --limit or --max-tokens makes it shorter"
+    return f"If all are that long: {in_words(estimate(work), shorter)}"
 
 
 def longest(model: str, prompts: list[str]) -> int:
@@ -162,10 +194,20 @@ def _ask_server(
     args: argparse.Namespace, questions: list[Question], sampling: Sampling
 ) -> Iterator[Graded]:
     prompts = [question.prompt for question in questions]
+    count = len(questions) * sampling.samples
+    print(
+        f"{count} answers of {sampling.max_tokens} tokens at most to {len(questions)} questions "
+        f"({args.suite}), {args.at_once} at once, once with sharing and once without; "
+        f"{args.model} at {args.url}. The bar tells how long that takes.\n",
+        flush=True,
+    )
+    progress = Progress(len(SERVED_ARMS), "waiting for answers")
     for arm in SERVED_ARMS:
-        answers = from_server(
-            prompts, sampling, args.url, args.model, args.key, args.at_once, arm == "shared"
-        )
+        with progress.run(arm) as told:
+            answers = from_server(
+                prompts, sampling, args.url, args.model, args.key, args.at_once, arm == "shared",
+                told,
+            )  # fmt: skip
         yield _grade(arm, arm == "shared", questions, answers)
 
 

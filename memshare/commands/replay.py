@@ -16,8 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tqdm import tqdm
+
 from memshare.bench.arms import DENSE, POLICIES, Arm
-from memshare.bench.child import call
+from memshare.bench.child import OnProgress, call
+from memshare.bench.estimate import Work, estimate, in_words
+from memshare.bench.progress import Progress
 from memshare.commands.options import count, fractions, new_file, whole
 from memshare.errors import UserError
 from memshare.tables import table
@@ -25,6 +29,7 @@ from memshare.tables import table
 if TYPE_CHECKING:
     from memshare.replay.run import ReplayPlan
 
+_ARMS = "twins,oldest,random,paper"
 _SIZES = (8, 16, 32, 64)  # tokens of a block
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of recorded texts")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
-    parser.add_argument("--arms", default=",".join(POLICIES), help="policies, separated by ','")
+    parser.add_argument("--arms", default=_ARMS, help=f"separated by ','; of {', '.join(POLICIES)}")
     parser.add_argument("--freed", default="0.25", help="fractions of the blocks, separated by ','")
     parser.add_argument(
         "--observe", action="store_true", help="report whether the texts are suitable, and end"
@@ -80,17 +85,22 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="memshare-replay-") as folder:
         if args.observe:
             return _observe(args, folder)
-        texts = len(_plan(args, folder).outputs)
+        plan = _plan(args, folder)
+        runs = 1 + len(arms) * len(freed)
         print(
-            f"{texts} texts, {args.prefix} tokens before sharing, {args.continuation} after; "
-            f"{args.model} ({args.dtype}), blocks of {args.block_size}.\n",
+            f"{len(plan.outputs)} texts, {args.prefix} tokens before sharing, {args.continuation} "
+            f"after; {args.model} ({args.dtype}), blocks of {args.block_size}; plain vLLM, then "
+            f"{args.arms} at {args.freed} given up: {runs} runs. {_how_long(plan, runs)}\n",
             flush=True,
         )
-        _measure(folder, DENSE)
+        progress = Progress(runs)
+        with progress.run(DENSE.name) as told:
+            _measure(plan, DENSE, told)
         rows = []
         for fraction in freed:
             for arm in arms:
-                rows.append(_row(folder, arm, fraction, args.recent))
+                with progress.run(f"{arm}, {100 * fraction:.0f} % given up") as told:
+                    rows.append(_row(plan, arm, fraction, told))
                 if args.json is not None:  # after every row: a long comparison may be stopped
                     args.json.write_text(json.dumps([row._asdict() for row in rows]))
                 logger.info("%s, %.0f %% given up: measured", arm, 100 * fraction)
@@ -108,9 +118,12 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
     args.continuation = 0
     plan = _plan(args, folder)
     prefixes = [output[: args.prefix] for output in plan.outputs]
-    print(f"{len(prefixes)} texts, the first {args.prefix} tokens of each.\n")
+    by_text = "their token ids are compared, in seconds"
+    if not args.text_only:
+        by_text += f"; then {args.model} ({args.dtype}) writes them. {_how_long(plan, 1)}"
+    print(f"{len(prefixes)} texts, the first {args.prefix} tokens of each: {by_text}\n", flush=True)
     rows = []
-    for size in sizes:
+    for size in tqdm(sizes, desc="block sizes", leave=False, disable=None):
         found = mean_opportunity(prefixes, size)
         rows.append([str(size), *(f"{fraction:.1%}" for fraction in found)])
     heads = ("block size", "equal to another", "75 % equal, slot by slot", "75 % written again")
@@ -118,7 +131,10 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
     if args.text_only:
         return 0
     call_for = {"plan": f"{folder}/plan.json"}
-    seen = call("memshare.replay.run:observe_plan", call_for, "the observing engine")
+    with Progress(1).run("observe") as told:
+        seen = call(
+            "memshare.replay.run:observe_plan", call_for, "the observing engine", plan.model, told
+        )
     print(f"\n{report([Sighting(*one) for one in seen], args.block_size)}")
     return 0
 
@@ -159,20 +175,31 @@ def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
     return plan
 
 
-def _row(folder: str, arm: str, fraction: float, recent: int) -> Row:
+def _how_long(plan: ReplayPlan, runs: int) -> str:
+    """All texts are written at once, a token in a step."""
+    texts = len(plan.outputs)
+    steps = plan.prefix + plan.continuation
+    context = sum(map(len, plan.prompts)) / texts + steps / 2
+    work = Work(plan.model, plan.dtype, runs, steps, texts, context, texts * plan.continuation)
+    return in_words(
+        estimate(work), "fewer --arms or --freed, a smaller --limit or --prefix make it shorter"
+    )
+
+
+def _row(plan: ReplayPlan, arm: str, fraction: float, on_progress: OnProgress) -> Row:
     options = POLICIES[arm] | {
         "trigger": {"kind": "eager"},
         "budget": {"max_shared_fraction": fraction},
-        "protect": {"recent_tokens": recent},
+        "protect": {"recent_tokens": plan.recent},
     }
-    result = _measure(folder, Arm(f"{arm}-{fraction}", options))
+    result = _measure(plan, Arm(f"{arm}-{fraction}", options), on_progress)
     return Row(arm, fraction, result["freed"], [tuple(cell) for cell in result["cells"]])
 
 
-def _measure(folder: str, arm: Arm) -> Any:
-    plan = f"{folder}/plan.json"
-    argument = {"plan": plan, "arm": asdict(arm)}
-    return call("memshare.replay.run:run_arm", argument, f"the engine of {arm.name}")
+def _measure(plan: ReplayPlan, arm: Arm, on_progress: OnProgress) -> Any:
+    argument = {"plan": f"{plan.folder}/plan.json", "arm": asdict(arm)}
+    name = f"the engine of {arm.name}"
+    return call("memshare.replay.run:run_arm", argument, name, plan.model, on_progress)
 
 
 def _table(rows: list[Row]) -> str:

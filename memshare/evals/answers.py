@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.bench.arms import Arm
-from memshare.bench.child import call
+from memshare.bench.child import OnProgress, call
+from memshare.bench.progress import follow
 from memshare.errors import UserError
 from memshare.request_options import USAGE
 
@@ -79,9 +80,10 @@ class EngineSettings:
 
 
 def from_engine(
-    prompts: Sequence[str], sampling: Sampling, engine: EngineSettings, arm: Arm, folder: Path
-) -> list[list[Answer]]:
-    """Return ``samples`` answers to each prompt.
+    prompts: Sequence[str], sampling: Sampling, engine: EngineSettings, arm: Arm, folder: Path,
+    on_progress: OnProgress,
+) -> list[list[Answer]]:  # fmt: skip
+    """Return ``samples`` answers to each prompt; ``on_progress`` is told how far they are.
 
     Raises:
         UserError: the engine failed.
@@ -92,7 +94,8 @@ def from_engine(
         "prompts": str(work), "sampling": asdict(sampling), "engine": asdict(engine),
         "arm": asdict(arm),
     }  # fmt: skip
-    found = call(f"{__name__}:run_engine", argument, f"the engine of {arm.name}")
+    name = f"the engine of {arm.name}"
+    found = call(f"{__name__}:run_engine", argument, name, engine.model, on_progress)
     return [[Answer(*answer) for answer in answers] for answers in found]
 
 
@@ -112,6 +115,7 @@ def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
         "enforce_eager": engine.eager,
     }  # fmt: skip
     llm = LLM(engine.model, seed=0, **options, **plug_in(arm.memshare))
+    follow(llm.llm_engine)
     # A request for each sample, and not one with n: vLLM returns what a request has cost, not what
     # each of its samples has.
     params = [
@@ -141,7 +145,7 @@ def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
 
 def from_server(
     prompts: Sequence[str], sampling: Sampling, url: str, model: str, key: str, at_once: int,
-    share: bool,
+    share: bool, on_progress: OnProgress,
 ) -> list[list[Answer]]:  # fmt: skip
     """Return ``samples`` answers to each prompt from an OpenAI-compatible server.
 
@@ -153,23 +157,35 @@ def from_server(
         key: API key.
         at_once: requests under way at most.
         share: False asks MemShare to leave these requests exact (``vllm_xargs``).
+        on_progress: is told of every answer.
 
     Raises:
         UserError: the server cannot be reached or refused a request.
     """
-    return asyncio.run(_ask(prompts, sampling, url, model, key, at_once, share))
+    return asyncio.run(_ask(prompts, sampling, url, model, key, at_once, share, on_progress))
 
 
 async def _ask(
     prompts: Sequence[str], sampling: Sampling, url: str, model: str, key: str, at_once: int,
-    share: bool,
+    share: bool, on_progress: OnProgress,
 ) -> list[list[Answer]]:  # fmt: skip
     from openai import AsyncOpenAI, OpenAIError
 
     gate = asyncio.Semaphore(at_once)
+    count = len(prompts) * sampling.samples
+    lengths: list[int] = []
+
+    async def told(asked: Coroutine[Any, Any, Answer]) -> Answer:
+        answer = await asked
+        lengths.append(answer.tokens)
+        written, ended = sum(lengths), len(lengths)
+        total = written * count // ended  # the others are as long, as far as one can tell
+        on_progress({"written": written, "total": total, "ended": ended, "requests": count})
+        return answer
+
     async with AsyncOpenAI(base_url=url, api_key=key, timeout=None) as client:
         asked = [
-            _ask_once(client, gate, prompt, sampling, model, sampling.seed + k, share)
+            told(_ask_once(client, gate, prompt, sampling, model, sampling.seed + k, share))
             for prompt in prompts
             for k in range(sampling.samples)
         ]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.bench.arms import Arm
+from memshare.bench.progress import follow
 from memshare.core.token_map import TokenMap
 from memshare.plug_in import plug_in
 from memshare.replay.damage import COLUMNS, Damage
@@ -53,6 +54,11 @@ class ReplayPlan:
     recent: int
     folder: str
 
+    @property
+    def continuation(self) -> int:
+        """Output tokens after the prefix."""
+        return len(self.outputs[0]) - self.prefix
+
     def save(self, path: Path) -> None:
         """Write it for another process."""
         path.write_text(json.dumps(asdict(self)))
@@ -84,6 +90,7 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
             plan.prefix + SETTLING, count, exact, None if memshare is None else measured
         )
         engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output, measurement))
+    follow(engine)
     scheduler, side = _scheduler_of(engine)
     freed: dict[str, float] = {}
     while engine.has_unfinished_requests():
@@ -112,6 +119,7 @@ def observe(plan: ReplayPlan) -> list[Sighting]:
     engine = _start(plan, options)
     for i, (prompt, output) in enumerate(zip(plan.prompts, plan.outputs, strict=True)):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, forced(output[: plan.prefix]))
+    follow(engine)
     _, side = _scheduler_of(engine)
     assert side is not None, "an engine with MemShare has one"
     found: dict[str, Sighting] = {}

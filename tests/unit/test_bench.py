@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
-from memshare.bench.child import call
+from memshare.bench.child import Teller, call
 from memshare.bench.fates import fates
 from memshare.bench.report import (
     accuracy_cells,
     accuracy_table,
     interval,
+    remarks,
     speed_table,
     spread,
     wilson,
@@ -31,6 +32,7 @@ from memshare.cli import main
 from memshare.config import load_config
 from memshare.errors import UserError
 from memshare.model import tokenizer_of
+from memshare.process_env import engine_env
 from memshare.reasoner.problems import read_answer
 
 
@@ -204,13 +206,40 @@ def test_ratios_are_taken_within_a_repeat() -> None:
         [a_run("twins", seconds=20.0), a_run("dense", seconds=30.0)],
     ]
     lines = speed_table(["dense", "twins"], repeats).splitlines()
-    assert "| 1.00 |" in lines[2]
+    assert lines[2].split(" | ")[2] == "1", "it is the measure"
     assert "| 1.75 (1.50-2.00) |" in lines[3], "not of the medians of each"
     accuracy = accuracy_table(["dense", "twins"], repeats)
     assert accuracy is not None
     assert "| twins | 4 recall | 50.0% |" in accuracy
     nothing = [[a_run("dense", outcomes=[Outcome("traces", 5, None, 0.0)])]]
     assert accuracy_table(["dense"], nothing) is None
+
+
+def test_one_repeat_has_no_ratio() -> None:
+    """Two runs alone differ by what else the machine did: by 2.92 times, once."""
+    repeats = [[a_run("dense", seconds=29.2), a_run("twins", seconds=10.0, reclaimed=3)]]
+    lines = speed_table(["dense", "twins"], repeats).splitlines()
+    assert [line.split(" | ")[2] for line in lines[2:]] == ["1", "-"]
+    assert remarks(["twins"], "dense", repeats) == [
+        "No ratios: one repeat has no spread. Ask for more with --repeats."
+    ]
+    equal = [[a_run("dense"), a_run("twins", reclaimed=3)]] * 2
+    assert "| 1.00 (1.00-1.00) |" in speed_table(["dense", "twins"], equal)
+    assert remarks(["twins"], "dense", equal) == []
+    assert remarks([], "dense", [[a_run("dense")]]) == [], "there is nothing to compare"
+
+
+def test_that_nothing_was_reclaimed_is_said() -> None:
+    calm = [a_run("dense", preemptions=0), a_run("twins", preemptions=0)]
+    short = [a_run("dense"), a_run("twins")]
+    used = [a_run("dense"), a_run("twins", reclaimed=9)]
+    [line] = remarks(["twins"], "dense", [calm, calm])
+    assert line.startswith("twins reclaimed nothing: memory was never short. Ask for less")
+    [line] = remarks(["twins"], "dense", [calm, used, used])
+    assert line.startswith("twins reclaimed nothing in 1 of 3 repeats: memory was never short")
+    [line] = remarks(["twins"], "dense", [short, used])
+    assert line.startswith("twins reclaimed nothing in 1 of 2 repeats: memory was short, but")
+    assert line.endswith("Its speed there says nothing about sharing.")
 
 
 def test_one_value_has_no_spread() -> None:
@@ -241,6 +270,9 @@ def in_child(argument: dict[str, Any]) -> dict[str, Any]:
     if argument["fail"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     print("other output")
+    teller = Teller()
+    for written in range(3):
+        teller.tell(written=written, total=3)  # one at once; the others come too soon after it
     return {"pid": os.getpid(), "environment": dict(os.environ)}
 
 
@@ -250,14 +282,21 @@ def test_a_child_is_another_process_and_its_failure_is_told(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("MEMSHARE_MODE", "observe")
     function = f"{Path(__file__).stem}:in_child"
-    found = call(function, {"fail": None}, "the test")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told: list[dict[str, int]] = []
+    found = call(function, {"fail": None}, "the test", "hub/model", told.append)
+    assert told == [{"written": 0, "total": 3}]
     assert found["pid"] != os.getpid()
     assert found["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "MEMSHARE_MODE" not in found["environment"], "arms say how MemShare is configured"
+    assert found["environment"].items() >= engine_env({}).items(), "prepared for an engine"
+    assert found["environment"].get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
+    local = call(function, {"fail": None}, "the test", str(Path(__file__).parent))
+    assert local["environment"]["HF_HUB_OFFLINE"] == os.environ.get("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"the test failed(.|\n)*as asked"):
-        call(function, {"fail": "raise"}, "the test")
+        call(function, {"fail": "raise"}, "the test", "hub/model")
     with pytest.raises(UserError, match=r"the test was ended by signal 9(.|\n)*\(nothing\)"):
-        call(function, {"fail": "die"}, "the test")
+        call(function, {"fail": "die"}, "the test", "hub/model")
 
 
 @pytest.mark.parametrize(

@@ -155,11 +155,12 @@ def test_a_served_model_is_asked_with_sharing_and_exact(
     words += ["--samples", "3", "--temperature", "0.6", "--json", str(record)]
     assert main(words) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[2].startswith("| exact | 6 | 50.0% |")
-    assert shown[3].startswith("| shared | 6 | 50.0% |")
-    assert shown[2].endswith("| - | 9 | 0 | 0 |")
-    assert shown[3].endswith("| +0.0 ± 196.0 | 9 | 0 | 6 |"), "as many right, and all others"
-    assert len(shown) == 4
+    assert shown[0].startswith("6 answers of 1536 tokens at most to 2 questions (math500), 32 at")
+    assert shown[4].startswith("| exact | 6 | 50.0% |")
+    assert shown[5].startswith("| shared | 6 | 50.0% |")
+    assert shown[4].endswith("| - | 9 | 0 | 0 |")
+    assert shown[5].endswith("| +0.0 ± 196.0 | 9 | 0 | 6 |"), "as many right, and all others"
+    assert len(shown) == 6
     exact = [body for body in asked if body["vllm_xargs"].get("memshare") == "off"]
     assert all(body["vllm_xargs"]["memshare_usage"] == "on" for body in asked)
     assert len(exact) == 6
@@ -186,6 +187,7 @@ def test_arms_that_cannot_share_are_compared_all_the_same(
     def answer(prompts: list[str], *_: object) -> list[list[Answer]]:
         return [[Answer("The final answer is 1.", 6)] for _ in prompts]
 
+    monkeypatch.setattr("memshare.commands.eval.estimate", lambda work: 1200.0)
     monkeypatch.setattr("memshare.bench.models.resolve", lambda name: name)
     monkeypatch.setattr("memshare.commands.eval.longest", lambda model, prompts: 100)
     monkeypatch.setattr("memshare.commands.eval.require_kv_types", lambda arms: None)
@@ -193,11 +195,17 @@ def test_arms_that_cannot_share_are_compared_all_the_same(
     words = ["eval", "--suite", "chain", "--limit", "2", "--blocks", "101", "--arms"]
     assert main([*words, "dense,fp8"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("100 usable KV blocks. fp8 has 200 usable blocks in the same bytes.")
+    assert "100 usable KV blocks. fp8 has 200 usable blocks in the same bytes." in shown
+    [first, *_] = shown.splitlines()
+    assert first.startswith(
+        "2 answers of 1536 tokens at most to 2 questions (chain), for each of 2"
+    )
+    assert "About 20 minutes" in first
+    assert "a smaller --limit or --max-tokens makes it shorter" in first
     assert "not compared" not in shown
     assert main([*words, "dense,twins"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("| arm |")
+    assert "same bytes" not in shown
     assert "sharing was not compared" in shown
 
 
@@ -209,6 +217,7 @@ def test_answers_are_kept_when_a_later_arm_fails(
             raise UserError("the engine of twins failed")
         return [[Answer("The final answer is 1.", 6)] for _ in prompts]
 
+    monkeypatch.setattr("memshare.commands.eval.estimate", lambda work: 1200.0)
     monkeypatch.setattr("memshare.bench.models.resolve", lambda name: name)
     monkeypatch.setattr("memshare.commands.eval.longest", lambda model, prompts: 100)
     monkeypatch.setattr("memshare.commands.eval.from_engine", answer)
@@ -239,6 +248,7 @@ def test_an_engine_has_room_for_the_longest_answer(
         lengths.append(engine.max_model_len)
         return [[Answer("The final answer is 1.", 6)] for _ in prompts]
 
+    monkeypatch.setattr("memshare.commands.eval.estimate", lambda work: 1200.0)
     monkeypatch.setattr("memshare.bench.models.resolve", lambda name: name)
     monkeypatch.setattr("memshare.commands.eval.longest", lambda model, prompts: 100)
     monkeypatch.setattr("memshare.commands.eval.from_engine", answer)
