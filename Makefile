@@ -82,9 +82,9 @@ load: venv model ## 256 short streams on two replicas for HOURS=1; report in .ru
 
 headline: venv model ## Answers and preemptions of all policies, and the README's picture (about an hour)
 	@mkdir -p build
-	$(RUN) memshare bench --workload problems --requests 100 --arms dense,twins,oldest,random --memory 0.33 \
+	$(BIN)/memshare bench --workload problems --requests 100 --arms dense,twins,oldest,random --memory 0.33 \
 		--dtype float32 --repeats 1 --json build/headline.json
-	@$(RUN) memshare plot arms build/headline.json --output docs/figures/headline.svg
+	@$(BIN)/memshare plot arms build/headline.json --output docs/figures/headline.svg
 
 bench-serving: venv model ## Our server beside vLLM's own, in alternation
 	$(RUN) python tools/bench_serving.py
