@@ -1,7 +1,7 @@
 """The page in a real browser, in front of its real app and board; samples are recorded ones.
 
-``recorded.json`` holds what the page's API said of a real replica, and the trace of its request, in
-``tests/cluster``; samples are repeated as often as a test needs.
+``recorded.json`` holds what the page's API said of a real replica that was short of memory, and the
+trace of its request (``tools/record_page.py``); samples are repeated as often as a test needs.
 """
 
 from __future__ import annotations
@@ -43,6 +43,35 @@ def recorded(name: str, count: int, now: float) -> Report:
     return Report(
         name, "node", now, replica["blocks"], samples, replica["kinds"], replica["requests"], []
     )
+
+
+def quiet(count: int, now: float) -> list[Sample]:
+    """Samples without any event."""
+    calm = Sample(0.0, 0.6, 4, 0, 40, 0, 0, 0, 0, 0, None)
+    return [calm._replace(time=now - count + i) for i in range(count)]
+
+
+def colour_in(page: Page, name: str) -> list[int]:
+    """How many pixels of the usage chart have a colour of the page, by column."""
+    found: list[int] = page.evaluate(
+        """(name) => {
+            const probe = document.body.appendChild(document.createElement("i"));
+            probe.style.color = `var(--${name})`;
+            const wanted = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+            probe.remove();
+            const canvas = document.querySelector(".card canvas.usage");
+            const { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            const columns = new Array(width).fill(0);
+            for (let i = 0; i < data.length; i += 4) {
+                const close = wanted.every((value, c) => Math.abs(data[i + c] - value) < 12);
+                if (close && data[i + 3] > 200) columns[(i / 4) % width] += 1;
+            }
+            return columns;
+        }""",
+        name,
+    )
+    return found
 
 
 def recorded_trace() -> Trace:
@@ -145,21 +174,12 @@ def test_a_chart_can_be_read_by_keyboard(browser: BrowserContext, server: PageSe
 def test_a_trace_shows_what_was_given_up_and_text_stays_text(
     browser: BrowserContext, server: PageServer
 ) -> None:
-    report, trace = recorded("replica-0", 60, time.time()), recorded_trace()
+    trace = recorded_trace()
     assert trace.texts is not None
     trace.texts[0] = "<img src=x onerror=boom()>" + trace.texts[0]
-    row = {**report.requests[0], "request": trace.request, "blocks": 10_000}
-    busy = Report(**{**vars(report), "requests": [row]})
-    server.traces["replica-0", trace.request] = trace
-    server.report(busy)
     with visiting(browser, server) as visit:
         page = visit.page
-        page.get_by_role("button", name=f"Trace of {trace.request}").click()
-        deadline = time.monotonic() + 20
-        while page.locator("#trace-strip .cell").count() == 0:
-            assert time.monotonic() < deadline
-            server.report(Report(**{**vars(busy), "samples": []}))
-            page.wait_for_timeout(50)
+        open_trace(page, server, trace)
         assert page.locator("#trace-strip .cell.given-up").count() == len(trace.reused)
         own = [reuse for reuse in trace.reused if reuse.donor_request is None]
         assert page.locator("#trace-strip .arc").count() == len(own)
@@ -172,6 +192,200 @@ def test_a_trace_shows_what_was_given_up_and_text_stays_text(
         expect(page.locator("#trace-detail")).to_contain_text(f"Block {first.target}, tokens")
         assert page.locator("#trace-strip .arc.on").count() == 1
         assert visit.errors == []
+
+
+def open_trace(page: Page, server: PageServer, trace: Trace) -> None:
+    """Have the replica deliver ``trace``, and open it."""
+    report = recorded("replica-0", 60, time.time())
+    row = {**report.requests[0], "request": trace.request, "blocks": 10_000}
+    busy = Report(**{**vars(report), "requests": [row]})
+    server.traces["replica-0", trace.request] = trace
+    server.report(busy)
+    page.get_by_role("button", name=f"Trace of {trace.request}").click()
+    deadline = time.monotonic() + 20
+    while page.locator("#trace-strip .cell").count() == 0:
+        assert time.monotonic() < deadline
+        server.report(Report(**{**vars(busy), "samples": []}))
+        page.wait_for_timeout(50)
+
+
+def test_rows_are_named_in_words_and_not_by_what_looks_like_an_event(
+    browser: BrowserContext, server: PageServer
+) -> None:
+    report = recorded("replica-0", 60, time.time())
+    server.report(Report(**{**vars(report), "samples": quiet(60, time.time())}))
+    with visiting(browser, server) as visit:
+        expect(visit.page.locator(".card canvas.usage")).to_be_visible()
+        assert sum(colour_in(visit.page, "usage")) > 0, "something is drawn"
+        assert sum(colour_in(visit.page, "preempted")) == 0, "nothing was preempted"
+        assert sum(colour_in(visit.page, "reclaimed")) == 0, "nothing was reclaimed"
+    event = quiet(60, time.time())
+    event[30] = event[30]._replace(preempted=3)
+    server.report(Report(**{**vars(report), "replica": "replica-1", "samples": event}))
+    with visiting(browser, server) as visit:
+        expect(visit.page.locator(".card")).to_have_count(2)
+        visit.page.evaluate("document.querySelector('.card').remove()")
+        assert sum(colour_in(visit.page, "preempted")) > 0, "the search sees an event"
+
+
+def test_a_fresh_chart_begins_with_the_time_that_there_is(
+    browser: BrowserContext, server: PageServer
+) -> None:
+    report = recorded("replica-0", 60, time.time())
+    server.report(Report(**{**vars(report), "samples": quiet(45, time.time())}))
+    with visiting(browser, server) as visit:
+        page = visit.page
+        expect(page.locator("#totals")).to_contain_text("blocks in 44 s")
+        columns = colour_in(page, "usage")
+        drawn = [x for x, count in enumerate(columns) if count]
+        assert (drawn[-1] - drawn[0]) / len(columns) > 0.85, "of ten minutes it would be a tenth"
+        label = page.locator(".card canvas.usage").get_attribute("aria-label") or ""
+        assert label.endswith("in 44 s")
+
+
+def test_evaluator_lag_is_one_value(browser: BrowserContext, server: PageServer) -> None:
+    now = time.time()
+    samples = quiet(60, now)
+    for i, lag in ((10, 6.4), (40, 0.9), (55, 0.157)):
+        samples[i] = samples[i]._replace(lag=lag)
+    stale = quiet(60, now)
+    stale[5] = stale[5]._replace(lag=2.5)  # says nothing about now
+    report = recorded("replica-0", 60, now)
+    server.report(Report(**{**vars(report), "samples": samples}))
+    server.report(Report(**{**vars(report), "replica": "replica-1", "samples": stale}))
+    with visiting(browser, server) as visit:
+        page = visit.page
+        cards = page.locator(".card .lag")
+        expect(cards).to_have_text(["157 ms", "none of late"])
+        tile = page.locator("#totals div", has_text="Evaluator lag").locator("dd")
+        expect(tile).to_contain_text("157 ms")
+        chart = page.locator(".card canvas.usage").first
+        page.keyboard.press("Tab")
+        page.keyboard.press("Shift+Tab")
+        chart.focus()
+        page.keyboard.press("End")
+        for _ in range(4):
+            page.keyboard.press("ArrowLeft")
+        expect(page.locator("#tip")).to_contain_text("evaluator lag 157 ms")
+        scale = page.evaluate(
+            "async () => [0, 0.0031, 0.27, 6.4, 12].map((await import('./chart.js')).scaleOf)"
+        )
+        assert scale == [0, 0.004, 0.3, 8, 15], "a scale ends with a round number, not a value"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_colour_has_one_meaning(browser: BrowserContext, server: PageServer, scheme: Any) -> None:
+    trace = recorded_trace()
+    with visiting(browser, server) as visit:
+        page = visit.page
+        page.emulate_media(color_scheme=scheme)
+        server.report(recorded("replica-0", 60, time.time()))
+        open_trace(page, server, trace)
+        names = ["usage", "preempted", "reclaimed", "prompt", "recent", "shared", "other", "free"]
+        colours: dict[str, str] = page.evaluate(
+            """(names) => Object.fromEntries(names.map((name) => {
+                const probe = document.body.appendChild(document.createElement("i"));
+                probe.style.color = `var(--${name})`;
+                const colour = getComputedStyle(probe).color;
+                probe.remove();
+                return [name, colour];
+            }))""",
+            names,
+        )
+        assert len(set(colours.values())) == len(names), colours
+
+        def style(selector: str, what: str) -> str:
+            found: str = page.evaluate(
+                "([s, w]) => getComputedStyle(document.querySelector(s))[w]", [selector, what]
+            )
+            return found
+
+        # Given up: in the table and its legend, in the trace's strip and in its text, as on ticks.
+        for where in ("#requests .bar i:nth-child(2)", "#kinds-legend li:nth-child(2) i"):
+            shown = style(where, "backgroundImage") + style(where, "backgroundColor")
+            assert colours["reclaimed"] in shown, where
+            assert colours["shared"] not in shown, where
+        assert style("#trace-strip .cell.given-up", "stroke") == colours["reclaimed"]
+        assert style("#trace-text .given-up", "textDecorationColor") == colours["reclaimed"]
+        # Donors: on the replica's bar, in the trace's strip and on its arcs.
+        assert style(".card .bar .kind-shared", "backgroundColor") == colours["shared"]
+        assert style("#trace-strip .donor-ground", "fill") == colours["shared"]
+        assert style("#trace-strip .arc", "stroke") == colours["shared"]
+        # What is neither an event nor a kind of block has none of their colours.
+        assert style("#status", "color") not in colours.values()
+        legend = page.locator("#trace .legend li").all_inner_texts()
+        assert len(legend) == 4
+
+
+def test_text_that_is_cut_says_so_and_can_be_read(
+    browser: BrowserContext, server: PageServer
+) -> None:
+    trace = recorded_trace()
+    assert trace.texts is not None
+    trace = Trace(**{**vars(trace), "texts": [text * 5 for text in trace.texts]})
+    with visiting(browser, server) as visit:
+        page = visit.page
+        server.report(recorded("replica-0", 60, time.time()))
+        open_trace(page, server, trace)
+        text, more = page.locator("#trace-text"), page.locator("#trace-more")
+        expect(more).to_have_text(f"Show all {len(trace.texts)} blocks of text")
+        assert text.get_attribute("data-below") is not None, "it fades out"
+        more.click()
+        expect(more).to_have_text("Show less")
+        assert text.get_attribute("data-below") is None
+        assert text.evaluate("(box) => box.scrollHeight - box.clientHeight") <= 1
+        last = page.locator(f"#trace-strip .cell[data-block='{len(trace.texts) - 1}']")
+        more.click()
+        last.hover()
+        inside = page.evaluate(
+            """() => {
+                const box = document.querySelector("#trace-text").getBoundingClientRect();
+                const lit = document.querySelector("#trace-text .on").getBoundingClientRect();
+                return lit.top < box.bottom && lit.bottom > box.top;
+            }"""
+        )
+        assert inside, "the text of the block that is pointed at can be seen"
+        name = page.locator("#requests td.id")
+        assert name.get_attribute("title") == name.inner_text() == trace.request
+        server.report(recorded("a-long-replica-id", 60, time.time()))
+        title = page.locator(".card h3", has_text="…ica-id")
+        expect(title).to_have_attribute("title", "a-long-replica-id")
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(
+    browser: BrowserContext, server: PageServer
+) -> None:
+    report = recorded("replica-0", 60, time.time())
+    with visiting(browser, server) as visit:
+        page = visit.page
+        page.set_viewport_size({"width": 390, "height": 844})
+        try:
+            server.report(report)
+            open_trace(page, server, recorded_trace())
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            row = page.locator("#requests tbody tr").first
+            for cell in row.locator("td").all():
+                box = cell.bounding_box()
+                assert box is not None
+                assert box["width"] > 0
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= 390
+            labels = row.locator("td").evaluate_all(
+                "(cells) => cells.map((cell) => getComputedStyle(cell, '::before').content)"
+            )
+            named = [label for label in labels if label != "none"]
+            assert len(named) == 5, "numbers have their names, as there is no head above them"
+            sizes = page.locator("#trace-strip text").evaluate_all(
+                "(texts) => texts.map((text) => text.getBoundingClientRect().height)"
+            )
+            assert min(sizes) > 9, "labels of the strip can be read"
+            page.locator("#trace-list summary").click()
+            assert page.locator("#trace-list .scroll").evaluate(
+                "(box) => box.scrollWidth <= box.clientWidth"
+            )
+            assert visit.errors == []
+        finally:
+            page.set_viewport_size({"width": 1280, "height": 900})
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -105,7 +105,7 @@ def test_a_board_that_is_away_is_counted_and_said(server: PageServer) -> None:
 
 
 def test_the_page_knows_every_kind_of_block() -> None:
-    script = (STATIC / "page.js").read_text(encoding="utf-8")
+    script = (STATIC / "cards.js").read_text(encoding="utf-8")
     (listed,) = re.findall(r"const KINDS = \{(.*?)\};", script, re.DOTALL)
     (label,) = BLOCKS.labels
     assert set(re.findall(r"(\w+):", listed)) == set(label.values)

@@ -2,13 +2,18 @@
 
 const LANE = 15; // height of a lane of ticks
 const BIN = 7; // ticks closer than so many pixels are one, the bigger the more
+const LABEL = 74; // pixels for a label of the time axis
+const STEPS = [5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600]; // seconds between two of them
+
+export const LEFT = 68; // of the usage chart: for the names of its rows
+const SMALL_LEFT = 46; // of the small ones: for their scale
 
 /** Colours as canvases want them: computed, so that they follow the theme. */
 export function palette() {
   const probe = document.createElement("span");
   document.body.append(probe);
   const colours = {};
-  for (const name of ["ink", "quiet", "line", "card", "usage", "preempted", "reclaimed", "waiting"]) {
+  for (const name of ["ink", "quiet", "line", "usage", "preempted", "reclaimed"]) {
     probe.style.color = `var(--${name})`;
     colours[name] = getComputedStyle(probe).color;
   }
@@ -32,46 +37,41 @@ function prepare(canvas) {
   return { context, width, height };
 }
 
-export const LEFT = 34; // for the labels of the y axis
-
 /** Horizontal place of a time. */
-export function placeOf(time, view, width) {
-  return LEFT + ((time - view.from) / (view.to - view.from)) * (width - LEFT - 2);
+function placeOf(time, view, width, left) {
+  return left + ((time - view.from) / (view.to - view.from)) * (width - left - 2);
 }
 
 /** A line through the samples, broken where some are missing. */
-function line(context, samples, view, width, valueToY, field, gap) {
+function line(context, samples, x, y, field, gap) {
   context.beginPath();
   let last = null;
   for (const sample of samples) {
     const value = sample[field];
     if (value === null) continue;
-    const x = placeOf(sample.time, view, width);
-    const y = valueToY(value);
-    if (last === null || sample.time - last > gap) context.moveTo(x, y);
-    else context.lineTo(x, y);
+    if (last === null || sample.time - last > gap) context.moveTo(x(sample.time), y(value));
+    else context.lineTo(x(sample.time), y(value));
     last = sample.time;
   }
   context.stroke();
 }
 
-function area(context, samples, view, width, valueToY, field, gap, floor) {
+function area(context, samples, x, y, field, gap, floor) {
   let begun = null;
   let last = null;
   context.beginPath();
   const close = () => {
-    context.lineTo(placeOf(last.time, view, width), floor);
+    context.lineTo(x(last.time), floor);
     context.lineTo(begun, floor);
     context.closePath();
   };
   for (const sample of samples) {
-    const x = placeOf(sample.time, view, width);
     if (last === null || sample.time - last.time > gap) {
       if (last !== null) close();
-      begun = x;
-      context.moveTo(x, floor);
+      begun = x(sample.time);
+      context.moveTo(begun, floor);
     }
-    context.lineTo(x, valueToY(sample[field]));
+    context.lineTo(x(sample.time), y(sample[field]));
     last = sample;
   }
   if (last !== null) close();
@@ -79,44 +79,52 @@ function area(context, samples, view, width, valueToY, field, gap, floor) {
 }
 
 /** Triangles of one kind of event, in a lane of their own. */
-function ticks(context, samples, view, width, top, field, up) {
+function ticks(context, samples, x, top, field, up) {
   const bins = new Map();
   for (const sample of samples) {
     if (!sample[field]) continue;
-    const bin = Math.round(placeOf(sample.time, view, width) / BIN);
+    const bin = Math.round(x(sample.time) / BIN);
     bins.set(bin, (bins.get(bin) || 0) + sample[field]);
   }
   for (const [bin, count] of bins) {
     const half = Math.min(3 + Math.log2(count), 6.5);
-    const x = bin * BIN;
     const middle = top + LANE / 2;
     const tip = up ? middle - half : middle + half;
     const base = up ? middle + half * 0.8 : middle - half * 0.8;
     context.beginPath();
-    context.moveTo(x - half, base);
-    context.lineTo(x + half, base);
-    context.lineTo(x, tip);
+    context.moveTo(bin * BIN - half, base);
+    context.lineTo(bin * BIN + half, base);
+    context.lineTo(bin * BIN, tip);
     context.fill();
   }
 }
 
-/** Minutes below the chart. */
-function timeAxis(context, view, width, y) {
-  const span = view.to - view.from;
-  const step = span > 300 ? 120 : span > 90 ? 60 : 15;
+/** How long ago, below the chart. */
+function timeAxis(context, view, x, width, y) {
+  const all = view.to - view.from;
+  const step = STEPS.find((one) => (one / all) * (width - LEFT) >= LABEL) || STEPS.at(-1);
   context.textAlign = "center";
-  for (let ago = step; ago < span; ago += step) {
-    const label = step < 60 ? `-${ago} s` : `-${ago / 60} min`;
-    context.fillText(label, placeOf(view.to - ago, view, width), y);
+  for (let ago = step; ago < all; ago += step) {
+    const place = x(view.to - ago);
+    if (place < LEFT + 12) break;
+    context.fillText(ago % 60 ? `-${ago} s` : `-${ago / 60} min`, place, y);
   }
   context.textAlign = "right";
   context.fillText("now", width - 2, y);
 }
 
-/** KV usage over time, with lanes of preemption and reclaim ticks below. */
+function rule(context, from, to, y) {
+  context.beginPath();
+  context.moveTo(from, Math.round(y) + 0.5);
+  context.lineTo(to, Math.round(y) + 0.5);
+  context.stroke();
+}
+
+/** KV usage over time, with rows of preemptions and reclaims below. */
 export function drawUsage(canvas, samples, view, gap, colours, cursor) {
   const { context, width, height } = prepare(canvas);
-  const floor = height - 16 - 2 * LANE;
+  const floor = height - 19 - 2 * LANE;
+  const x = (time) => placeOf(time, view, width, LEFT);
   const y = (usage) => floor - usage * (floor - 8);
   context.strokeStyle = colours.line;
   context.fillStyle = colours.quiet;
@@ -124,64 +132,99 @@ export function drawUsage(canvas, samples, view, gap, colours, cursor) {
   context.textBaseline = "middle";
   context.textAlign = "right";
   for (const level of [0, 0.5, 1]) {
-    context.beginPath();
-    context.moveTo(LEFT, Math.round(y(level)) + 0.5);
-    context.lineTo(width, Math.round(y(level)) + 0.5);
-    context.stroke();
-    context.fillText(`${level * 100}%`, LEFT - 5, y(level));
+    rule(context, LEFT, width, y(level));
+    context.fillText(`${level * 100}%`, LEFT - 7, y(level));
   }
-  timeAxis(context, view, width, height - 6);
+  // Rows are named in words: a triangle out here would look like an event.
+  const lanes = [["preempted", floor + 4, false], ["reclaimed", floor + 4 + LANE, true]];
+  for (const [field, top] of lanes) {
+    rule(context, LEFT, width, top + LANE);
+    context.fillText(field, LEFT - 7, top + LANE / 2 + 1);
+  }
+  timeAxis(context, view, x, width, height - 6);
   context.fillStyle = colours.usage;
   context.globalAlpha = 0.16;
-  area(context, samples, view, width, y, "usage", gap, floor);
+  area(context, samples, x, y, "usage", gap, floor);
   context.globalAlpha = 1;
   context.strokeStyle = colours.usage;
   context.lineWidth = 1.6;
   context.lineJoin = "round";
-  line(context, samples, view, width, y, "usage", gap);
-  const lanes = [["preempted", floor + 2, false], ["reclaimed", floor + 2 + LANE, true]];
+  line(context, samples, x, y, "usage", gap);
+  context.save();
+  context.beginPath();
+  context.rect(LEFT, 0, width, height);
+  context.clip();
   for (const [field, top, up] of lanes) {
     context.fillStyle = colours[field];
-    ticks(context, samples, view, width, top, field, up);
-    context.textAlign = "right";
-    context.fillText(up ? "▲" : "▼", LEFT - 8, top + LANE / 2);
+    ticks(context, samples, x, top, field, up);
   }
+  context.restore();
   if (cursor) {
-    const x = placeOf(cursor.time, view, width);
     context.strokeStyle = colours.ink;
     context.lineWidth = 1;
     context.beginPath();
-    context.moveTo(x, 2);
-    context.lineTo(x, height - 14);
+    context.moveTo(x(cursor.time), 2);
+    context.lineTo(x(cursor.time), height - 14);
     context.stroke();
     context.fillStyle = colours.ink;
     context.beginPath();
-    context.arc(x, y(cursor.usage), 3, 0, 7);
+    context.arc(x(cursor.time), y(cursor.usage), 3, 0, 7);
     context.fill();
   }
 }
 
-/** One or two lines on a scale of their own. `lines` are [field, colour, dashed]. */
-export function drawSmall(canvas, samples, view, gap, colours, lines, format) {
+/** The end of a scale: a round number, so that nobody takes it for a value. */
+export function scaleOf(value) {
+  if (!value) return 0;
+  const power = 10 ** Math.floor(Math.log10(value));
+  // Sums of decimal fractions are a little off.
+  const times = [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((one) => one * power >= value * 0.999);
+  return Number((times * power).toPrecision(2));
+}
+
+/** The greatest value of some fields. */
+export function greatest(samples, fields) {
+  let most = 0;
+  for (const sample of samples) for (const field of fields) most = Math.max(most, sample[field] || 0);
+  return most;
+}
+
+/** One or two lines on a scale from 0 to `top`. `lines` are [field, colour, dashed, dotted]. */
+export function drawSmall(canvas, samples, view, gap, colours, lines, top, format) {
   const { context, width, height } = prepare(canvas);
-  let top = 0;
-  for (const sample of samples) for (const [field] of lines) top = Math.max(top, sample[field] || 0);
-  const y = (value) => height - 3 - (top ? value / top : 0) * (height - 12);
+  const x = (time) => placeOf(time, view, width, SMALL_LEFT);
+  const y = (value) => height - 4 - (top ? value / top : 0) * (height - 13);
   context.strokeStyle = colours.line;
-  context.beginPath();
-  context.moveTo(LEFT, height - 2.5);
-  context.lineTo(width, height - 2.5);
-  context.stroke();
   context.fillStyle = colours.quiet;
+  context.lineWidth = 1;
   context.textAlign = "right";
   context.textBaseline = "middle";
-  context.fillText("0", LEFT - 5, height - 6);
-  if (top) context.fillText(format(top), LEFT - 5, 9);
-  for (const [field, colour, dashed] of lines) {
-    context.strokeStyle = colours[colour];
+  for (const level of top ? [0, top] : [0]) {
+    rule(context, SMALL_LEFT, width, y(level));
+    context.fillText(level ? format(level) : "0", SMALL_LEFT - 6, Math.min(y(level), height - 6));
+  }
+  for (const [field, colour, dashed, dotted] of lines) {
+    context.strokeStyle = context.fillStyle = colours[colour];
     context.lineWidth = 1.5;
     context.setLineDash(dashed ? [4, 3] : []);
-    line(context, samples, view, width, y, field, field === "lag" ? Infinity : gap);
+    line(context, samples, x, y, field, gap);
+    if (!dotted) continue;
+    for (const sample of samples) {
+      if (sample[field] === null) continue;
+      context.beginPath();
+      context.arc(x(sample.time), y(sample[field]), 1.7, 0, 7);
+      context.fill();
+    }
   }
   context.setLineDash([]);
+}
+
+/** The sample nearest to a place on the usage chart; -1 if there is none. */
+export function nearest(samples, view, width, place) {
+  const time = view.from + ((place - LEFT) / (width - LEFT - 2)) * (view.to - view.from);
+  let best = -1;
+  samples.forEach((sample, i) => {
+    if (best < 0 || Math.abs(sample.time - time) < Math.abs(samples[best].time - time)) best = i;
+  });
+  return best;
 }

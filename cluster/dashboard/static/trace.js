@@ -1,7 +1,9 @@
 // A request's trace: a strip of its blocks, arcs from what was given up to what is read instead.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 1200;
+const LABEL = 52; // pixels for a label below the strip
+const ARCS = 110; // height of the arcs, at most
+const HEIGHT = 24; // of the strip
 
 function element(name, attributes) {
   const made = document.createElementNS(SVG, name);
@@ -9,7 +11,26 @@ function element(name, attributes) {
   return made;
 }
 
-/** Rows of the table and the strip, from the same numbers. `parts` are the page's elements. */
+/** The same shapes as in the bars of the page: hatching of prompt, dots of donors, stripes of gaps. */
+function patterns() {
+  const defs = element("defs", {});
+  const made = [
+    ["prompt", 6, [["rect", { width: 6, height: 6, class: "prompt-ground" }], ["path", { d: "M-1.5 1.5l3-3M0 6l6-6M4.5 7.5l3-3", class: "prompt-ink" }]]],
+    ["donor", 6, [["rect", { width: 6, height: 6, class: "donor-ground" }], ["circle", { cx: 3, cy: 3, r: 1.2, class: "donor-ink" }]]],
+    ["given-up", 5, [["rect", { width: 5, height: 5, class: "given-up-ground" }], ["rect", { width: 1.6, height: 5, class: "given-up-ink" }]]],
+  ];
+  for (const [name, size, shapes] of made) {
+    const pattern = element("pattern", { id: `cells-${name}`, width: size, height: size, patternUnits: "userSpaceOnUse" });
+    for (const [kind, attributes] of shapes) pattern.append(element(kind, attributes));
+    defs.append(pattern);
+  }
+  return defs;
+}
+
+/**
+ * Rows of the table and the strip, from the same numbers. `parts` are the page's elements.
+ * Returns what draws the strip anew, for another width.
+ */
 export function showTrace(parts, trace) {
   const size = trace.block_size;
   const count = Math.max(1, Math.ceil(trace.tokens / size));
@@ -29,42 +50,51 @@ export function showTrace(parts, trace) {
     trace.live ? "live" : "ended",
     `${trace.tokens} tokens (${trace.prompt_tokens} of prompt) in ${count} blocks of ${size}`,
     `${reused.length} given up`,
-    trace.preempted.length ? `preempted ${trace.preempted.length} times` : "never preempted",
+    ["never preempted", "preempted once"][trace.preempted.length] || `preempted ${trace.preempted.length} times`,
   ].join(" · ");
 
-  const cellWidth = WIDTH / count;
-  const arcs = 130;
-  const svg = element("svg", {
-    viewBox: `0 0 ${WIDTH} ${arcs + 44}`, role: "img",
-    "aria-label": `${count} blocks, ${reused.length} of them given up`,
-  });
-  const cells = [];
-  for (let block = 0; block < count; block += 1) {
-    const cell = element("rect", {
-      x: block * cellWidth, y: arcs, width: Math.max(cellWidth, 0.5), height: 22, class: `cell ${kindOf(block)}`,
-    });
-    cell.dataset.block = block;
-    cells.push(cell);
-    svg.append(cell);
-  }
-  const middle = (block) => (block + 0.5) * cellWidth;
+  let cells = [];
   const arcOf = new Map();
-  for (const { target, donor, donorRequest } of reused) {
-    if (donorRequest !== null) continue;
-    const from = middle(target);
-    const to = middle(donor);
-    const high = arcs - Math.min(arcs - 6, 12 + Math.abs(to - from) * 0.28);
-    const arc = element("path", { class: "arc", d: `M${from} ${arcs}C${from} ${high} ${to} ${high} ${to} ${arcs}` });
-    arcOf.set(target, arc);
-    svg.prepend(arc);
-  }
-  const step = Math.max(1, Math.round(count / 10));
-  for (let block = 0; block < count; block += step) {
-    const label = element("text", { x: block * cellWidth + 1, y: arcs + 38 });
-    label.textContent = block === 0 ? "token 0" : block * size;
-    svg.append(label);
-  }
-  parts.strip.replaceChildren(svg);
+  const draw = () => {
+    const width = Math.max(200, parts.strip.clientWidth);
+    const cellWidth = width / count;
+    const middle = (block) => (block + 0.5) * cellWidth;
+    const rise = ({ target, donor }) => Math.min(ARCS * 1.3, 14 + Math.abs(middle(donor) - middle(target)) * 0.3);
+    const own = reused.filter((reuse) => reuse.donorRequest === null);
+    // A curve rises to three quarters of where it is pulled to.
+    const floor = Math.ceil(Math.max(0, ...own.map(rise)) * 0.75) + 6;
+    const svg = element("svg", {
+      viewBox: `0 0 ${width} ${floor + HEIGHT + 20}`, role: "img",
+      "aria-label": `${count} blocks, ${reused.length} of them given up`,
+    });
+    arcOf.clear();
+    for (const reuse of own) {
+      const [from, to, high] = [middle(reuse.target), middle(reuse.donor), floor - rise(reuse)];
+      const arc = element("path", { class: "arc", d: `M${from} ${floor}C${from} ${high} ${to} ${high} ${to} ${floor}` });
+      arcOf.set(reuse.target, arc);
+      svg.append(arc);
+    }
+    cells = Array.from({ length: count }, (_, block) => {
+      const kind = kindOf(block);
+      const fill = kind === "kept" ? {} : { fill: `url(#cells-${kind})` };
+      const cell = element("rect", {
+        x: block * cellWidth, y: floor, width: Math.max(cellWidth, 0.5), height: HEIGHT, class: `cell ${kind}`, ...fill,
+      });
+      cell.dataset.block = block;
+      return cell;
+    });
+    svg.append(patterns(), ...cells);
+    const step = Math.max(1, Math.ceil(LABEL / cellWidth));
+    for (let block = 0; block < count; block += step) {
+      if (block && (block + step / 2) * cellWidth > width) break; // would be cut at the edge
+      const label = element("text", { x: block * cellWidth + 1, y: floor + HEIGHT + 14 });
+      label.textContent = block === 0 ? "token 0" : block * size;
+      svg.append(label);
+    }
+    svg.onpointerover = point;
+    parts.strip.replaceChildren(svg);
+    cue();
+  };
 
   const spans = (trace.texts || []).map((text, block) => {
     const span = document.createElement("span");
@@ -74,30 +104,52 @@ export function showTrace(parts, trace) {
     return span;
   });
   parts.text.replaceChildren(...spans);
+  parts.text.scrollTop = 0;
+  delete parts.text.dataset.whole;
+  // Text that goes on fades out, and a button shows all of it.
+  const cue = () => {
+    const box = parts.text;
+    const cut = box.dataset.whole === undefined && box.scrollHeight > box.clientHeight + 2;
+    parts.more.hidden = !cut && box.dataset.whole === undefined;
+    box.toggleAttribute("data-above", cut && box.scrollTop > 2);
+    box.toggleAttribute("data-below", cut && box.scrollTop + box.clientHeight < box.scrollHeight - 2);
+    parts.more.textContent = cut ? `Show all ${spans.length} blocks of text` : "Show less";
+  };
+  parts.text.onscroll = cue;
+  parts.more.onclick = () => {
+    if (parts.text.dataset.whole === undefined) parts.text.dataset.whole = "";
+    else delete parts.text.dataset.whole;
+    cue();
+  };
 
   let lit = [];
-  const light = (block) => {
+  const reveal = (span) => { // without moving the page
+    const box = parts.text;
+    const top = span.offsetTop - box.offsetTop;
+    if (top < box.scrollTop || top + span.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - 40;
+  };
+  const light = (block, fromText = false) => {
     for (const part of lit) part.classList.remove("on");
     const reuse = byTarget.get(block);
     lit = [cells[block], spans[block]];
     if (reuse && reuse.donorRequest === null) lit.push(cells[reuse.donor], spans[reuse.donor], arcOf.get(block));
     lit = lit.filter(Boolean);
     for (const part of lit) part.classList.add("on");
+    if (spans[block] && !fromText) reveal(spans[block]);
     parts.detail.textContent = describe(block, reuse);
   };
   const describe = (block, reuse) => {
     const place = `Block ${block}, tokens ${tokensOf(block)}: `;
-    if (!reuse) return place + { prompt: "prompt", donor: "read in place of blocks that were given up", kept: "its own KV" }[kindOf(block)] + ".";
+    if (!reuse) return place + { prompt: "prompt", donor: "a donor, read in place of blocks that were given up", kept: "its own KV" }[kindOf(block)] + ".";
     const when = new Date(reuse.time * 1000).toLocaleTimeString();
     const where = reuse.donorRequest === null ? `block ${reuse.donor}, tokens ${tokensOf(reuse.donor)}` : `block ${reuse.donor} of ${reuse.donorRequest}`;
     return `${place}given up at ${when}; ${where} is read instead.`;
   };
-  for (const area of [svg, parts.text]) {
-    area.onpointerover = (event) => {
-      const block = event.target.dataset.block;
-      if (block !== undefined) light(Number(block));
-    };
-  }
+  const point = (event) => {
+    const { block } = event.target.dataset;
+    if (block !== undefined) light(Number(block), parts.text.contains(event.target));
+  };
+  parts.text.onpointerover = point;
 
   parts.rows.replaceChildren(...reused.map((reuse) => {
     const row = document.createElement("tr");
@@ -116,6 +168,8 @@ export function showTrace(parts, trace) {
   }));
   parts.list.hidden = reused.length === 0;
   parts.detail.textContent = reused.length
-    ? "Dashed blocks were given up; an arc leads to the block that is read instead. Point at one."
+    ? "An arc leads from each block that was given up to its donor, the block that is read instead. Point at one."
     : "Nothing of it was given up.";
+  draw();
+  return draw;
 }
