@@ -13,6 +13,7 @@ MODEL_TP    ?= 2
 GPU_ARGS    ?=
 HOURS       ?= 1
 WORKERS     ?= 2
+UPGRADE     ?=
 
 BIN := .venv/bin
 # Runs a command of the venv with the process environment for local runs.
@@ -23,13 +24,16 @@ SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load headline bench-serving gpu-acceptance browser docs docs-serve clean distclean
+.PHONY: help venv lock model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load headline bench-serving gpu-acceptance browser docs docs-serve clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: ## Create .venv and install everything (ACCELERATOR=cpu or gpu)
 	@$(PYTHON) tools/setup_env.py --accelerator $(ACCELERATOR)
+
+lock: venv ## Write constraints.txt after a change of requirements (UPGRADE=1: newest versions)
+	$(BIN)/python tools/make_constraints.py $(if $(UPGRADE),--upgrade)
 
 model: venv ## Prepare the small models in the user's cache
 	@$(RUN) memshare model
@@ -41,10 +45,13 @@ serve: venv ## Serve a real model (CONFIG=configs/cluster.yaml); Ctrl-C stops it
 
 test: venv model browser lint test-unit test-browser test-engine test-cluster ## Run every check and test
 
-lint: venv ## Check style and types
+lint: venv ## Check style, types, declared dependencies and the lock
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry memshare cluster
+	$(BIN)/deptry tests tools --exclude '\.venv' --ignore DEP002,DEP004
+	$(BIN)/python tools/make_constraints.py --check
 
 format: venv ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .

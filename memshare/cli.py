@@ -16,6 +16,7 @@ from typing import Protocol, cast
 
 from memshare import __version__
 from memshare.errors import UserError
+from memshare.extras import fix_for
 
 # name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("memshare.commands.eval", "accuracy of a model with and without sharing"),
     "replay": ("memshare.commands.replay", "measure what sharing does, on recorded texts"),
     "simulate": ("memshare.commands.simulate", "predict the gain on machines not at hand"),
+    "init": ("memshare.commands.init", "write a configuration to begin with"),
     "check": ("cluster.check.command", "will this model, machine and configuration work?"),
     "plot": ("memshare.commands.plot", "draw what was measured, and a text with what it repeats"),
     # Of the cluster; named here only, as the library imports nothing of it.
@@ -87,7 +89,17 @@ def _read(words: list[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 ok, 1 error, 2 usage, 130 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = _read(words)
+    try:
+        return _run(_read(words))
+    except ModuleNotFoundError as error:
+        fix = fix_for(error.name)
+        if fix is None:
+            raise
+        print(f"memshare: error: {error.name} is not installed: {fix}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
     # What takes long says how far it is, on stderr.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("memshare").setLevel(logging.INFO)

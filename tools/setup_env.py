@@ -1,8 +1,9 @@
 """Create ``.venv`` and install MemShare into it. Needs nothing but a Python >= 3.11 with ``venv``.
 
 Run it as often as you like: a stamp inside the environment holds a hash of everything the result
-depends on, so a second run returns at once. A change to ``pyproject.toml`` or to this file updates
-the environment in place; a run that was interrupted is simply run again.
+depends on, so a second run returns at once. A change to ``pyproject.toml``, to ``constraints.txt``,
+which holds the version of every package, or to this file updates the environment in place; a run
+that was interrupted is simply run again.
 
 Only the standard library is used. The file also parses on older Pythons, so that those print a
 clear message and not a syntax error.
@@ -34,6 +35,11 @@ CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # models need none of them, so they always go, whichever build came.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
+# The version of every package (tools/make_constraints.py), and the packages that are ours.
+CONSTRAINTS = ROOT / "constraints.txt"
+LAB_DATA = ROOT / "tools" / "lab_data"
+EXTRAS = "serve,model,eval,plots,docs,dev"
+
 # What must import in a fresh interpreter before the environment counts as ready. Each class is
 # reached through a lazy import that fails if one of the packages above is left and broken.
 CHECK_IMPORTS = """
@@ -43,7 +49,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import vllm
 from vllm.v1.engine.async_llm import AsyncLLM
-import memshare
+import memshare, memshare_lab_data
 print(f"Python {platform.python_version()}, torch {torch.__version__}, vLLM {vllm.__version__}, "
       f"Ray {ray.__version__}, memshare {memshare.__version__}")
 """
@@ -106,7 +112,8 @@ def foundation(venv: Path, accelerator: str) -> str:
 def fingerprint(made_from: str, extras: str) -> str:
     """Return a hash of all that the environment depends on."""
     digest = hashlib.sha256()
-    for path in (ROOT / "pyproject.toml", Path(__file__).resolve()):
+    ours = (ROOT / "pyproject.toml", LAB_DATA / "pyproject.toml", Path(__file__).resolve())
+    for path in (*ours, CONSTRAINTS):
         digest.update(path.read_bytes())
     for text in (made_from, extras):
         digest.update(b"\0" + text.encode())
@@ -152,24 +159,33 @@ def finds_cpu_torch(python: Path) -> bool:
     return probe.returncode == 0
 
 
+def torch_sources(python: Path) -> list[str]:
+    """Return pip's options for where the CPU build of torch is; none if it finds that by itself."""
+    if not needs_cpu_torch():
+        return []
+    if finds_cpu_torch(python):
+        log(f"pip finds {CPU_TORCH} with this machine's configuration")
+        return []
+    log(f"pip does not find {CPU_TORCH}; adding {CPU_TORCH_INDEX}")
+    return ["--extra-index-url", CPU_TORCH_INDEX]
+
+
 def install(python: Path, accelerator: str, extras: str) -> None:
-    """Install MemShare, editable, with ``extras``; then take out what breaks it.
+    """Install MemShare and its data, editable, with ``extras``; then take out what breaks it.
 
     Raises:
         SetupError: pip failed.
     """
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-    sources = []
-    if accelerator == "cpu" and needs_cpu_torch():
-        if finds_cpu_torch(python):
-            log(f"pip finds {CPU_TORCH} with this machine's configuration")
-        else:
-            log(f"pip does not find {CPU_TORCH}; adding {CPU_TORCH_INDEX}")
-            sources = ["--extra-index-url", CPU_TORCH_INDEX]
+    sources = torch_sources(python) if accelerator == "cpu" else []
     log("installing: about 1 GB to download the first time, 4 GB on disk")
     # --no-compile: all of it is compiled at once, below.
     run(
-        [*pip, "install", "--no-compile", *sources, "-e", f".[{extras}]"], "Installing the packages"
+        [
+            *[*pip, "install", "--no-compile", *sources, "--constraint", str(CONSTRAINTS)],
+            *["-e", f".[{extras}]", "-e", str(LAB_DATA)],
+        ],
+        "Installing the packages",
     )
     if accelerator == "cpu":
         run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED], "Removing unused torch packages")
@@ -222,7 +238,7 @@ def main() -> int:
         venv = args.venv.absolute()
         python = venv / "bin" / "python"
         base_stamp, stamp = venv / ".memshare-base", venv / ".memshare-setup"
-        extras = f"{args.accelerator},model,eval,plots,docs,dev"
+        extras = f"{args.accelerator},{EXTRAS}"
         base = foundation(venv, args.accelerator)
         wanted = fingerprint(base, extras)
         sound = python.exists() and holds(base_stamp, base) and not args.force

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -13,6 +14,7 @@ from cluster.check.report import Finding
 from memshare.engine.versions import TESTED_VLLM, UnsupportedVersion, check_vllm_version
 
 SECTION = "versions"
+_VLLM = "pip install 'memshare[gpu]', or 'memshare[cpu]' for vLLM's CPU build"
 _TOLD = ("ray", "torch")  # the others are named only if something is wrong with them
 
 
@@ -21,7 +23,7 @@ def check_installed() -> Iterator[Finding]:
     try:
         check_vllm_version()
     except UnsupportedVersion as error:
-        yield Finding(SECTION, "fail", str(error), f"pip install vllm=={TESTED_VLLM[-1]}")
+        yield Finding(SECTION, "fail", str(error), _VLLM)
     else:
         yield Finding(SECTION, "ok", f"vLLM {TESTED_VLLM[-1]}")
     wanted = metadata.metadata("memshare")["Requires-Python"]
@@ -29,11 +31,27 @@ def check_installed() -> Iterator[Finding]:
         yield Finding(
             SECTION, "fail", f"Python {platform.python_version()}", f"use Python {wanted}"
         )
+    for requirement in _requirements():
+        yield from check_package(requirement)
+
+
+def _requirements() -> Iterator[Requirement]:
+    """What MemShare always needs, and what is installed of all that an engine and a cluster need.
+
+    vLLM's own line says where no engine is, and a Ray Serve file where Ray is not.
+    """
+    optional: dict[str, Requirement] = {}
     for text in metadata.requires("memshare") or ():
         requirement = Requirement(text)
-        # Extras are another matter: whoever wants one finds it missing by name.
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield from check_package(requirement)
+        marker, requirement.marker = requirement.marker, None
+        if marker is None or marker.evaluate({"extra": ""}):
+            yield requirement
+        elif any(marker.evaluate({"extra": extra}) for extra in ("engine", "serve")):
+            optional[requirement.name] = requirement
+    for requirement in optional.values():
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(requirement.name)
+            yield requirement
 
 
 def check_package(requirement: Requirement) -> Iterator[Finding]:

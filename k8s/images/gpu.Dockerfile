@@ -2,8 +2,7 @@
 #
 #   docker build --file k8s/images/gpu.Dockerfile --tag memshare-gpu:0.1.0 .
 #
-# Packages are those of constraints.txt, with which the tests ran; vLLM and torch, in their GPU builds,
-# are pinned by pyproject.toml. CUDA's own packages are pinned by torch.
+# Packages are those of constraints.txt. What vLLM's CPU build needs as well, the tests ran with.
 
 FROM python:3.11.14-slim-bookworm AS build
 ENV PATH=/opt/memshare/venv/bin:$PATH \
@@ -12,13 +11,13 @@ ENV PATH=/opt/memshare/venv/bin:$PATH \
 RUN python -m venv /opt/memshare/venv
 WORKDIR /src
 # Dependencies first: their layer, by far the largest, stays while only our code changes.
-COPY pyproject.toml README.md LICENSE k8s/images/constraints.txt ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY memshare/__init__.py memshare/
-RUN grep --invert-match "^torch==" constraints.txt > gpu-constraints.txt \
-    && pip install --constraint gpu-constraints.txt ".[gpu,eval]" \
+RUN pip install --constraint constraints.txt ".[gpu,serve,eval]" \
     && pip uninstall --yes memshare
 COPY memshare memshare
 COPY cluster cluster
+COPY configs configs
 RUN pip install --no-deps .
 COPY configs /opt/memshare/configs
 COPY tools /opt/memshare/tools

@@ -2,9 +2,11 @@
 
 Accuracy is what a KV-memory policy must not cost, and a public reasoning model does not run on two
 CPU cores. So here is one that does: SmolLM2-135M-Instruct with a LoRA adapter that makes it think
-at length, check itself, and answer (``adapter/README.md`` is its model card).
+at length, check itself, and answer.
 
 - ``problems``: problems of two families, without limit, from a seed; and their worked solutions
 - ``model``: the model, made once, of base and adapter
-- ``adapter``: the adapter, trained by ``tools/train_reasoner.py``
+
+The adapter, which ``tools/train_reasoner.py`` trains, is in a distribution of its own,
+``memshare-lab-data``, with its model card: ``tools/lab_data/memshare_lab_data/adapter``.
 """

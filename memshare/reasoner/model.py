@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memshare.errors import UserError
 from memshare.folders import find_problem, hash_file, locked, replacing, write_manifest
 from memshare.model import SMOLLM2, cache_folder, prepare_model
 
@@ -16,21 +17,35 @@ if TYPE_CHECKING:
 NAME = f"{SMOLLM2.name}-reasoner"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_DATA = "memshare_lab_data"  # made from tools/lab_data
 _PREFIX = "base_model.model."
 
 
 def adapter_folder() -> Path:
-    """Return the folder of the adapter, as peft and vLLM's ``--lora-modules`` take it."""
-    return Path(str(files("memshare.reasoner") / "adapter"))
+    """Return the folder of the adapter, as peft and vLLM's ``--lora-modules`` take it.
+
+    Raises:
+        UserError: the distribution that brings it is not installed.
+    """
+    try:
+        return Path(str(files(_DATA) / "adapter"))
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{NAME} needs the adapter in memshare-lab-data, which is not installed\n"
+            "    fix: pip install memshare-lab-data, or in MemShare's sources pip install "
+            "./tools/lab_data; or name another model"
+        ) from None
 
 
 def prepare_reasoner() -> Path:
     """Make sure that the merged model is in the user's cache; return its folder.
 
     Raises:
-        UserError: the base model cannot be prepared (see :func:`memshare.model.prepare_model`).
+        UserError: the adapter is not installed, or the base model cannot be prepared (see
+            :func:`memshare.model.prepare_model`).
     """
-    base, adapter = prepare_model(), adapter_folder()
+    adapter = adapter_folder()  # first: the base takes a minute
+    base = prepare_model()
     target = cache_folder() / NAME
     recipe = f"{SMOLLM2.recipe} adapter {hash_file(adapter / WEIGHTS)}"
     if find_problem(target, recipe) is None:

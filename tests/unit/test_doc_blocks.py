@@ -111,10 +111,13 @@ def docker(words: list[str]) -> None:
 
 def pip(words: list[str]) -> None:
     project = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extra = re.fullmatch(r"(?:\.|memshare)\[(\w+)\]", words[2])
+    extra = re.fullmatch(r"(?:\.|memshare)\[([\w,]+)\]", words[-1])
     assert words[1] == "install"
+    assert words[2:-1] in ([], ["--constraint", "constraints.txt"]), words
+    if (TOP / words[-1] / "pyproject.toml").is_file():
+        return
     assert extra is not None, words
-    assert extra[1] in project["optional-dependencies"]
+    assert set(extra[1].split(",")) <= project["optional-dependencies"].keys()
 
 
 def curl(words: list[str]) -> None:

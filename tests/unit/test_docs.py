@@ -59,7 +59,8 @@ def test_the_generated_reference_is_up_to_date(name: str) -> None:
 def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None:
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    pinned = dict(d.split("==") for d in project["dependencies"] if "==" in d)
+    extras = project["optional-dependencies"]
+    pinned = dict(d.split("==") for d in extras["engine"] + extras["serve"] if "==" in d)
     assert f"| vLLM | {', '.join(TESTED_VLLM)} |" in page
     assert f"| Ray | {pinned['ray[serve]']} |" in page
     assert f"| PyTorch | {pinned['torch']} |" in page

@@ -1,0 +1,1 @@
+"""Data of MemShare's instruments: ``adapter/`` is the small reasoning model's LoRA adapter."""
