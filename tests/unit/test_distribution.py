@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
+import re
 import subprocess
 import sys
 import venv
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from email.message import Message
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -24,21 +25,15 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import memshare
 from memshare.cli import COMMANDS
 from memshare.extras import fix_for
 from tools.make_constraints import closure, extras
+from tools.make_dist import absolute, build
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
-SOURCES = (
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    "memshare",
-    "cluster",
-    "configs",
-    "tools/lab_data",
-)
+URL = "https://example.org/somebody/memshare"
 CONFIGURATIONS = sorted(path.stem for path in (ROOT / "configs").rglob("*.yaml"))
 
 pytestmark = pytest.mark.timeout(180)
@@ -60,19 +55,9 @@ def run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both wheels, by the name of their distribution."""
-    top = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
-        source, target = ROOT / name, top / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
-            shutil.copytree(source, target, symlinks=True, ignore=ignored)
-        else:
-            shutil.copy(source, target)
     dist = tmp_path_factory.mktemp("dist")
-    for project in (top, top / "tools" / "lab_data"):
-        options = ("--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", dist)
-        done = run(*PIP, "wheel", *options, project, cwd=dist)
-        assert done.returncode == 0, done.stderr
+    build(dist, URL)
+    assert len(list(dist.glob("*.tar.gz"))) == 2
     return {path.name.partition("-")[0]: path for path in dist.glob("*.whl")}
 
 
@@ -142,13 +127,16 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheels: Mapping[str, Path]) 
         assert text == (ROOT / "configs" / f"{name}.yaml").read_bytes()
 
 
-def test_whoever_runs_plain_vllm_installs_no_ray(wheels: Mapping[str, Path]) -> None:
-    archive = zipfile.ZipFile(wheels["memshare"])
+def description(wheel: Path) -> Message:
+    """The metadata of a wheel; its payload is the README."""
+    archive = zipfile.ZipFile(wheel)
     (path,) = (name for name in archive.namelist() if name.endswith("dist-info/METADATA"))
-    requirements = [
-        Requirement(text)
-        for text in Parser().parsestr(archive.read(path).decode()).get_all("Requires-Dist", [])
-    ]
+    return Parser().parsestr(archive.read(path).decode())
+
+
+def test_whoever_runs_plain_vllm_installs_no_ray(wheels: Mapping[str, Path]) -> None:
+    texts = description(wheels["memshare"]).get_all("Requires-Dist", [])
+    requirements = [Requirement(text) for text in texts]
 
     def brought(*chosen: str) -> set[str]:
         found = {
@@ -166,6 +154,7 @@ def test_whoever_runs_plain_vllm_installs_no_ray(wheels: Mapping[str, Path]) -> 
 
 
 HELP_OF_EACH = """
+import memshare
 from memshare.cli import COMMANDS, main
 for name in COMMANDS:
     try:
@@ -175,6 +164,28 @@ for name in COMMANDS:
     else:
         raise AssertionError(name)
 """
+
+
+def test_a_package_index_finds_pictures_and_pages(wheels: Mapping[str, Path]) -> None:
+    ours = description(wheels["memshare"])
+    assert f"Repository, {URL}" in ours.get_all("Project-URL", [])
+    shown = ours.get_payload()
+    assert isinstance(shown, str)
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", shown)
+    assert len(links) > 30
+    assert [link for _, link in links if "://" not in link and not link.startswith("#")] == []
+    pictures = [link for mark, link in links if mark]
+    assert f"{URL}/raw/v{memshare.__version__}/docs/figures/remap.svg" in pictures
+    assert all(
+        (ROOT / link.partition(f"/v{memshare.__version__}/")[2]).is_file() for link in pictures
+    )
+
+
+def test_links_elsewhere_and_within_a_page_stay() -> None:
+    text = "[a](https://b.example/c), [d](#e), [f](g.md#h), ![i\nj](k.svg)"
+    assert absolute(text, "U", "v1") == (
+        "[a](https://b.example/c), [d](#e), [f](U/blob/v1/g.md#h), ![i\nj](U/raw/v1/k.svg)"
+    )
 
 
 def test_help_of_every_command(installed: Installed) -> None:
