@@ -20,6 +20,7 @@ from memshare.config import ConfigError, load_config, merge
 from memshare.errors import UserError
 from memshare.model import resolve_model
 from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS, connector_options
+from memshare.process_env import engine_env
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: options contradict each other, or MemShare's configuration is wrong.
     """
-    _prepare_process()
+    os.environ.update(engine_env(os.environ))  # for the engine's processes, which inherit it
     options = parse(args.words)  # loads vLLM
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -60,12 +61,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"vLLM does not accept its options: {error}") from None
     ServeSubcommand.cmd(options)
     return 0
-
-
-def _prepare_process() -> None:
-    """Before vLLM is loaded: good defaults for its processes, which inherit them. What the user has
-    set stays."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from memshare import __version__
 from memshare.cli import COMMANDS, load, main
+from memshare.commands import serve
 from memshare.folders import MANIFEST
+from memshare.process_env import engine_env
 
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
@@ -61,3 +65,25 @@ def test_a_user_error_is_one_message_and_status_1(
     assert captured.err.startswith("memshare model: error:")
     assert "was not made by memshare" in captured.err
     assert MANIFEST not in captured.out
+
+
+def test_serve_prepares_the_process_and_leaves_all_words_to_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before vLLM is loaded, which reads some of the environment once."""
+    for name in engine_env({}):  # so that all of it is as it was afterwards
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    seen: dict[str, str] = {}
+
+    def parse(words: Sequence[str]) -> None:
+        assert words == ["--dtype", "bfloat16", "MODEL", "--help=all", "--memshare.mode", "off"]
+        seen.update(os.environ)
+        sys.exit(0)
+
+    monkeypatch.setattr(serve, "parse", parse)
+    with pytest.raises(SystemExit):
+        main(["serve", "--dtype", "bfloat16", "MODEL", "--help=all", "--memshare.mode", "off"])
+    wanted = engine_env({}) | {"TOKENIZERS_PARALLELISM": "true"}
+    assert wanted.items() <= seen.items()
