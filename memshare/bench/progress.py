@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _LOG_EVERY = 30.0  # seconds between lines where there is no terminal to draw on
+_TICK = 1.0  # seconds between two drawings of the bars
 # As tqdm fills them in.
 _ALL = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
 _START = "{desc}, {elapsed} passed"
@@ -112,7 +114,7 @@ class Progress:
         ):
             if self._draws:  # its clock runs since the first run, and the bar is drawn anew
                 whole.start_t -= time.monotonic() - self._began
-            whole.update(self._done)
+            whole.n = self._done
 
             def told(counts: dict[str, int]) -> None:
                 nonlocal began, last
@@ -131,7 +133,8 @@ class Progress:
                     last = now
                     self._log(title, counts, now - began)
 
-            yield told
+            with _ticking(whole, bar):
+                yield told
         self._done = number
 
     def _bar(self, title: str, position: int, total: int | None, layout: str) -> Any:
@@ -149,6 +152,25 @@ class Progress:
             _left(written / max(total, 1), seconds),
             _left(self._done / self._runs, time.monotonic() - self._began),
         )  # fmt: skip
+
+
+@contextmanager
+def _ticking(*bars: Any) -> Iterator[None]:
+    """Draw bars every second, also while nothing is told: an engine starts in silence."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(_TICK):
+            for bar in bars:
+                bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _left(done: float, seconds: float) -> str:

@@ -63,6 +63,7 @@ from memshare.proto.memshare_pb2_grpc import MemShareStub
 from memshare.telemetry.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, METRICS
 from tests.cluster.collector import Collector
 from tests.cluster.faults import Old, Record, Stream, recover
+from tests.cluster.lm_eval import run_lm_eval
 from tests.cluster.loose import LOOSE
 from tests.cluster.monitoring import (
     json_lines,
@@ -687,6 +688,20 @@ def test_the_requests_of_the_documentation_are_answered(
     )
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+def test_lm_eval_asks_as_the_documentation_says(server: Server, tmp_path: Path) -> None:
+    """Three problems, exactly, of which 24 tokens are written: the model is no reasoner."""
+    samples = run_lm_eval(server.url, tmp_path, 3, {"memshare": "off"}, max_tokens=24)
+    assert len(samples) == 3
+    for sample in samples:
+        asked: Any = sample.messages
+        answer = server.client.chat.completions.create(
+            model="smollm2", messages=asked, max_tokens=24, temperature=0,
+            extra_body={"vllm_xargs": {"memshare": "off"}},
+        )  # fmt: skip
+        assert sample.text == answer.choices[0].message.content
+        assert sample.problem in asked[0]["content"]
 
 
 def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> None:

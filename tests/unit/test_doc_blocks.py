@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,8 @@ from tests.documents import ROOT as TOP
 # Programs that are not here, or would need what is not here: a cluster, a registry, a network.
 UNCHECKED = {
     "git diff": "any command whose output is piped",
+    "aiperf profile": "a tool of others, in an environment of its own",
+    "guidellm run": "a tool of others, in an environment of its own",
     "helm install": "needs a cluster",
     "helm repo": "needs the network",
     "kubectl -n": "needs a cluster",
@@ -78,11 +82,31 @@ def flags_of_tool(file: Path, words: str) -> None:
 
 
 def python(words: list[str]) -> None:
-    if words[1] == "-m":
+    if words[1] == "-c":
+        take_options(words)
+    elif words[1] == "-m":
         # vLLM's options are parsed by vLLM, in the tests of engines.
         assert words[2] in ("vllm.entrypoints.openai.api_server", drain.__name__), words
     else:
         flags_of_tool(TOP / words[1], " ".join(words[2:]))
+
+
+def take_options(words: list[str]) -> None:
+    """Run the program only so far that it has read its options."""
+    program = words[2].replace("main(p.parse_args())", "p.parse_args()")
+    assert program != words[2], "nothing of it may run"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words[3:]], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+
+
+def lm_eval(words: list[str]) -> None:
+    """It runs in tests/cluster/test_serve.py; here its task is looked at."""
+    assert words[1] == "run"
+    task = Path(option(words, "--include_path") or "") / f"{option(words, '--tasks')}.yaml"
+    assert yaml.safe_load((TOP / task).read_text(encoding="utf-8"))["task"] == task.stem
 
 
 def kubectl(words: list[str]) -> None:
@@ -152,6 +176,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pip": pip,
     "curl": curl,
     "grpcurl": grpcurl,
+    "lm_eval": lm_eval,
 }
 
 
@@ -190,7 +215,7 @@ def test_nothing_is_left_out_silently() -> None:
     used = {" ".join(words[:2]) for words in all_commands if unchecked(words)}
     assert used == set(UNCHECKED), "reasons for what no page has any more"
     left_out = sum(map(unchecked, all_commands))
-    assert left_out <= 9, "so many commands of the documentation are checked by nobody"
+    assert left_out <= 11, "so many commands of the documentation are checked by nobody"
     assert len(all_commands) >= 70
     assert {words[0] for words in all_commands if not unchecked(words)} == set(CHECKS)
     for block in blocks("sh"):
@@ -243,6 +268,8 @@ def test_commands_in_running_text_have_the_options_that_they_name() -> None:
         "curl http://127.0.0.1:8000/v1/chat",
         "grpcurl -d '{\"txt\": 1}' localhost:9000 memshare.v1.MemShare/Generate",
         "python tools/soak.py --huors 8",
+        "lm_eval run --include_path docs/recipes --tasks reasnoer",
+        "python -c 'import argparse; argparse.ArgumentParser().parse_args()' --huors 8",
         "docker build --file k8s/images/tpu.Dockerfile .",
     ],
 )

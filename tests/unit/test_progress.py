@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,17 @@ def test_a_user_sees_both_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     assert " 62%" in shown, "one of two runs, and a quarter of the other"
     assert " left" in shown
     assert not progress.tqdm._instances, "nothing stays on the screen"
+
+
+def test_bars_move_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_TICK", 0.01)
+    with Progress(1).run("dense"):
+        end = time.monotonic() + 20
+        while terminal.getvalue().count("starting the engine") < 4:
+            assert time.monotonic() < end, "drawn once, and frozen"
+            time.sleep(0.01)
 
 
 def test_a_log_gets_lines_instead(
