@@ -50,7 +50,7 @@ lint: venv ## Check style, types, declared dependencies and the lock
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/deptry memshare cluster
-	$(BIN)/deptry tests tools --exclude '\.venv' --ignore DEP002,DEP004
+	$(BIN)/deptry tests tools docs --exclude '\.venv' --ignore DEP002,DEP004
 	$(BIN)/python tools/make_constraints.py --check
 
 format: venv ## Fix what ruff can fix

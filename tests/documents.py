@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# `docs` is a site; the others are read where they lie.
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "configs" / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 _COMMENT = re.compile(r"(?:^|\s)# .*$", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")

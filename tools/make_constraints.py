@@ -181,7 +181,7 @@ def main() -> int:
         if not args.check:
             write(args.upgrade)
         elif faults := list(stale()):
-            raise LockError("\n".join([f"{TARGET.name} is stale:", *faults, "run: make lock"]))
+            raise LockError("\n".join(["constraints.txt is stale:", *faults, "run: make lock"]))
     except LockError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

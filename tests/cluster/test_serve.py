@@ -671,6 +671,16 @@ def short(text: str) -> str:
 SERVED = [block for block in blocks("python") if "lient" in block.text]
 
 
+def test_the_example_of_a_grpc_client(server: Server) -> None:
+    example = ROOT / "docs" / "examples" / "grpc_client.py"
+    command = [sys.executable, example, "--address", server.grpc_address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "whole: ' Paris" in done.stdout
+    assert re.search(r"stream:.*\w{20}|stream:(.*\w+ ){4}", done.stdout)
+    assert re.search(r"^0 blocks shared, at most \d+ held$", done.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize("block", SERVED, ids=lambda block: block.place)
 def test_the_python_of_the_documentation_runs(server: Server, block: Block) -> None:
     text = short(block.text).replace("127.0.0.1:9000", server.grpc_address)

@@ -106,6 +106,27 @@ def test_the_readme_lists_every_request_option() -> None:
     assert set(RequestOptions.model_fields) <= set(FIRST_CELL.findall(readme))
 
 
+# Messages of pip, torch, Hugging Face's libraries and Ray: nothing here could tell if they change.
+OTHERS = {
+    "No matching distribution found for torch==2.13.0+cpu",
+    "operator torchvision::nms does not exist",
+    "Task exception was never retrieved",
+}
+
+
+def test_every_message_that_troubleshooting_explains_is_one_of_ours() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    messages = {text for cell in cells for text in re.findall(r"`([^`]+)`", cell)}
+    messages = {text for text in messages if text.count(" ") >= 2}
+    assert messages >= OTHERS
+    assert len(messages - OTHERS) >= 8
+    folders = ("memshare", "cluster", "tools")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert {text for text in messages - OTHERS if text not in source} == set()
+
+
 def anchors(page: Path) -> set[str]:
     return {anchor(heading) for heading in HEADING.findall(prose(page))}
 
