@@ -32,7 +32,7 @@ from memshare.tables import table_head, table_row
 PROMPT = 45  # tokens
 BLOCK = 32  # tokens
 HEADS = (
-    "arm", "steps", "tokens a step", "preemptions", "recomputed tokens", "remaps", "given up",
+    "arm", "steps", "tokens per step", "preemptions", "recomputed tokens", "remaps", "given up",
 )  # fmt: skip
 DENSE: dict[str, Any] = {"mode": "off"}
 SHARE = POLICIES["oldest"]

@@ -30,7 +30,7 @@ def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
         repeats: the runs of each repeat, one an arm, in any order.
     """
     columns: tuple[tuple[str, Callable[[Run], float], int], ...] = (
-        ("tokens a step", lambda run: run.tokens_per_step, 2),
+        ("tokens per step", lambda run: run.tokens_per_step, 2),
         ("steps", lambda run: run.steps, 0),
         ("preemptions", lambda run: run.preemptions, 0),
         ("recomputed tokens", lambda run: run.recomputed, 0),
@@ -96,7 +96,7 @@ def remarks(sharing: Sequence[str], base: str, repeats: Sequence[Sequence[Run]])
 
 
 def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str | None:
-    """Return a Markdown table of right answers of each group; None if no task has an answer.
+    """Return a Markdown table of correct answers by group; None if no task has an answer.
 
     The interval is that of :func:`interval`. ``change`` is against the first arm, problem by
     problem, in points, with the 95 % interval of the mean of the paired differences.
@@ -106,7 +106,7 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
     if not groups:
         return None
     heads = (
-        "arm", "problems", "right", "95 %", "change", "tokens an answer", "cut off",
+        "arm", "problems", "correct", "95 %", "change", "tokens per answer", "cut off",
         "blocks given up",
     )  # fmt: skip
     rows = []

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(suite: str, found: list[Graded]) -> str:
     heads = (
-        "arm", suite, "right", "95 %", "change", "tokens an answer", "cut off", "gave up blocks",
+        "arm", suite, "correct", "95 %", "change", "tokens per answer", "cut off", "gave up blocks",
     )  # fmt: skip
     rows = []
     for graded in found:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = __doc__
     kinds = parser.add_subparsers(dest="kind", metavar="PICTURE", required=True)
-    every = kinds.add_parser("arms", help="right answers, preemptions and tokens a step, by arm")
+    every = kinds.add_parser("arms", help="correct answers, preemptions and tokens per step, by arm")
     every.add_argument("record", type=Path, metavar="JSON")
     usage = kinds.add_parser("usage", help="KV memory over time, arm by arm")
     usage.add_argument("record", type=Path, metavar="JSON")
@@ -119,7 +119,7 @@ def _pareto(args: argparse.Namespace) -> None:
         groups = accuracy_points(record)
         if not groups:
             raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
-        panels = {f"right answers, {group} (%)": points for group, points in groups.items()}
+        panels = {f"correct answers, {group} (%)": points for group, points in groups.items()}
         gain = f"tokens a second, {next(iter(record.arms))} = 1"
     plot_pareto(panels, gain, args.output)
 

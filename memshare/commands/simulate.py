@@ -252,9 +252,9 @@ def _measured(paths: list[Path]) -> int:
     except ValueError as error:
         raise UserError(f"{paths[0]}: {error}") from None
     print(
-        f"Costs fitted to {paths[0].name}: {1e3 * costs.step:.2f} ms a step, "
-        f"{1e3 * costs.request:.3f} ms a request, {1e3 * costs.token:.3f} ms a token, "
-        f"{1e6 * costs.context:.3f} us a token of context.\n"
+        f"Costs fitted to {paths[0].name}: {1e3 * costs.step:.2f} ms per step, "
+        f"{1e3 * costs.request:.3f} ms per request, {1e3 * costs.token:.3f} ms per token, "
+        f"{1e6 * costs.context:.3f} us per token of context.\n"
     )
     heads = ("record", "arm", "ratio to dense", "predicted", "error", "steps", "predicted")
     print(table_head(heads))

@@ -1,7 +1,7 @@
 """Pictures of what was measured.
 
 - ``style``: colours of the arms, one figure to a file
-- ``arms``: right answers, preemptions and tokens a step, by arm
+- ``arms``: correct answers, preemptions and tokens per step, by arm
 - ``usage``: KV memory over time, with preemptions
 - ``pareto``: what is paid for what is gained
 - ``steps``: which reasoning steps are alike, in words and in the KV cache

@@ -1,4 +1,4 @@
-"""What each arm costs and brings: right answers beside what the scheduler had to do."""
+"""What each arm costs and gains: correct answers beside what the scheduler had to do."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Bar(NamedTuple):
 
 _COUNTS: tuple[tuple[str, Callable[[Run], float], str], ...] = (
     ("preemptions", lambda run: run.preemptions, ".0f"),
-    ("tokens computed again", lambda run: run.recomputed, ",.0f"),
-    ("tokens an engine step", lambda run: run.tokens_per_step, ".1f"),
+    ("recomputed tokens", lambda run: run.recomputed, ",.0f"),
+    ("tokens per engine step", lambda run: run.tokens_per_step, ".1f"),
 )
 
 
 def panels(record: Record) -> dict[str, list[Bar]]:
-    """Bars by title of their panel: right answers of every group, then the scheduler's counts.
+    """Bars by title of their panel: correct answers of every group, then the scheduler's counts.
 
     Answers have Wilson's 95 % interval, over all repeats; counts the medians of repeats. Arms that
     have not run yet have no bars.
@@ -47,7 +47,7 @@ def panels(record: Record) -> dict[str, list[Bar]]:
     every = [o for mine in runs.values() for run in mine for o in run.outcomes]
     groups = sorted({o.group for o in every if o.right is not None})
     found = {
-        f"right answers, {group} (%)": [_answers(arm, mine, group) for arm, mine in runs.items()]
+        f"correct answers, {group} (%)": [_answers(arm, mine, group) for arm, mine in runs.items()]
         for group in groups
     }
     for title, value, digits in _COUNTS:

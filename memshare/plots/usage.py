@@ -57,5 +57,5 @@ def rises(timeline: Sequence[Moment], name: str) -> list[float]:
 def _title(run: Run) -> str:
     return (
         f"{run.arm}: {run.tokens_per_second:.0f} tok/s, {run.preemptions} preemptions, "
-        f"{run.recomputed} tokens computed again, {run.running:.1f} requests at once"
+        f"{run.recomputed} recomputed tokens, {run.running:.1f} requests at once"
     )

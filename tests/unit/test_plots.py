@@ -115,12 +115,12 @@ def test_a_stopped_comparison_shows_the_arms_that_ran(
 
 def test_panels_count_all_repeats(record: Path) -> None:
     found = panels(Record.load(record))
-    dense, twins = found["right answers, recall (%)"]
+    dense, twins = found["correct answers, recall (%)"]
     assert (dense.label, dense.high) == ("20/20", 100.0)
     assert (twins.label, twins.height) == ("18/20", 90.0)
     assert twins.low < 90.0 < twins.high
     assert [bar.label for bar in found["preemptions"]] == ["2", "2"]
-    assert [bar.label for bar in found["tokens an engine step"]] == ["200.0", "200.0"]
+    assert [bar.label for bar in found["tokens per engine step"]] == ["200.0", "200.0"]
 
 
 @pytest.mark.parametrize("kind", ["arms", "usage", "waterfall", "pareto"])
