@@ -28,7 +28,9 @@ def main() -> None:
     """Print medians and 99th percentiles by policy."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    print("| policy | steps | quiet: median us (p99) | 16 finish a reasoning step: median us (p99) |")
+    print(
+        "| policy | steps | quiet: median us (p99) | 16 finish a reasoning step: median us (p99) |"
+    )
     print("| --- | --- | --- | --- |")
     staged: dict[str, Any] = {"steps": {"max_tokens": BLOCK}}
     for name, options in {"twins": staged, "paper": staged, "oldest": {}}.items():

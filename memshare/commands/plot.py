@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = __doc__
     kinds = parser.add_subparsers(dest="kind", metavar="PICTURE", required=True)
-    every = kinds.add_parser("arms", help="correct answers, preemptions and tokens per step, by arm")
+    every = kinds.add_parser(
+        "arms", help="correct answers, preemptions and tokens per step, by arm"
+    )
     every.add_argument("record", type=Path, metavar="JSON")
     usage = kinds.add_parser("usage", help="KV memory over time, arm by arm")
     usage.add_argument("record", type=Path, metavar="JSON")
