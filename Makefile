@@ -82,10 +82,10 @@ docs-serve: venv ## Show the site on http://127.0.0.1:8001 while you write
 	$(RUN) python -m mkdocs serve --dev-addr 127.0.0.1:8001
 
 soak: venv model ## Kill parts of a cluster under load for HOURS=1; report in .run/soak
-	$(RUN) python tools/soak.py --hours $(HOURS)
+	$(RUN) python -m tools.bench.soak --hours $(HOURS)
 
 load: venv model ## 256 short streams on two replicas for HOURS=1; report in .run/load
-	$(RUN) python tools/soak.py --load --hours $(HOURS) --output .run/load
+	$(RUN) python -m tools.bench.soak --load --hours $(HOURS) --output .run/load
 
 headline: venv model ## Answers and preemptions of all policies, and the README's picture (about an hour)
 	@mkdir -p build
@@ -94,10 +94,10 @@ headline: venv model ## Answers and preemptions of all policies, and the README'
 	@$(BIN)/memshare plot arms build/headline.json --output docs/figures/headline.svg
 
 bench-serving: venv model ## Our server beside vLLM's own, in alternation
-	$(RUN) python tools/bench_serving.py
+	$(RUN) python -m tools.bench.serving
 
 test-long: venv model ## Hours instead of minutes: random schedules, and bad input to a server
-	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/engine/test_state_machine.py --timeout 3600
+	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/memshare/engine/test_state_machine.py --timeout 3600
 	FUZZ_TIMES=20 $(RUN) pytest tests/cluster -k "bad_input or any_grpc_message" --timeout 7200
 
 gpu-acceptance: ## Measure on your GPUs and print a report (GPU_ARGS="--help" lists options)

@@ -10,17 +10,17 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
-from cluster.autoscaler import autoscaling_config
 from cluster.config import ClusterArgs, PageConfig, parse_cluster_args, without_secrets
-from cluster.dashboard.board import Board
-from cluster.evaluators import EvaluatorPool
-from cluster.exposure import require_keys_or_localhost
-from cluster.hop import replica_environment
-from cluster.ledger import LimitLedger
-from cluster.neighbours import require_own_namespace_in_cluster
+from cluster.dashboard.hub import Board
+from cluster.evaluator_pool import EvaluatorPool
+from cluster.grpc.hop import replica_environment
+from cluster.http.timeouts import timeouts
+from cluster.processes.neighbours import require_own_namespace_in_cluster
 from cluster.replica import EngineReplica
-from cluster.router import router_config
-from cluster.timeouts import timeouts
+from cluster.routing.autoscaler import autoscaling_config
+from cluster.routing.router import router_config
+from cluster.tenancy.exposure import require_keys_or_localhost
+from cluster.tenancy.ledger import LimitLedger
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def build(args: Mapping[str, object]) -> Application:
     cluster = parse_cluster_args(args)
     if cluster.engine.extra:
         # Only here: it imports vLLM, which takes many seconds.
-        from cluster.engine_options import check_engine_options
+        from cluster.engine.options import check_engine_options
 
         check_engine_options(cluster)
     timeouts(os.environ)  # proxies read them, too, where nobody would look for what is wrong

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.contradictions import refuse_contradictions
-from cluster.keys import SEQUENCES_PER_REQUEST, KeySource
+from cluster.tenancy.keys import SEQUENCES_PER_REQUEST, KeySource
 from memshare.config import (
     ENV_PREFIX,
     ConfigError,

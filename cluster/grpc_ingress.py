@@ -19,8 +19,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from cluster.config import MAX_REQUEST_BYTES
-from cluster.serve_logs import log_no_refusals
-from cluster.timeouts import timeouts
+from cluster.http.timeouts import timeouts
+from cluster.telemetry.serve_logs import log_no_refusals
 from memshare.proto import memshare_pb2
 
 SERVICE: ServiceDescriptor = memshare_pb2.DESCRIPTOR.services_by_name["MemShare"]
@@ -207,8 +207,8 @@ def _amend(context: Any) -> None:
 
     - A replica that was killed would be INTERNAL, as if another try were no use.
     - Who may try again is told when, as over HTTP: what the text says (see
-      :class:`cluster.limits.LimitReachedError`, :func:`cluster.outage.try_again`), or the usual
-      time.
+      :class:`cluster.tenancy.limits.LimitReachedError`, :func:`cluster.routing.outage.try_again`),
+      or the usual time.
     """
     code, details = context.code(), _text(context.details())
     if code == grpc.StatusCode.INTERNAL and details.startswith(_DEAD):

@@ -21,30 +21,30 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.auth import Counts, Gate
-from cluster.body import StrictBody
 from cluster.config import AuthConfig, ClusterArgs, without_secrets
-from cluster.dashboard.agent import Agent
 from cluster.dashboard.routes import PREFIX, page_app
-from cluster.exposure import require_keys_or_localhost
-from cluster.grpc_service import GrpcService
-from cluster.guard import Guard
-from cluster.head_start import HeadStart, collector_at_rest
-from cluster.http import DisconnectOnCancel, KeyGate, RetryAfter
-from cluster.keys import WatchedKeys
-from cluster.ledger import LedgerDesk
-from cluster.limits import Ledger, Limiter, LocalDesk
-from cluster.load import LoadMeter, to_stats
-from cluster.metrics import ReplicaMetrics
-from cluster.serve_logs import (
+from cluster.dashboard.sample_reporter import Agent
+from cluster.grpc.service import GrpcService
+from cluster.http.asgi import DisconnectOnCancel, KeyGate, RetryAfter
+from cluster.http.body import StrictBody
+from cluster.processes.engine_prewarm import HeadStart, collector_at_rest
+from cluster.processes.orphan_reaper import Guard
+from cluster.processes.workers import Workers
+from cluster.routing.load import LoadMeter, to_stats
+from cluster.telemetry.metrics import ReplicaMetrics
+from cluster.telemetry.serve_logs import (
     log_no_calls,
     log_no_refusals,
     logs_kept,
     say_refusals_in_a_line,
 )
-from cluster.workers import Workers
+from cluster.tenancy.exposure import require_keys_or_localhost
+from cluster.tenancy.gate import Counts, Gate
+from cluster.tenancy.keys import WatchedKeys
+from cluster.tenancy.ledger import LedgerDesk
+from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
 from memshare.config import MemShareConfig
-from memshare.model import resolve_model
+from memshare.small_model.names import resolve_model
 from memshare.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class EngineReplica(GrpcService):
 
         Args:
             args: the application's arguments.
-            pool: the :class:`~cluster.evaluators.EvaluatorPool`, if stage one runs on it.
-            ledger: the :class:`~cluster.ledger.LimitLedger`, if there are other replicas.
-            board: the :class:`~cluster.dashboard.board.Board`, if there is a live page.
+            pool: the :class:`~cluster.evaluator_pool.EvaluatorPool`, if stage one runs on it.
+            ledger: the :class:`~cluster.tenancy.ledger.LimitLedger`, if there are other replicas.
+            board: the :class:`~cluster.dashboard.hub.Board`, if there is a live page.
 
         Raises:
             ConfigError: the key table is wrong, or missing where others can reach the server.
@@ -108,10 +108,10 @@ class EngineReplica(GrpcService):
             from vllm.utils.gc_utils import freeze_gc_heap
 
             from cluster.dashboard.front_end import watch_engine
-            from cluster.engine import openai_app, start_engine
-            from cluster.engine_options import parse_engine_options
-            from cluster.feed import StepFeed
-            from cluster.generation import Generation
+            from cluster.engine.client import openai_app, start_engine
+            from cluster.engine.generation import Generation
+            from cluster.engine.options import parse_engine_options
+            from cluster.telemetry.step_stats import StepFeed
 
         # Another replica takes the next try at once.
         unavailable_s = args.replica.unavailable_retry_after_s if args.most_replicas == 1 else 1
@@ -160,12 +160,12 @@ class EngineReplica(GrpcService):
             raise RuntimeError("the engine has ended")
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """The replica's load for :class:`~cluster.router.KVRouter`; empty before the first step."""
+        """The replica's load for :mod:`cluster.routing.router`; empty before the first step."""
         load = self._meter.read()
         return to_stats(load) if load else {}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The same for :class:`~cluster.autoscaler.KVPressurePolicy`."""
+        """The same for :class:`~cluster.routing.autoscaler.KVPressurePolicy`."""
         return await self.record_routing_stats()
 
     async def close(self) -> float:

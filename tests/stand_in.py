@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 
-from cluster.grpc_messages import Cost, Piece
-from cluster.grpc_status import StatusError
+from cluster.grpc.messages import Cost, Piece
+from cluster.grpc.status import StatusError
 
 COST = Cost(3, 0, 2, 0, {"blocks_shared": 0, "peak_kv_blocks": 1, "preemptions": 0})
 WORDS = ["one ", "two ", "three"]

@@ -29,10 +29,10 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
 from memshare import __version__, cli  # noqa: E402
-from memshare.bench import exactness  # noqa: E402
 from memshare.errors import UserError  # noqa: E402
-from memshare.model import resolve_model  # noqa: E402
-from memshare.tables import table  # noqa: E402
+from memshare.lab.bench import exactness  # noqa: E402
+from memshare.lab.markdown import table  # noqa: E402
+from memshare.small_model.names import resolve_model  # noqa: E402
 
 SECTIONS = ("exactness", "overhead", "memory", "accuracy")
 

@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
 from cluster.config import ClusterArgs  # noqa: E402
-from cluster.keys import Tenant  # noqa: E402
+from cluster.tenancy.keys import Tenant  # noqa: E402
 from memshare.config import MemShareConfig  # noqa: E402
 from memshare.request_options import RequestOptions  # noqa: E402
 

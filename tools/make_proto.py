@@ -1,4 +1,4 @@
-"""Generate ``memshare/proto`` from ``cluster/memshare.proto``.
+"""Generate ``memshare/proto`` from ``memshare/proto/memshare.proto``.
 
     python tools/make_proto.py
 

@@ -1,6 +1,6 @@
 """Record what the live page says of a real replica that is short of KV memory.
 
-    python tools/record_page.py tests/page/recorded.json
+    python tools/record_page.py tests/cluster/dashboard/page/recorded.json
 
 Starts a server with a small KV cache on this machine, has it write a dozen long stories, and keeps
 what the page's API says of it, with the trace of the request that has given up most blocks. The
@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import openai
 
-from tools.local_cluster import Server, cluster_file, local_ray, memshare_in, start, stop
+from tools.bench.local_cluster import Server, cluster_file, local_ray, memshare_in, start, stop
 
 BLOCKS = 140  # of 32 tokens: a dozen stories want twice as many
 STORIES = 12

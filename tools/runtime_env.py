@@ -30,7 +30,7 @@ DEFAULTS = process_env.DEFAULTS | {
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(72 * 2**20),
     # Proxies close connections whose clients take too long to send a request.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.http_proxy.middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.http.proxy.middlewares",
     # Ray's memory monitor kills Serve replicas when anything else on the machine uses the RAM.
     "RAY_memory_monitor_refresh_ms": "0",
     # Ray starts workers at nice 15, and the engine would inherit it.

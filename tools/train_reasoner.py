@@ -2,7 +2,7 @@
 
     python tools/runtime_env.py python tools/train_reasoner.py --out .run/reasoner
 
-Problems come from a seed (``memshare.reasoner.problems``); each is seen once. A run that was
+Problems come from a seed (``memshare.lab.problems``); each is seen once. A run that was
 stopped goes on from its last checkpoint, and ends with the same adapter up to rounding. Needs the
 extra ``train``. About 35 minutes on two cores with AMX.
 
@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from memshare.model import resolve_model
-from memshare.reasoner.problems import FAMILIES, Problem, generate
+from memshare.lab.problems import FAMILIES, Problem, generate
+from memshare.small_model.names import resolve_model
 
 FIRST_SEED = 1_000_000
 """Training uses seeds from here on; the problems of every measurement have smaller ones."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 
 from cluster.check.report import Finding
-from memshare.model import SPECIAL_NAME
+from memshare.small_model.names import SPECIAL_NAME
 
 SECTION = "model"
 _ANSWER_S = 10.0

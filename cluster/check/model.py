@@ -125,7 +125,7 @@ def vllm_config(setup: Setup, place: Place) -> VllmConfig:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from cluster.engine_options import parse_words
+    from cluster.engine.options import parse_words
     from memshare.plug_in import plug_in
 
     options = parse_words(setup.engine)

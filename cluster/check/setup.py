@@ -17,11 +17,11 @@ from cluster.check.ports import Serving
 from cluster.check.progress import Say
 from cluster.check.report import Finding
 from cluster.config import ClusterArgs, parse_cluster_args
-from cluster.neighbours import BUILD, require_own_namespace
+from cluster.processes.neighbours import BUILD, require_own_namespace
 from memshare.config import MemShareConfig, load_config
 from memshare.errors import UserError
 from memshare.extras import require
-from memshare.model import resolve_model
+from memshare.small_model.names import resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _of_serve(file: str, document: dict[str, Any], application: str | None, say:
     require("ray", "a Ray Serve file")
     from ray.serve.schema import ServeDeploySchema
 
-    from cluster.exposure import require_keys_beyond_localhost
+    from cluster.tenancy.exposure import require_keys_beyond_localhost
 
     try:
         schema = ServeDeploySchema.model_validate(document)
@@ -107,7 +107,7 @@ def _of_serve(file: str, document: dict[str, Any], application: str | None, say:
     hub = look_at_hub(cluster.model, None if revision is None else str(revision))
     say("the engine's options (loads vLLM)")
     # Only now: it imports vLLM, which takes many seconds and reads the environment.
-    from cluster.engine_options import check_engine_options, engine_words
+    from cluster.engine.options import check_engine_options, engine_words
 
     check_engine_options(cluster)
     say("")  # a model that is made here shows its own progress

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
-from cluster.dashboard.watch import Watch
+from cluster.dashboard.engine_sampler import Watch
 
 
 class _FrontEndRequest:
-    """A live request of vLLM's front end (:class:`cluster.dashboard.watch.LiveRequest`)."""
+    """A request of vLLM's front end: a :class:`~cluster.dashboard.engine_sampler.LiveRequest`."""
 
     def __init__(self, state: RequestState) -> None:
         self._state = state
@@ -28,7 +28,7 @@ class _FrontEndRequest:
 
 
 def watch_engine(engine: AsyncLLM, replica: str, node: str, show_text: bool) -> Watch:
-    """What the live page knows of this engine; see :class:`cluster.dashboard.watch.Watch`."""
+    """What the page knows of this engine; see :class:`~cluster.dashboard.engine_sampler.Watch`."""
     requests = engine.output_processor.request_states
     # A copy: it is used in another thread, and tokenizers don't bear two at a time.
     tokenizer = copy.deepcopy(engine.get_tokenizer()) if show_text else None

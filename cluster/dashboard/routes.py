@@ -23,7 +23,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.dashboard.agent import CountFault
+from cluster.dashboard.sample_reporter import CountFault
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def page_app(
     """The app to be mounted at ``PREFIX``.
 
     Args:
-        board: the :class:`~cluster.dashboard.board.Board`.
+        board: the :class:`~cluster.dashboard.hub.Board`.
         config: the application's arguments as they may be shown.
         count_fault: called with ``answer`` when the board fails.
     """

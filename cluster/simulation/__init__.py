@@ -1,5 +1,5 @@
 """A cluster without engines: the product's routing, scaling and placement, on simulated replicas.
 
 For what no test machine can hold: a thousand replicas and a hundred thousand sessions.
-``python tools/simulate_cluster.py`` runs it.
+``python -m tools.bench.simulate_cluster`` runs it.
 """

@@ -11,7 +11,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from cluster.load import Load, LoadMeter
+from cluster.routing.load import Load, LoadMeter
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from functools import partial
 from random import Random
 
 from cluster.config import RoutingConfig, ScalingConfig
-from cluster.evaluators import seat_of
-from cluster.load import Load
-from cluster.routing import Routing
-from cluster.scaling import decide
+from cluster.evaluator_pool import seat_of
+from cluster.routing.choice import Routing
+from cluster.routing.load import Load
+from cluster.routing.scaling import decide
 from cluster.simulation.engine import Machine, Request, SimulatedEngine
 
 
@@ -76,8 +76,8 @@ class Outcome:
         requests: that were answered.
         simulated_s: simulated time.
         cpu_s: CPU time that the simulation took.
-        decision_s: of it, time within :meth:`cluster.routing.Routing.rank`.
-        scaling_s: of it, the longest call of :func:`cluster.scaling.decide`.
+        decision_s: of it, time within :meth:`cluster.routing.choice.Routing.rank`.
+        scaling_s: of it, the longest call of :func:`cluster.routing.scaling.decide`.
         update_s: of it, the longest update of one router to a new set of replicas.
         events: all events.
         latencies: of the requests, from arrival to their last token, by token.

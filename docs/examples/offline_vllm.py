@@ -35,8 +35,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.v1.metrics.reader import Counter
 
-    from memshare.model import resolve_model
     from memshare.plug_in import plug_in
+    from memshare.small_model.names import resolve_model
 
     llm = LLM(
         resolve_model(args.model),

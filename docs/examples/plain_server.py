@@ -16,8 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from memshare.model import resolve_model
 from memshare.plug_in import plug_in
+from memshare.small_model.names import resolve_model
 
 START_S = 600  # a large model loads for minutes
 

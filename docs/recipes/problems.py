@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from memshare.reasoner.problems import generate
+from memshare.lab.problems import generate
 
 for number in range(int(sys.argv[1]) if len(sys.argv) > 1 else 100):
     problem = generate("chain", number)

@@ -11,7 +11,7 @@
             print(chunk.delta.content, end="", flush=True)
 
 :class:`AsyncClient` has the same methods as coroutines and async iterators. Messages are those of
-``cluster/memshare.proto``.
+``memshare/proto/memshare.proto``.
 """
 
 from memshare.client.aio import AsyncClient

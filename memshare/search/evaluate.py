@@ -314,7 +314,7 @@ class InProcessSource:
 # Sources by name, imported only when chosen: the library itself never imports Ray.
 _SOURCES = {
     "in_process": "memshare.search.evaluate:InProcessSource",
-    "ray": "cluster.evaluators:RayCandidateSource",
+    "ray": "cluster.evaluator_pool:RayCandidateSource",
 }
 
 

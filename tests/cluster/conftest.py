@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tools.local_cluster import local_ray
+from tools.bench.local_cluster import local_ray
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from cluster.workers import shared_memory
-from tools.local_cluster import Killed, Server, staff, wait_until_whole
+from cluster.processes.workers import shared_memory
+from tools.bench.local_cluster import Killed, Server, staff, wait_until_whole
 
 RECOVERY_S = 60.0
 PROMPT = "A long story about a lighthouse:"

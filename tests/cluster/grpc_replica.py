@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from cluster.auth import Gate
 from cluster.config import ClusterArgs
-from cluster.grpc_service import GrpcService
-from cluster.limits import Ledger, Limiter, LocalDesk
+from cluster.grpc.service import GrpcService
+from cluster.tenancy.gate import Gate
+from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
 from tests.stand_in import StandIn
 
 

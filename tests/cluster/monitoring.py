@@ -16,8 +16,8 @@ import openai
 import ray
 
 from cluster.check.ports import Serving
-from tests.page.browsing import open_browser
-from tools.local_cluster import Server
+from tests.cluster.dashboard.page.browsing import open_browser
+from tools.bench.local_cluster import Server
 
 _DRAWING_MS = 120_000  # of a picture: the browser draws it on the cores that the engine has
 

@@ -19,13 +19,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from cluster.app import serving
-from cluster.auth import Gate
 from cluster.config import ClusterArgs, parse_cluster_args
-from cluster.http import KeyGate
-from cluster.limits import Ledger, Limiter, LocalDesk
-from cluster.load import Load, to_stats
-from cluster.metrics import ReplicaMetrics
+from cluster.http.asgi import KeyGate
 from cluster.replica import EngineReplica
+from cluster.routing.load import Load, to_stats
+from cluster.telemetry.metrics import ReplicaMetrics
+from cluster.tenancy.gate import Gate
+from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
 
 api = FastAPI()
 

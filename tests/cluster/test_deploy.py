@@ -26,7 +26,7 @@ import yaml
 from vllm.utils.network_utils import get_open_port
 
 from memshare.client import Client, NotAllowedError, Sampling
-from memshare.model import prepare_model
+from memshare.small_model.names import prepare_model
 from tools.confine import USER
 from tools.kubernetes.build import Manifests, build
 from tools.kubernetes.dashboards import ROWS

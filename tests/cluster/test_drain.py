@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray import serve
 
-from cluster.drain import drain, replicas_on
+from cluster.processes.drain import drain, replicas_on
 
 pytestmark = pytest.mark.cluster
 

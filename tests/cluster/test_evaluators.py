@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.evaluators import EvaluatorPool, RayCandidateSource, actor_name
+from cluster.evaluator_pool import EvaluatorPool, RayCandidateSource, actor_name
 from memshare.config import MemShareConfig, load_config
 from memshare.search.bridge import EvaluatorBridge
 from memshare.search.evaluate import Answer, EvaluatorError, NewSteps
@@ -292,7 +292,7 @@ def test_an_address_without_a_cluster_is_reported_at_once(address: str) -> None:
     config = make_config(address=address)
     program = textwrap.dedent(
         f"""
-        from cluster.evaluators import RayCandidateSource
+        from cluster.evaluator_pool import RayCandidateSource
         from memshare.config import MemShareConfig
         RayCandidateSource(MemShareConfig.model_validate_json({config.model_dump_json()!r}))
         """
@@ -314,7 +314,7 @@ def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_addre
     program = textwrap.dedent(
         f"""
         import signal, sys, time
-        from cluster.evaluators import RayCandidateSource
+        from cluster.evaluator_pool import RayCandidateSource
         from memshare.config import MemShareConfig
         from memshare.search.evaluate import Answer, NewSteps
 

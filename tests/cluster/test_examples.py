@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import DTYPE
-from tools.local_cluster import ROOT, free_port
+from tools.bench.local_cluster import ROOT, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 

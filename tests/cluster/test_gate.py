@@ -15,10 +15,10 @@ from ray.serve.schema import ServeDeploySchema
 from vllm.utils.network_utils import get_open_port
 
 from cluster.app import _ledger, build
-from cluster.exposure import proxy_host
-from cluster.ledger import LedgerDesk
-from cluster.limits import REPORT_S, Limiter, LimitReachedError, Limits
-from cluster.neighbours import BUILD
+from cluster.processes.neighbours import BUILD
+from cluster.tenancy.exposure import proxy_host
+from cluster.tenancy.ledger import LedgerDesk
+from cluster.tenancy.limits import REPORT_S, Limiter, LimitReachedError, Limits
 from memshare.config import ConfigError
 
 pytestmark = pytest.mark.cluster

@@ -26,7 +26,7 @@ from memshare.client import (
     UnavailableError,
 )
 from tests.cluster.grpc_replica import Replica
-from tools.local_cluster import free_port, processes
+from tools.bench.local_cluster import free_port, processes
 
 pytestmark = pytest.mark.cluster
 

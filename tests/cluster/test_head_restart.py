@@ -23,9 +23,9 @@ import psutil
 import pytest
 from ray.util import get_node_ip_address
 
+from tools.bench.local_cluster import free_port
 from tools.kubernetes.build import Manifests, build
 from tools.kubernetes.layout import K8S
-from tools.local_cluster import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from tools.local_cluster import ROOT, free_port
+from tools.bench.local_cluster import ROOT, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -42,10 +42,10 @@ from ray.serve.generated.serve_pb2_grpc import RayServeAPIServiceStub
 
 from cluster.check.ports import look_at_ports
 from cluster.config import ReplicaConfig
-from cluster.evaluators import actor_name
+from cluster.evaluator_pool import actor_name
 from cluster.grpc_ingress import SERVICE
-from cluster.load import Load, from_stats
-from memshare.cli import main
+from cluster.routing.load import Load, from_stats
+from memshare.cli.main import main
 from memshare.client import (
     CallError,
     Client,
@@ -77,7 +77,7 @@ from tests.documents import Block, blocks, chat_bodies
 from tests.fuzzing import TIMES
 from tests.machine import DTYPE
 from tests.protobuf import damaged, requests
-from tools.local_cluster import (
+from tools.bench.local_cluster import (
     ROOT,
     START_S,
     Server,

@@ -31,13 +31,13 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from cluster.check.ports import look_at_ports
-from cluster.keys import hash_key, new_key
+from cluster.tenancy.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
 from tests.cluster.loose import LOOSE
 from tests.cluster.monitoring import serving_of
 from tests.fuzzing import TIMES
 from tests.machine import DTYPE
-from tools.local_cluster import (
+from tools.bench.local_cluster import (
     START_S,
     Server,
     cluster_file,

@@ -18,7 +18,7 @@ from tests.cluster.faults import PROMPT, Old, Record, Stream, recover
 from tests.cluster.loose import LOOSE
 from tests.cluster.monitoring import wait_for
 from tests.machine import DTYPE
-from tools.local_cluster import (
+from tools.bench.local_cluster import (
     Server,
     cluster_file,
     kill,

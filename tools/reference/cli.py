@@ -6,8 +6,8 @@ import argparse
 import inspect
 from typing import Any
 
-from memshare.cli import COMMANDS, load
-from memshare.tables import table
+from memshare.cli.main import COMMANDS, load
+from memshare.lab.markdown import table
 
 INTRODUCTION = """\
 # Command line

@@ -1,4 +1,4 @@
-"""``docs/reference/grpc.md``: methods, messages and fields, from ``cluster/memshare.proto``.
+"""``docs/reference/grpc.md``: methods, messages and fields, from ``memshare/proto/memshare.proto``.
 
 The compiler gives descriptors and, by source positions, the comments that belong to them.
 """
@@ -19,7 +19,7 @@ from google.protobuf.descriptor_pb2 import (
     FileDescriptorSet,
 )
 
-from memshare.tables import table
+from memshare.lab.markdown import table
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "cluster" / "memshare.proto"

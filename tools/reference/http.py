@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from memshare.tables import table
+from memshare.lab.markdown import table
 
 INTRODUCTION = """\
 # HTTP
@@ -51,7 +51,7 @@ def schema() -> tuple[str, dict[str, Any]]:
     """vLLM's version, and the OpenAPI schema of a replica's app."""
     from vllm.entrypoints.launchers.app import build_app
 
-    from cluster.engine_options import parse_words
+    from cluster.engine.options import parse_words
     from memshare.engine.versions import installed_vllm
 
     app = build_app(parse_words(["--model", "MODEL"]), ("generate",))
@@ -85,7 +85,7 @@ def render() -> str:
 
 def caller(path: str) -> str:
     """Which callers may use a route: by the lists that guard it."""
-    from cluster.http import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS
+    from cluster.http.asgi import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS
 
     if path in OPEN_PATHS:
         return "open"

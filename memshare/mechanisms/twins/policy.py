@@ -17,10 +17,10 @@ class TwinsPolicy(DemandPolicy):
 
     The cost is what has no twin, times how much attention the block gets: the older, the less.
 
-    On real traces (tools/study_policies.py) the nearest block, before or behind, that is unlikely
-    to go itself has been a better donor than the nearest behind, than the block that holds most of
-    the target's twins, and than the newest. Two reasons: keys that stand near each other have been
-    turned by nearly the same angle, and victims spread over many donors.
+    On real traces (tools/bench/study_policies.py) the nearest block, before or behind, that is
+    unlikely to go itself has been a better donor than the nearest behind, than the block that
+    holds most of the target's twins, and than the newest. Two reasons: keys that stand near each
+    other have been turned by nearly the same angle, and victims spread over many donors.
     """
 
     uses_coverage = True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from cluster.keys import parse_table
+from cluster.tenancy.keys import parse_table
 from memshare import __version__
 from memshare.config import ENV_PREFIX, ConfigError, load_config
 from tools.kubernetes import images

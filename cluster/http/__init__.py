@@ -1,0 +1,1 @@
+"""HTTP: what stands between Ray Serve and vLLM's OpenAI app, in replicas and in proxies."""

@@ -1,0 +1,1 @@
+"""Subcommands of ``memshare``, one module each. See ``memshare.cli.main``."""

@@ -1,0 +1,211 @@
+"""``memshare plot``: pictures of what was measured, and of a text's own repetitions.
+
+``arms``, ``usage``, ``waterfall`` and ``pareto`` draw records of ``memshare bench --json``;
+``pareto`` also draws tables of ``memshare replay --json``. ``steps`` and ``trace`` read a recorded
+text with a model. The ending of ``--output`` decides the format: svg, png, pdf; html for ``trace``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memshare.cli.options import count, fraction, new_file, whole
+from memshare.errors import UserError
+
+if TYPE_CHECKING:
+    from memshare.lab.bench.run import Run
+    from memshare.lab.plots.pareto import Point
+    from memshare.lab.replay.reading import Prefix, Reader, Reading
+    from memshare.lab.replay.traces import Trace
+
+_BLOCK = 32  # tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = __doc__
+    kinds = parser.add_subparsers(dest="kind", metavar="PICTURE", required=True)
+    every = kinds.add_parser(
+        "arms", help="correct answers, preemptions and tokens per step, by arm"
+    )
+    every.add_argument("record", type=Path, metavar="JSON")
+    usage = kinds.add_parser("usage", help="KV memory over time, arm by arm")
+    usage.add_argument("record", type=Path, metavar="JSON")
+    usage.add_argument("--arms", help="separated by ',' (default: all)")
+    waterfall = kinds.add_parser("waterfall", help="from all blocks to those given up")
+    waterfall.add_argument("record", type=Path, metavar="JSON")
+    waterfall.add_argument("--arm", default="twins")
+    pareto = kinds.add_parser("pareto", help="accuracy against speed, or damage against memory")
+    pareto.add_argument("record", type=Path, metavar="JSON", help="of `bench`, or of `replay`")
+    steps = kinds.add_parser("steps", help="which reasoning steps are alike")
+    trace = kinds.add_parser("trace", help="a text as a page, with what it writes more than once")
+    for reads in (steps, trace):
+        reads.add_argument("--traces", type=Path, required=True, metavar="DIR")
+        reads.add_argument("--text", help="name of a file in it, without ending (default: first)")
+        reads.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
+        reads.add_argument("--tokens", type=count, default=1536, help="that are read")
+        reads.add_argument("--freed", type=fraction, default=0.25, help="of the blocks")
+        reads.add_argument("--recent", type=whole, default=128, help="protect.recent_tokens")
+    for kind in kinds.choices.values():
+        kind.add_argument("--output", type=new_file, required=True, metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw one picture.
+
+    Raises:
+        UserError: a record, a text or an option cannot be used.
+    """
+    draw = {
+        "arms": _arms, "usage": _usage, "waterfall": _waterfall, "pareto": _pareto,
+        "steps": _steps, "trace": _trace,
+    }  # fmt: skip
+    draw[args.kind](args)
+    print(args.output)
+    return 0
+
+
+def _arms(args: argparse.Namespace) -> None:
+    from memshare.lab.bench.run import Record
+    from memshare.lab.plots.arms import plot_arms
+
+    plot_arms(Record.load(args.record), args.output)
+
+
+def _usage(args: argparse.Namespace) -> None:
+    from memshare.lab.bench.run import Record
+    from memshare.lab.plots.usage import plot_usage
+
+    record = Record.load(args.record)
+    arms = args.arms.split(",") if args.arms else [run.arm for run in record.repeats[0]]
+    for arm in arms:
+        _run_of(record.repeats[0], arm, args.record)
+    plot_usage(record, arms, args.output)
+
+
+def _waterfall(args: argparse.Namespace) -> None:
+    from memshare.lab.bench.run import Record
+    from memshare.lab.plots.waterfall import plot_waterfall
+
+    record = Record.load(args.record)
+    run = _run_of(record.repeats[0], args.arm, args.record)
+    if not run.fates:
+        raise UserError(f"the arm {args.arm!r} is plain vLLM: it gives up nothing")
+    plot_waterfall(run, args.output)
+
+
+def _run_of(runs: list[Run], arm: str, path: Path) -> Run:
+    for run in runs:
+        if run.arm == arm:
+            return run
+    raise UserError(f"{path} has no arm {arm!r}; it has {', '.join(run.arm for run in runs)}")
+
+
+def _pareto(args: argparse.Namespace) -> None:
+    from memshare.lab.bench.run import Record
+    from memshare.lab.plots.pareto import accuracy_points, plot_pareto
+
+    try:
+        rows = json.loads(args.record.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.record}: {error}") from None
+    if isinstance(rows, list):
+        if not rows:
+            raise UserError(f"{args.record} is an empty table")
+        panels, gain = {"KL, nats": _damage_points(rows, args.record)}, "blocks given up, %"
+    else:
+        record = Record.load(args.record)
+        groups = accuracy_points(record)
+        if not groups:
+            raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
+        panels = {f"correct answers, {group} (%)": points for group, points in groups.items()}
+        gain = f"tokens a second, {next(iter(record.arms))} = 1"
+    plot_pareto(panels, gain, args.output)
+
+
+def _damage_points(rows: list[dict[str, object]], path: Path) -> list[Point]:
+    from memshare.cli.replay import Row
+    from memshare.lab.plots.pareto import Point
+
+    try:
+        found = [Row(**row) for row in rows]  # type: ignore[arg-type]
+        return [
+            Point(row.arm, 100 * row.freed, kl, kl - error, kl + error)
+            for row in found
+            for kl, error in row.cells[:1]
+        ]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is no table of `memshare replay --json`: {error}") from None
+
+
+def _steps(args: argparse.Namespace) -> None:
+    from memshare.lab.plots.steps import kv, lexical, plot_steps, shared_steps
+    from memshare.lab.plots.style import require_format
+
+    require_format(args.output)
+    reader, reading, trace = _read(args)
+    bounds = reader.steps(reading)
+    if len(bounds) < 3:
+        raise UserError(f"{trace.name} has fewer than two steps in {args.tokens} tokens")
+    after = _give_up(reader, reading, args.freed)
+    panels = {
+        "words (cosine)": lexical(reading.tokens.tolist(), bounds),
+        "KV of the same tokens": kv(reading, bounds),
+    }
+    title = (
+        f"{trace.name}, {args.tokens} tokens; outlined: {len(after.donor_of)} blocks of "
+        f"{after.full} given up, from row to column"
+    )
+    plot_steps(panels, shared_steps(after.donor_of, _BLOCK, bounds), title, args.output)
+
+
+def _trace(args: argparse.Namespace) -> None:
+    from memshare.lab.plots.trace import marks, with_twin, write_trace
+    from memshare.search.vocabulary import token_bytes
+
+    if args.output.suffix != ".html":
+        raise UserError(f"--output {args.output}: a trace is drawn as a page; end it in .html")
+    reader, reading, trace = _read(args)
+    before, after = _give_up(reader, reading, 0.0), _give_up(reader, reading, args.freed)
+    vocabulary = token_bytes(reader.tokenizer)
+    found = marks(reading, before, after, _BLOCK)
+    later, earlier = with_twin(found)
+    facts = {
+        "model": args.model,
+        "tokens": f"{reading.prefix}, {reading.prompt} of them prompt",
+        "tokens with a twin": f"{later:.0%} that stands later, {earlier:.0%} that stands earlier",
+        "blocks given up": f"{len(after.donor_of)} of {after.full}, by the policy twins",
+    }
+    tokens = [vocabulary[token] for token in reading.tokens[: reading.prefix].tolist()]
+    write_trace(tokens, found, f"{trace.name}: what it writes more than once", facts, args.output)
+
+
+def _read(args: argparse.Namespace) -> tuple[Reader, Reading, Trace]:
+    from memshare.lab.bench.models import resolve
+    from memshare.lab.bench.workloads import Source
+    from memshare.lab.replay.reading import Reader
+    from memshare.lab.replay.traces import load_traces
+
+    texts = list(load_traces(args.traces))
+    trace = next((text for text in texts if args.text in (None, text.name)), None)
+    if trace is None:
+        names = ", ".join(text.name for text in texts)
+        raise UserError(f"--text {args.text}: {args.traces} has no such text; it has {names}")
+    reader = Reader(resolve(args.model), _BLOCK, args.recent)
+    source = Source(reader.tokenizer, 1, args.tokens)
+    prompt = source.chat(trace.problem)
+    text = source.ids(trace.reasoning)[: max(0, args.tokens - len(prompt))]
+    if len(prompt) + len(text) < args.tokens:
+        raise UserError(
+            f"{trace.name} has {len(prompt) + len(text)} tokens with its prompt; lower --tokens"
+        )
+    return reader, reader.read(prompt, text, args.tokens), trace
+
+
+def _give_up(reader: Reader, reading: Reading, fraction: float) -> Prefix:
+    from memshare.config import TwinsParams
+
+    return reader.give_up(reading, TwinsParams(name="twins"), fraction)

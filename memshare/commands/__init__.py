@@ -1,1 +1,0 @@
-"""Subcommands of ``memshare``, one module each. See ``memshare.cli``."""

@@ -1,0 +1,4 @@
+"""Instruments: comparisons, recorded texts, accuracy, simulation and pictures.
+
+Nothing that serves imports them.
+"""

@@ -1,0 +1,161 @@
+"""``memshare check`` without vLLM: reports, packages, machines, files (cluster/check)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from cluster.check.installed import check_installed, check_package
+from cluster.check.machine import (
+    OPEN_FILES,
+    SHM_BYTES,
+    Machine,
+    Needs,
+    check_host_memory,
+    check_machine,
+    needs_of,
+)
+from cluster.check.report import GIB, Capacity, Finding, Memory, Report
+from cluster.check.setup import read_setup
+from cluster.config import parse_cluster_args
+from memshare.config import ConfigError
+from memshare.core.capacity import Concurrency
+from memshare.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+GOOD = Machine(cpus=8, free_bytes=64 * GIB, shm_bytes=SHM_BYTES, open_files=OPEN_FILES)
+MEMORY = Memory(GIB, 2 * GIB, "as set", 16, 1 << 20, 2048, 3.5)
+
+
+def levels(findings: object) -> list[str]:
+    return [finding.level for finding in findings]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("machine", "needs", "level", "says"),
+    [
+        (GOOD, Needs(), "ok", "8 CPU cores"),
+        (GOOD, Needs(cpus=9), "fail", "a replica needs 9 CPU cores"),
+        (GOOD, Needs(cpus=5, replicas=2), "warn", "10 CPU cores are reserved"),
+        (GOOD, Needs(gpus=2), "fail", "a replica needs 2 GPUs, and this machine has 0"),
+        (replace(GOOD, gpus=(1, 1)), Needs(gpus=2), "ok", "2 GPUs"),
+        (replace(GOOD, gpus=(1, 1)), Needs(gpus=2, replicas=2), "warn", "4 GPUs"),
+        (replace(GOOD, shm_bytes=SHM_BYTES - 1), Needs(), "warn", "/dev/shm"),
+        (replace(GOOD, open_files=1024), Needs(), "warn", "1024 files"),
+    ],
+)  # fmt: skip
+def test_a_machine_is_judged(machine: Machine, needs: Needs, level: str, says: str) -> None:
+    found = list(check_machine(machine, needs))
+    assert any(finding.level == level and says in finding.text for finding in found), found
+    if level == "ok":
+        assert set(levels(found)) == {"ok"}
+    else:
+        assert all(finding.fix for finding in found if finding.level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(100 * GIB, "ok"), (12 * GIB, "warn"), (4 * GIB, "fail")]
+)
+def test_memory_of_replicas_on_cpus(free: int, level: str) -> None:
+    """A replica: 2 GiB and two workers of 1 + 2 GiB, 8 in all; Ray 1; two replicas 17."""
+    machine = replace(GOOD, free_bytes=free)
+    found = list(check_host_memory(machine, Needs(replicas=2), GIB, 2 * GIB, ranks=2, runs=False))
+    assert levels(found) == [level]
+    assert "17.00 GiB" in found[0].text
+    # Beside the server itself, what it has taken is no fault.
+    found = list(check_host_memory(machine, Needs(replicas=2), GIB, 2 * GIB, ranks=2, runs=True))
+    assert levels(found) == ["ok" if level == "ok" else "warn"]
+
+
+def test_needs_follow_the_application() -> None:
+    def needs(**args: object) -> Needs:
+        return needs_of(parse_cluster_args({"model": "m", **args}, {}))
+
+    pool = {"evaluator": {"source": "ray", "actors": 4, "cpus_per_actor": 0.5}}
+    assert needs(replicas=3, replica={"cpus": 2}, memshare=pool) == Needs(3, 2.0, 0, 2.0)
+    assert needs(memshare={**pool, "mode": "off"}).extra_cpus == 0
+    tp = {"tensor_parallel_size": 2}
+    assert needs(engine=tp, replica={"gpus": 2}).gpus == 2
+    ray = {**tp, "distributed_executor_backend": "ray"}
+    assert needs(engine=ray, replica={"gpus": 2}).gpus == 2
+    assert needs(scaling={"max_replicas": 4}).replicas == 4
+    spread = needs(engine={**ray, "tensor_parallel_size": 8}, replica={"gpus": 8, "nodes": 2})
+    assert (spread.replicas, spread.gpus) == (2, 4)
+
+
+def test_installed_packages_are_those_that_were_tested() -> None:
+    found = list(check_installed())
+    assert set(levels(found)) == {"ok"}
+    assert {"vLLM 0.32.0", "ray 2.60.0"} <= {finding.text for finding in found}
+    (missing,) = check_package(Requirement("no-such-package-anywhere>=1"))
+    assert (missing.level, missing.text) == ("fail", "no-such-package-anywhere is not installed")
+    (other,) = check_package(Requirement("ray[serve]==2.1.0"))
+    assert other.level == "fail"
+    assert other.fix == "pip install 'ray[serve]==2.1.0'"
+
+
+def test_a_report_for_people_and_for_programs() -> None:
+    shared = Concurrency(48, 42, 80)
+    report = Report(
+        "configs/x.yaml",
+        (Finding("versions", "ok", "fine"), Finding("machine", "warn", "small\nvery", "grow")),
+        MEMORY,
+        Capacity(200, 800, 0.25, 64, Concurrency(63, 32, 60), shared),
+    )
+    text = report.as_text()
+    assert "  warn  small\n        very\n        fix: grow" in text
+    assert "2,048 of 16 tokens: 32,752 tokens" in text
+    assert "25% of blocks shared" in text
+    assert text.endswith("Will work, with 1 warning.")
+    value = json.loads(report.as_json())
+    assert value["works"] is True
+    assert value["memory"]["blocks"] == 2048
+    assert value["capacity"]["shared"]["at_full_length"] == 42
+    bad = replace(report, findings=(*report.findings, Finding("model", "fail", "no", "yes")))
+    assert bad.as_text().endswith("Will not work: 1 of these must be put right; 1 warning.")
+    assert json.loads(bad.as_json())["works"] is False
+
+
+def test_files_that_cannot_be_checked(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    for text, words, symptom in (
+        ("[", ["--model", "m"], "is not YAML"),
+        ("- 1", ["--model", "m"], "has no fields"),
+        ("mode: share", [], "name the model"),
+        ("applications: []", ["--model", "m"], "leave out --model"),
+        ("applications: []", [], "0 applications with import_path cluster.app:build"),
+        ("aplications: []", ["--model", "m"], "aplications"),
+    ):
+        file.write_text(text)
+        with pytest.raises((UserError, ConfigError), match=symptom):
+            read_setup(file, None, words, print)
+    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    document["http_options"]["host"] = "0.0.0.0"
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ConfigError, match="others could use the server, and there are no keys"):
+        read_setup(file, None, [], print)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_setup(tmp_path / "none.yaml", None, [], print)
+    with pytest.raises(UserError, match="--application"):
+        read_setup(None, "memshare", ["--model", "m"], print)
+    file.write_text("mode: observe")
+    setup = read_setup(file, None, ["--model=./m"], print)
+    assert (setup.memshare.mode, setup.engine) == ("observe", ("--model=./m",))
+
+
+def test_applications_of_one_file_do_not_share_evaluators(tmp_path: Path) -> None:
+    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    (app,) = document["applications"]
+    app["args"]["memshare"]["evaluator"] = {"source": "ray"}
+    other = {**json.loads(json.dumps(app)), "name": "other", "route_prefix": "/other"}
+    document["applications"].append(other)
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ConfigError, match="applications memshare, other share it") as caught:
+        read_setup(file, "other", [], print)
+    assert "memshare.evaluator.namespace = 'memshare'" in str(caught.value)

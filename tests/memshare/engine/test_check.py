@@ -1,0 +1,197 @@
+"""``memshare check`` against vLLM: what is refused, and blocks counted as an engine counts them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.check.machine import Needs
+from cluster.check.model import ModelCheck, Place
+from cluster.check.report import GIB, Finding, Memory
+from cluster.check.setup import Setup
+from memshare.cli.main import main
+from memshare.config import load_config
+from tests.memshare.engine.harness import StartEngine, write_tiny_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[3]
+BLOCKS = ("--block-size=32",)
+HERE = Place(gpu_bytes=None, reserve_bytes=0, elsewhere=False)
+COMMON = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 258, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Configurations as the families publish them, but small.
+FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "Qwen3ForCausalLM": ({"model_type": "qwen3"}, None),
+    "Qwen3MoeForCausalLM": ({"model_type": "qwen3_moe", **EXPERTS}, None),
+    "MistralForCausalLM": ({"model_type": "mistral", "sliding_window": 512}, "SlidingWindowSpec"),
+    "Gemma3ForCausalLM": (
+        {
+            "model_type": "gemma3_text", "sliding_window": 512, "query_pre_attn_scalar": 32,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        "sliding window",
+    ),
+    "DeepseekV2ForCausalLM": (
+        {
+            "model_type": "deepseek_v2", "kv_lora_rank": 512, "q_lora_rank": None,
+            "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "n_shared_experts": 1, "first_k_dense_replace": 1,
+        },
+        "latent attention",
+    ),
+    "Mamba2ForCausalLM": (
+        {
+            "model_type": "mamba2", "num_heads": 4, "state_size": 16, "n_groups": 1,
+            "conv_kernel": 4, "expand": 2,
+        },
+        "MambaSpec",
+    ),
+}  # fmt: skip
+
+
+Look = tuple[list[Finding], Memory | None]
+
+
+def look(
+    folder: str, words: tuple[str, ...] = (), place: Place = HERE, mode: str = "share"
+) -> Look:
+    """Runs in the other process."""
+    engine = ("--model", folder, "--max-model-len=1024", "--enforce-eager", *words)
+    setup = Setup("test", engine, load_config({"mode": mode}, {}), Needs())
+    checking = ModelCheck(setup, place, print)
+    return list(checking.findings()), checking.memory
+
+
+def command(words: list[str]) -> tuple[int, str]:
+    """Runs in the other process: the command line, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = main(words)
+    return status, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[ProcessPoolExecutor]:
+    """Models without weights leave traces in vLLM's global state: not beside engines."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def check(other_process: ProcessPoolExecutor) -> Callable[..., Look]:
+    """``look`` over there."""
+    return lambda *args, **options: other_process.submit(look, *args, **options).result()
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_families_are_judged_without_weights(
+    check: Callable[..., Look], architecture: str, tmp_path: Path
+) -> None:
+    fields, symptom = FAMILIES[architecture]
+    write_tiny_model(tmp_path)
+    config = {**COMMON, "architectures": [architecture], **fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, _ = check(str(tmp_path), BLOCKS)
+    faults = [finding.text for finding in found if finding.level == "fail"]
+    if symptom is None:
+        assert faults == []
+        assert architecture in found[0].text
+    else:
+        assert any(symptom in fault for fault in faults), found
+    off, _ = check(str(tmp_path), BLOCKS, mode="off")
+    assert all(finding.level == "ok" for finding in off), "switched off, it is in nobody's way"
+
+
+def test_blocks_are_counted_as_an_engine_counts_them(
+    check: Callable[..., Look], start_engine: StartEngine, tiny: str
+) -> None:
+    """Exactly, where vLLM is told how much memory it may take."""
+    found, memory = check(tiny, (*BLOCKS, "--dtype=bfloat16"))
+    assert [finding.level for finding in found] == ["ok"]
+    assert memory is not None
+    assert memory.kv_bytes == GIB
+    options = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 1024}
+    with start_engine(tiny, {}, **options) as engine:
+        config = engine.core.vllm_config.cache_config
+        assert memory.blocks == config.num_gpu_blocks
+        assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
+
+
+def test_weights_are_counted_as_transformers_counts_them(
+    check: Callable[..., Look], tiny: str
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, memory = check(tiny, (*BLOCKS, "--dtype=bfloat16"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
+    padded = 320 - 258  # vLLM fills the vocabulary up to a multiple of 64
+    assert memory is not None
+    assert memory.weight_bytes == 2 * (model.num_parameters() + padded * 64)
+
+
+def test_ranks_share_heads_and_weights(check: Callable[..., Look], tiny: str) -> None:
+    (_, one), (found, two) = check(tiny, BLOCKS), check(tiny, (*BLOCKS, "-tp=2"))
+    assert [finding.level for finding in found] == ["ok"]
+    assert one is not None
+    assert two is not None
+    assert two.block_bytes * 2 == one.block_bytes
+    assert two.weight_bytes * 2 == one.weight_bytes
+    assert two.blocks == one.blocks * 2
+
+
+def test_gpus_of_another_machine(check: Callable[..., Look], tiny: str) -> None:
+    found, memory = check(tiny, (), Place(10 * GIB, 4 * GIB, elsewhere=True))
+    assert [finding.level for finding in found] == ["ok"]
+    assert memory is not None
+    assert memory.block_size == 16
+    assert "estimated: 4 GiB kept" in memory.kv_source
+    assert memory.blocks == memory.kv_bytes // memory.block_bytes
+    assert 4.9 * GIB < memory.kv_bytes < 5.3 * GIB, "vLLM takes 0.9 or a little more of a GPU"
+    small, _ = check(tiny, (), Place(4 * GIB, 4 * GIB, elsewhere=True))
+    assert "leave no room" in small[-1].text
+
+
+def test_what_vllm_refuses_is_told(check: Callable[..., Look], tiny: str) -> None:
+    other = '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'
+    for words, symptom in (
+        (["-tp=3"], "must be divisible by tensor parallel size"),
+        (["--kv-transfer-config", other], "MemShare must be the only KV connector"),
+        (["--pipeline-parallel-size=2"], "pipeline_parallel_size is 2"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--num-gpu-blocks-override=8"], "KV cache"),
+    ):
+        found, _ = check(tiny, (*BLOCKS, *words))
+        assert any(f.level == "fail" and symptom in f.text for f in found), (words, found)
+
+
+def test_the_command(other_process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """A Ray Serve file, as a user would have it checked, without Ray."""
+    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    document["http_options"]["port"] = 18437
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(document))
+    status, output = other_process.submit(command, ["check", str(file), "--json"]).result()
+    report = json.loads(output)
+    assert {f["section"] for f in report["findings"]} >= {"versions", "configuration", "model"}
+    assert report["memory"]["blocks"] == 1456, "a block of 32 tokens has 720 KiB, the cache 1 GiB"
+    shared, plain = report["capacity"]["shared"], report["capacity"]["plain"]
+    assert shared["at_full_length"] > plain["at_full_length"]
+    assert status == (0 if report["works"] else 1)
+    too_long = ["check", str(file), "--prompt", "4000", "--output", "97"]
+    assert other_process.submit(command, too_long).result()[0] == 1

@@ -1,0 +1,146 @@
+"""Set-ups that must be refused at start, each with a reason and a way out (before weights load)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.config import ConfigError
+from tests.memshare.engine.harness import StartEngine, write_tiny_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(write_tiny_model(tmp_path_factory.mktemp("tiny"))),
+        block_size=32,
+        max_model_len=512,
+        load_format="dummy",
+        kv_transfer_config={
+            "kv_connector": "MemShareConnector",
+            "kv_connector_module_path": "memshare.engine.connector",
+            "kv_role": "kv_producer",
+        },
+        worker_cls="memshare.engine.worker.MemShareWorker",
+    ).create_engine_config()
+
+
+def change(path: str, value: object) -> Callable[[Any], None]:
+    def apply(config: Any) -> None:
+        *owners, name = path.split(".")
+        for owner in owners:
+            config = getattr(config, owner)
+        setattr(config, name, value)
+
+    return apply
+
+
+CASES = {
+    "another connector": (
+        change("kv_transfer_config.kv_connector", "MultiConnector"), "only KV connector",
+    ),
+    "role": (change("kv_transfer_config.kv_role", "kv_both"), '"kv_role": "kv_producer"'),
+    "worker class": (
+        change("parallel_config.worker_cls", "auto"), "--worker-cls memshare.engine.worker",
+    ),
+    "pipeline": (change("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size"),
+    "DCP": (
+        change("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size",
+    ),
+    "PCP": (
+        change("parallel_config.prefill_context_parallel_size", 2), "prefill_context_parallel_size",
+    ),
+    "tokenizer": (change("model_config.skip_tokenizer_init", True), "skip_tokenizer_init"),
+    "cache type": (change("cache_config.cache_dtype", "turboquant"), "kv_cache_dtype"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_before_the_model_loads(vllm_config: Any, case: str) -> None:
+    from memshare.engine.compatibility import UnsupportedSetup, check_before_load
+
+    check_before_load(vllm_config)  # the set-up itself is fine
+    spoil, symptom = CASES[case]
+    broken = copy.deepcopy(vllm_config)
+    spoil(broken)
+    with pytest.raises(UnsupportedSetup, match=symptom):
+        check_before_load(broken)
+    off = copy.deepcopy(broken)
+    off.kv_transfer_config.kv_connector_extra_config = {"mode": "off"}
+    check_before_load(off)  # switched off, MemShare is in nobody's way
+
+
+def test_a_wrong_field_stops_the_worker_before_it_loads(vllm_config: Any) -> None:
+    from memshare.engine.worker import MemShareWorker
+
+    broken = copy.deepcopy(vllm_config)
+    broken.kv_transfer_config.kv_connector_extra_config = {"trigger": {"low_watermark": 7}}
+    with pytest.raises(ConfigError, match=r"trigger\.low_watermark = 7"):
+        MemShareWorker(broken, 0, 0, "")
+
+
+def test_models_whose_cache_cannot_be_shared() -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        MLAAttentionSpec,
+        SlidingWindowSpec,
+    )
+
+    from memshare.engine.compatibility import UnsupportedSetup, check_cache
+
+    shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+    full = FullAttentionSpec(**shape)
+
+    def cache(*specs: Any) -> KVCacheConfig:
+        return KVCacheConfig(8, [], [KVCacheGroupSpec([str(i)], s) for i, s in enumerate(specs)])
+
+    check_cache(cache(full))
+    for specs, symptom in (
+        ((full, full), "2 KV cache groups"),
+        ((MLAAttentionSpec(**shape),), "latent attention"),
+        ((SlidingWindowSpec(**shape, sliding_window=64),), "full attention"),
+        ((FullAttentionSpec(**shape, sliding_window=64),), "sliding window"),
+    ):
+        with pytest.raises(UnsupportedSetup, match=symptom):
+            check_cache(cache(*specs))
+
+
+@pytest.mark.parametrize("found", ["0.31.0", "0.33.1", "1.0.0"])
+def test_other_versions_are_refused(found: str) -> None:
+    from memshare.engine.versions import UnsupportedVersion, check_vllm_version
+
+    check_vllm_version("0.32.0+cpu")
+    with pytest.raises(UnsupportedVersion, match=rf"{found} is installed.*vllm==0\.32\.0"):
+        check_vllm_version(found)
+
+
+def test_a_missing_worker_hook_is_noticed() -> None:
+    from memshare.engine.compatibility import UnsupportedSetup, check_workers
+    from memshare.engine.messages import WorkerHandshake
+
+    hooked, bare = WorkerHandshake(True), WorkerHandshake(False)
+    check_workers({(0, 0): hooked, (0, 1): hooked}, world_size=2)
+    with pytest.raises(UnsupportedSetup, match="1 of 2 workers"):
+        check_workers({(0, 0): hooked, (0, 1): bare}, world_size=2)
+    with pytest.raises(UnsupportedSetup, match="1 of 2 workers"):
+        check_workers({(0, 0): hooked}, world_size=2)
+
+
+def test_an_engine_does_not_start(start_engine: StartEngine, tiny: str, tmp_path: Path) -> None:
+    """The whole way: vLLM itself refuses, with our text, and starts nothing."""
+    with (
+        pytest.raises(ConfigError, match="did you mean 'mode'"),
+        start_engine(tiny, {"mdoe": "share"}, load_format="dummy", num_gpu_blocks_override=80),
+    ):
+        pass

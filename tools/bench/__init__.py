@@ -1,0 +1,1 @@
+"""Benchmarks, loads and faults: ``python -m tools.bench.NAME``, in the top folder."""

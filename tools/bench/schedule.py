@@ -1,0 +1,211 @@
+"""What vLLM's scheduler does under KV pressure, with and without MemShare: counts, free of noise.
+
+vLLM's real scheduler, block pool and cache manager run with MemShare's real connector; the model is
+a stand-in (memshare/lab/simulate/harness.py), so a run takes seconds and gives the same numbers
+everywhere.
+
+    python -m tools.bench.schedule
+    python -m tools.bench.schedule --texts solutions
+
+The first has requests of given lengths that write random tokens: `oldest` and `random` need not
+know what is alike, and `twins` finds nothing. The second writes real texts: stage one runs; how
+similar the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memshare.lab.bench.arms import POLICIES
+from memshare.lab.markdown import table_head, table_row
+
+PROMPT = 45  # tokens
+BLOCK = 32  # tokens
+HEADS = (
+    "arm", "steps", "tokens per step", "preemptions", "recomputed tokens", "remaps", "given up",
+)  # fmt: skip
+DENSE: dict[str, Any] = {"mode": "off"}
+SHARE = POLICIES["oldest"]
+UNHELD = {"admission": {"lookahead_tokens": 0}}
+ARMS: dict[str, dict[str, Any]] = {
+    "nothing but admission": SHARE | {"budget": {"max_shared_fraction": 0.0}},
+    "`oldest`, admission by vLLM": SHARE | UNHELD,
+    "`oldest`": SHARE,
+    "`random`": POLICIES["random"],
+    "`twins`": POLICIES["twins"],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request.
+
+    Attributes:
+        arrival: engine step.
+        forced: the tokens that it writes; None: any.
+    """
+
+    prompt: list[int]
+    length: int
+    arrival: int = 0
+    forced: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests, in the order of their arrivals, and KV memory for them."""
+
+    name: str
+    jobs: list[Job]
+    blocks: int
+    """Usable KV blocks."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one run did."""
+
+    steps: int
+    tokens: int
+    preemptions: int
+    recomputed: int
+    remaps: int
+    given_up: float
+    """Fraction of each request's full blocks when it ended, mean."""
+
+
+def of_lengths() -> Iterator[Workload]:
+    """Yield workloads with memory for a third of the requests, or of 32 of them."""
+    rng = random.Random(1)
+    mixed = [rng.randrange(200, 1400) for _ in range(64)]
+    spread = sorted(rng.randrange(3000) for _ in mixed)
+    for name, lengths, arrivals, blocks in (
+        ("24 x 400 tokens, all at once", [400] * 24, [0] * 24, 109),
+        ("24 x 800 tokens, all at once", [800] * 24, [0] * 24, 216),
+        ("64 x 200-1400 tokens, all at once", mixed, [0] * 64, 288),
+        ("64 x 200-1400 tokens, over 3,000 steps", mixed, spread, 288),
+    ):
+        draw = random.Random(0)
+        prompts = ([draw.randrange(200) for _ in range(PROMPT)] for _ in lengths)
+        yield Workload(name, list(map(Job, prompts, lengths, arrivals)), blocks)
+
+
+def of_texts(model: Path, options: argparse.Namespace) -> Workload:
+    """A workload of texts; memory for some of the requests at full length."""
+    from transformers import AutoTokenizer
+
+    from memshare.lab.bench.workloads import Source, build
+
+    source = Source(
+        AutoTokenizer.from_pretrained(model), options.requests, options.tokens, 20000,
+        options.traces,
+    )  # fmt: skip
+    tasks = build(options.texts, source)
+    blocks = int(sum(-(-task.need // BLOCK) for task in tasks) * options.fit / len(tasks))
+    return Workload(
+        f"{len(tasks)} x {options.texts} of up to {options.tokens} tokens, all at once",
+        [Job(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],
+        blocks,
+    )
+
+
+def main() -> None:
+    """Print one table a workload."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", choices=("solutions", "traces"), help="requests write these")
+    parser.add_argument("--traces", type=Path, help="folder with JSON files, for traces")
+    parser.add_argument("--requests", type=int, default=100, help="of --texts")
+    parser.add_argument("--tokens", type=int, default=1100, help="of --texts, a request at most")
+    parser.add_argument("--fit", type=int, default=8, help="requests for which there is memory")
+    parser.add_argument("--budget", default="0.1,0.2,0.3,0.4", help="fractions, by ','")
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if options.texts is None:
+        from tests.memshare.engine.harness import write_tiny_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            model = write_tiny_model(Path(folder))
+            for work in of_lengths():
+                show(model, work, ARMS)
+        return
+    from memshare.lab.bench.models import resolve
+    from memshare.small_model.reasoner import NAME
+
+    reasoner = Path(resolve(NAME))
+    arms = {
+        f"`{policy}` {budget}": POLICIES[policy]
+        | {"budget": {"max_shared_fraction": float(budget)}}
+        for policy in ("twins", "oldest", "random")
+        for budget in options.budget.split(",")
+    }
+    show(reasoner, of_texts(reasoner, options), arms)
+
+
+def show(model: Path, work: Workload, arms: dict[str, dict[str, Any]]) -> None:
+    """Run dense and all arms, and print them."""
+    print(f"\n{work.name}; {work.blocks} usable blocks:\n")
+    print(table_head(HEADS))
+    base = run(model, work, DENSE)
+    print(_row("dense", base, base), flush=True)
+    for arm, options in arms.items():
+        print(_row(arm, run(model, work, options), base), flush=True)
+
+
+def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
+    """Run a workload to its end."""
+    from memshare.lab.simulate.costs import Recomputation
+    from memshare.lab.simulate.harness import SchedulerHarness
+
+    longest = max(len(job.prompt) + job.length for job in work.jobs) + 1
+    rig = SchedulerHarness(
+        model, options, work.blocks + 1, max_num_seqs=256, max_model_len=max(2048, longest),
+        synchronous_search=True,
+    )  # fmt: skip
+    given_up: dict[str, float] = {}
+    steps = preemptions = added = 0
+    again = Recomputation()
+    while added < len(work.jobs) or rig.scheduler.requests:
+        while added < len(work.jobs) and work.jobs[added].arrival <= steps:
+            job = work.jobs[added]
+            rig.add(f"r{added}", job.prompt, job.length, job.forced)
+            added += 1
+        output = rig.scheduler.schedule()
+        again.add(rig.scheduler, output)
+        rig.finish_step(output)
+        steps += 1
+        preemptions += len(output.preempted_req_ids or ())
+        if rig.side is not None:
+            for state in rig.side.tracker:
+                given_up[state.request_id] = len(state.repointed) / max(state.full, 1)
+    remaps = rig.side.recorder.counters.totals["applied"] if rig.side is not None else 0
+    rig.close()
+    tokens = sum(job.length for job in work.jobs)
+    mean = sum(given_up.values()) / len(work.jobs)
+    return Counts(steps, tokens, preemptions, again.tokens, remaps, mean)
+
+
+def _row(arm: str, mine: Counts, base: Counts) -> str:
+    speed = mine.tokens / mine.steps
+    return table_row(
+        (
+            arm,
+            str(mine.steps),
+            f"{speed:.1f} ({speed / (base.tokens / base.steps):.2f}x)",
+            f"{mine.preemptions} ({mine.preemptions / max(1, base.preemptions):.2f}x)",
+            f"{mine.recomputed} ({mine.recomputed / max(1, base.recomputed):.2f}x)",
+            str(mine.remaps),
+            f"{mine.given_up:.1%}",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
