@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
 
 from cluster.config import ClusterArgs  # noqa: E402
 from cluster.tenancy.keys import Tenant  # noqa: E402
-from memshare.config import MemShareConfig  # noqa: E402
+from memshare.config import MemShareConfig, PolicyParams, registry  # noqa: E402
 from memshare.request_options import RequestOptions  # noqa: E402
 
 _WORDS = {
@@ -181,6 +181,8 @@ def _table(prefix: str, model: type[BaseModel]) -> str:
 
 def _models(field: FieldInfo) -> list[type[BaseModel]]:
     """The section that a field holds, or the variants of it; [] for a plain value."""
+    if field.annotation is PolicyParams:
+        return list(registry.built_in_params())
     options = get_args(field.annotation) or (field.annotation,)
     return [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
 

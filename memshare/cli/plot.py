@@ -206,6 +206,6 @@ def _read(args: argparse.Namespace) -> tuple[Reader, Reading, Trace]:
 
 
 def _give_up(reader: Reader, reading: Reading, fraction: float) -> Prefix:
-    from memshare.config import TwinsParams
+    from memshare.mechanisms.twins.params import TwinsParams
 
     return reader.give_up(reading, TwinsParams(name="twins"), fraction)

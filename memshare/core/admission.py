@@ -10,10 +10,10 @@ vLLM's own watermark, the blocks that an admission must leave free
 from __future__ import annotations
 
 from memshare.config import AdmissionConfig
+from memshare.core.interfaces import BlockTables
 from memshare.core.reclaimer import Reclaimer
 from memshare.core.request_tracker import RequestTracker
 from memshare.core.requests import RequestState
-from memshare.engine.vllm_0_32.block_tables import BlockTables
 
 
 class Admission:
@@ -66,7 +66,7 @@ class Admission:
         self._total += growth - self._growth.get(state.request_id, 0)
         self._growth[state.request_id] = growth
 
-    def forget(self, state: RequestState) -> None:
+    def discount(self, state: RequestState) -> None:
         """The request's blocks are gone, or about to go."""
         self._total -= self._growth.pop(state.request_id, 0)
 

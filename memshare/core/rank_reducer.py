@@ -3,8 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from memshare.engine.messages import JobResult
+
+class Reducible(Protocol):
+    """Something that every rank reports, and that adds up over ranks."""
+
+    def add(self, other: Any) -> None:
+        """Add what other ranks report, of the same type."""
+        ...
+
+
+@dataclass
+class JobResult:
+    """Similarities over the ranks that have answered so far.
+
+    Attributes:
+        totals: sums, one for each of the job's pairs; divided by ``count`` they are similarities.
+        count: how many similarities each sum holds.
+        ranks: ranks that have answered.
+    """
+
+    totals: list[float]
+    count: int
+    ranks: int
+
+    def add(self, other: JobResult) -> None:
+        """Add what other ranks have found."""
+        self.totals = [a + b for a, b in zip(self.totals, other.totals, strict=True)]
+        self.count += other.count
+        self.ranks += other.ranks
 
 
 class RankReducer:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from memshare.config import MemShareConfig, ProtectConfig
 from memshare.core.capacity import end_target, first_target
-from memshare.core.requests import Candidate, Entry, RequestState
-from memshare.engine.vllm_0_32.block_tables import BlockTables
-from memshare.mechanisms.remap.policy import BlockRef
+from memshare.core.interfaces import BlockTables, EngineRequest
+from memshare.core.requests import RequestState
 from memshare.request_options import RequestOptions, RequestOptionsError, parse_request_options
-from memshare.search.steps import DelimiterAutomaton, StepSegmenter
-
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +17,15 @@ _ALL_OF_THE_PROMPT = ProtectConfig(prompt_tokens="all")
 
 
 class RequestTracker:
-    """Live requests by id, with their limits: protected prompt, recent window, budget."""
+    """Live requests by id, with their limits: protected prompt, recent window, budget.
 
-    def __init__(
-        self,
-        config: MemShareConfig,
-        automaton: DelimiterAutomaton | None,
-        tables: BlockTables,
-    ) -> None:
+    Attributes:
+        step: the engine step that is being scheduled, counted from 1.
+    """
+
+    def __init__(self, config: MemShareConfig, tables: BlockTables) -> None:
+        self.step = 0
         self._config = config
-        self._automaton = automaton
         self._tables = tables
         self._states: dict[str, RequestState] = {}
 
@@ -43,47 +36,32 @@ class RequestTracker:
         """The request's state; None if it is not followed."""
         return self._states.get(request_id)
 
-    def add(self, request: Request) -> str | None:
+    def follow(self, request: EngineRequest) -> str | None:
         """Follow a request, or say (as a metric label) why it must stay exact."""
         options, reason = _options_of(request)
         if reason is None:
             self._states[request.request_id] = RequestState(
-                request, options, self._history_of(request), self._new_segmenter()
+                request, options, self._history_of(request)
             )
         return reason
 
-    def remove(self, request_id: str) -> RequestState | None:
+    def unfollow(self, request_id: str) -> RequestState | None:
         """Stop following a request."""
         state = self._states.pop(request_id, None)
         if state is not None:
             state.alive = False
         return state
 
-    def start_generation(self, state: RequestState) -> None:
-        """The request has lost its blocks."""
-        state.start_generation(self._new_segmenter())
+    def must_wait(self, state: RequestState) -> bool:
+        """Whether nothing of this request's table may be changed before the next step.
 
-    def entry(self, ref: BlockRef) -> Entry | None:
-        """The table entry that a proposal means; None if it holds no full block of its own now.
-
-        A re-pointed entry is neither target nor donor: its block holds another position's KV.
+        Either its whole block list is on its way to the workers and would overwrite the change, or
+        it would be its first loss in a step that publishes a block: approximate KV would enter the
+        prefix cache.
         """
-        state = self._states.get(ref.span.request_id)
-        if state is None or state.generation != ref.span.generation or ref.index >= state.full:
-            return None
-        if ref.index in state.repointed:
-            return None
-        table = self._tables.table(state.request_id)
-        if table is None or ref.index >= len(table):
-            return None
-        return Entry(state, state.generation, ref.index, table[ref.index])
-
-    def is_current(self, pair: Candidate) -> bool:
-        """Whether both blocks still are what they were when the pair was proposed."""
-        return all(
-            entry.is_current(self._tables.table(entry.state.request_id))
-            for entry in (pair.target, pair.donor)
-        )
+        if state.sent_whole_at == self.step or self._tables.table(state.request_id) is None:
+            return True
+        return state.tainted_from is None and self._tables.publishes_soon(state.request)
 
     def first_target(self, state: RequestState) -> int:
         """First block behind the protected prompt."""
@@ -116,20 +94,14 @@ class RequestTracker:
             fraction = min(fraction, asked)
         return int(fraction * full)
 
-    def _history_of(self, request: Request) -> str:
+    def _history_of(self, request: EngineRequest) -> str:
         if self._config.scope == "request":
             return str(request.request_id)
         adapter = request.lora_request.lora_int_id if request.lora_request is not None else 0
         return f"tenant\0{request.cache_salt or ''}\0{adapter}"
 
-    def _new_segmenter(self) -> StepSegmenter | None:
-        if self._automaton is None:
-            return None
-        steps = self._config.steps
-        return StepSegmenter(self._automaton, steps.min_tokens, steps.max_tokens)
 
-
-def _options_of(request: Request) -> tuple[RequestOptions, str | None]:
+def _options_of(request: EngineRequest) -> tuple[RequestOptions, str | None]:
     """The request's options, and why it must stay exact (a metric label) or None."""
     params = request.sampling_params
     if params is None:

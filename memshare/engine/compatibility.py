@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from memshare.config import MemShareConfig, load_config
+from memshare.config import EngineFacts, MemShareConfig, Setup, load_config, registry
+from memshare.engine.adapter import vllm_adapter
 from memshare.engine.messages import WorkerHandshake
 from memshare.engine.versions import check_vllm_version
 from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
 from memshare.search.steps import DelimiterAutomaton, compile_delimiters
-from memshare.search.vocabulary import Tokenizer, token_bytes
+from memshare.search.vocabulary import token_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -77,10 +78,8 @@ def compile_steps(vllm_config: VllmConfig, config: MemShareConfig) -> DelimiterA
     Raises:
         ValueError: no tokens can form a delimiter.
     """
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    return compile_delimiters(config.steps.delimiters, token_bytes(cast(Tokenizer, tokenizer)))
+    tokenizer = vllm_adapter().tokenizer(vllm_config)
+    return compile_delimiters(config.steps.delimiters, token_bytes(tokenizer))
 
 
 def _raise(faults: Iterator[str] | list[str]) -> None:
@@ -118,11 +117,9 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
         yield f"{model.model} is an encoder-decoder model; choose a decoder-only model"
     if model.runner_type != "generate":
         yield f"{model.model} runs as {model.runner_type!r}; MemShare serves generation only"
-    if model.skip_tokenizer_init and config.uses_stages:
-        yield (
-            f"skip_tokenizer_init is set; policy {config.policy.name!r} compiles step delimiters "
-            "against the tokenizer"
-        )
+    facts = EngineFacts(model=model.model, has_tokenizer=not model.skip_tokenizer_init)
+    for mechanism in registry.mechanisms_of(config).values():
+        yield from mechanism.refusals(Setup(config, facts))
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         yield (
@@ -136,19 +133,4 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
 
 def cache_faults(kv_cache_config: KVCacheConfig) -> Iterator[str]:
     """What is not supported in a model's KV cache, and the way out."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
-
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        yield (
-            f"the model has {len(groups)} KV cache groups (hybrid attention or Mamba); choose a "
-            "model with full attention in every layer"
-        )
-        return
-    spec = groups[0].kv_cache_spec
-    if isinstance(spec, MLAAttentionSpec):
-        yield "the model uses multi-head latent attention; choose one with separate K and V"
-    elif type(spec) is not FullAttentionSpec:
-        yield f"the model's cache is {type(spec).__name__}; choose a model with full attention"
-    elif spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        yield "the model attends to a sliding window; choose a model with full attention"
+    return vllm_adapter().cache_refusals(kv_cache_config)

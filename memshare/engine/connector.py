@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from memshare.engine.adapter import vllm_adapter
 from memshare.engine.compatibility import (
     check_before_load,
     check_cache,
@@ -72,7 +73,7 @@ class MemShareConnector(KVConnectorBase_V1):
             return
         check_cache(kv_cache_config)
         if role == KVConnectorRole.WORKER:
-            self.worker_side = WorkerSide(config, vllm_config)
+            self.worker_side = WorkerSide(config, vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -93,13 +94,13 @@ class MemShareConnector(KVConnectorBase_V1):
         if config.mode == "off":
             return
         logger.info("MemShare configuration: %s", config.model_dump_json())
-        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        adapter = vllm_adapter()
+        group = adapter.editable_group(self._kv_cache_config)
         self.scheduler_side = SchedulerSide(
             config,
-            kv_cache_manager,
-            block_size=spec.block_size,
+            adapter.block_tables(kv_cache_manager, group),
             world_size=self._world_size,
-            automaton=compile_steps(self._vllm_config, config) if config.uses_stages else None,
+            compile_steps=lambda: compile_steps(self._vllm_config, config),
             open_bridge=lambda: EvaluatorBridge(
                 lambda: open_source(config), config.evaluator.queue_size
             ),
@@ -117,7 +118,7 @@ class MemShareConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Request) -> None:
         """Begin to follow a request."""
         if self.scheduler_side is not None:
-            self.scheduler_side.add(request)
+            self.scheduler_side.follow(request)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -151,7 +152,7 @@ class MemShareConnector(KVConnectorBase_V1):
         """The message that goes to the workers with this step."""
         if self.scheduler_side is None:
             return _NOTHING
-        return self.scheduler_side.build_message(scheduler_output)
+        return self.scheduler_side.build_message(vllm_adapter().read_schedule(scheduler_output))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' answers."""

@@ -7,14 +7,11 @@ that is ended from outside the engine, by a stop string or an abort, has no such
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
+from memshare.core.interfaces import EngineRequest
+from memshare.core.requests import RequestState
 from memshare.request_options import USAGE
-
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
-
-    from memshare.core.requests import RequestState
 
 
 class Usage(TypedDict):
@@ -36,7 +33,7 @@ class ReturnedUsage(TypedDict):
 
 
 def returned_usage(
-    request: Request, state: RequestState | None, entries: int
+    request: EngineRequest, state: RequestState | None, entries: int
 ) -> ReturnedUsage | None:
     """The usage of a request that ends now.
 

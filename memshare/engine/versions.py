@@ -1,10 +1,13 @@
-"""The vLLM versions this code was tested with. It reaches into internals: others are refused."""
+"""The vLLM versions that this release was tested with, and the adapter of each; others are
+refused."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-TESTED_VLLM = ("0.32.0",)
+ADAPTERS = {"0.32.0": "memshare.engine.vllm_0_32.adapter"}
+"""The module that knows a version's internals."""
+TESTED_VLLM = tuple(ADAPTERS)
 
 
 class UnsupportedVersion(RuntimeError):  # noqa: N818 - reads as a finding in the log
@@ -25,15 +28,20 @@ def installed_vllm() -> str:
     raise UnsupportedVersion("MemShare needs vLLM; install memshare[gpu] or memshare[cpu]")
 
 
-def check_vllm_version(found: str | None = None) -> None:
+def check_vllm_version(found: str | None = None) -> str:
     """Refuse a vLLM that was not tested.
+
+    Returns:
+        The version, without what a build adds to it.
 
     Raises:
         UnsupportedVersion: names the installed and the tested versions.
     """
     found = installed_vllm() if found is None else found
-    if found.partition("+")[0] not in TESTED_VLLM:
+    public = found.partition("+")[0]
+    if public not in ADAPTERS:
         raise UnsupportedVersion(
             f"MemShare was tested with vLLM {', '.join(TESTED_VLLM)}, but {found} is installed; "
             f"install vllm=={TESTED_VLLM[-1]}, or a MemShare release made for {found}"
         )
+    return public

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
-from vllm.platforms import current_platform
 
+from memshare.engine.adapter import vllm_adapter
 from memshare.engine.compatibility import check_before_load
 from memshare.engine.connector import MemShareConnector
 from memshare.engine.messages import SchedulerMessage
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.worker.gpu_worker import Worker as BaseWorker
-elif current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
 else:
-    from vllm.v1.worker.gpu_worker import Worker as BaseWorker
+    BaseWorker = vllm_adapter().base_worker()
 
 
 class MemShareWorker(BaseWorker):
@@ -48,7 +46,7 @@ class MemShareWorker(BaseWorker):
                 self._memshare.attach(self.model_runner)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Apply the step's remaps, then run it."""
+        """Let mechanisms edit the block tables, then run the step."""
         message = scheduler_output.kv_connector_metadata
         if self._memshare is not None and isinstance(message, SchedulerMessage):
             self._memshare.before_step(message)

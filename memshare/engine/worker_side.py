@@ -1,83 +1,95 @@
-"""The connector's worker half: edits the block table, compares blocks, answers checks."""
+"""The connector's worker half: hands each mechanism its commands, takes what it reports."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from memshare.config import MemShareConfig
+from memshare.config import MemShareConfig, registry
+from memshare.core.interfaces import WorkerTables
+from memshare.core.token_map import TokenMap
+from memshare.engine.adapter import vllm_adapter
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
-from memshare.engine.vllm_0_32.worker_tables import WorkerTable, table_of
-from memshare.kv.comparer import StageTwo
+from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerSide:
-    """One rank's half. Built with the connector, completed by :meth:`attach`."""
+    """One rank's half. Built with the connector, completed by :meth:`attach`.
 
-    def __init__(self, config: MemShareConfig, vllm_config: VllmConfig) -> None:
+    Attributes:
+        parts: the mechanisms' worker parts by policy name.
+    """
+
+    def __init__(
+        self, config: MemShareConfig, vllm_config: VllmConfig, cache: KVCacheConfig
+    ) -> None:
+        self.parts: dict[str, WorkerPart] = {}
         self._config = config
         self._vllm_config = vllm_config
-        self._kv_caches: dict[str, Tensor] = {}
-        self._table: WorkerTable | None = None
-        self._stage_two: StageTwo | None = None
-        self._message = SchedulerMessage()
-        self._remap_misses = 0
+        self._group = vllm_adapter().editable_group(cache)
+        self._kv_caches: Mapping[str, Tensor] = {}
+        self._tables: WorkerTables | None = None
+        self._tables_wanted: dict[str, list[int]] | None = None
         self._check_wanted = False
 
-    def register(self, kv_caches: dict[str, Tensor]) -> None:
+    def register(self, kv_caches: Mapping[str, Tensor]) -> None:
         """Remember the caches, ``[blocks, heads, slots, 2 * channels]`` by layer name."""
         self._kv_caches = kv_caches
 
     def attach(self, runner: object) -> None:
-        """Take hold of the model runner, whose table is edited.
+        """Take hold of the model runner, whose tables are edited.
 
         Raises:
-            StageTwoUnsupported: blocks of this model cannot be compared.
+            ComparisonUnsupported: blocks of this model cannot be compared.
         """
-        self._table = table_of(runner)  # type: ignore[arg-type]
-        if self._config.uses_stages:
-            layers = self._vllm_config.compilation_config.static_forward_context
-            model = runner.get_model()  # type: ignore[attr-defined]
-            self._stage_two = StageTwo(self._config.distance, model, layers, self._kv_caches)
-        logger.info(
-            "MemShare hooked %s; stage two compares %s",
-            type(runner).__name__,
-            ", ".join(self._stage_two.layer_names) if self._stage_two else "nothing",
+        adapter = vllm_adapter()
+        self._tables = adapter.worker_tables(runner, self._group)
+        own = set(self._group.layers)
+        context = WorkerContext(
+            config=self._config,
+            tables=self._tables,
+            token_map=TokenMap(self._group.block_size),
+            layers=adapter.attention_layers(self._vllm_config, runner),
+            caches={name: cache for name, cache in self._kv_caches.items() if name in own},
         )
+        for name, mechanism in registry.mechanisms_of(self._config).items():
+            self.parts[name] = mechanism.worker_part(context)
+        logger.info("MemShare hooked %s", type(runner).__name__)
 
     def handshake(self) -> WorkerHandshake:
         """What this rank reports to the scheduler before the first step."""
-        return WorkerHandshake(hooked=self._table is not None)
+        return WorkerHandshake(hooked=self._tables is not None)
 
     def before_step(self, message: SchedulerMessage) -> None:
-        """Apply the step's remaps. Must run before the runner reads its table."""
-        self._message = message
-        if self._table is None:
-            return
-        for remap in message.remaps:
-            if not self._table.repoint(remap.request_id, remap.index, remap.block_id):
-                self._remap_misses += 1
+        """Hand out the step's commands. Must run before the runner reads its tables."""
+        self._tables_wanted = message.tables
+        for name, commands in message.commands.items():
+            part = self.parts.get(name)
+            if part is not None:
+                part.before_step(commands)
 
     def after_step(self) -> WorkerMessage | None:
-        """Start this step's comparisons, and return what is ready; None if nothing is."""
-        message, self._message = self._message, SchedulerMessage()
+        """What this rank has to report; None if nothing."""
         results = {}
-        if self._stage_two is not None:
-            if message.batches:
-                self._stage_two.launch(message.batches)
-            results = self._stage_two.collect()
-        faults = self._compare_tables(message.tables) if message.tables is not None else None
-        if not results and faults is None and not self._check_wanted and not self._remap_misses:
+        for name, part in self.parts.items():
+            reported = part.after_step()
+            if reported is not None:
+                results[name] = reported
+        wanted, self._tables_wanted = self._tables_wanted, None
+        faults = self._compare_tables(wanted) if wanted is not None else None
+        if not results and faults is None and not self._check_wanted:
             return None
-        answer = WorkerMessage(results, faults, self._check_wanted, self._remap_misses)
-        self._check_wanted, self._remap_misses = False, 0
+        answer = WorkerMessage(results, faults, self._check_wanted)
+        self._check_wanted = False
         return answer
 
     def want_check(self) -> None:
@@ -85,10 +97,10 @@ class WorkerSide:
         self._check_wanted = True
 
     def _compare_tables(self, expected: dict[str, list[int]]) -> list[str]:
-        assert self._table is not None
+        assert self._tables is not None
         faults = []
         for request_id, blocks in expected.items():
-            ours = self._table.block_ids(request_id, len(blocks))
+            ours = self._tables.block_ids(request_id, len(blocks))
             if ours is not None and ours != blocks:
                 wrong = next(
                     (i for i, (a, b) in enumerate(zip(ours, blocks, strict=False)) if a != b),

@@ -10,19 +10,63 @@ scratch block and looked up again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.attention import Attention
 
 _DIGIT_BITS = 3  # 0..7 is exact in every cache type, fp8 included
 
 
 class LayoutUnknown(ValueError):  # noqa: N818 - a finding about a backend, not a fault
     """The backend's cache update does not place each value exactly once; the text says what."""
+
+
+class RotaryTable(NamedTuple):
+    """What rotates a layer's keys.
+
+    Attributes:
+        table: ``[positions, channels]`` cosines, then sines.
+        neox: whether it turns halves of a head's channels, or neighbours.
+        kind: of what class the model's rotary embedding is, for messages.
+    """
+
+    table: Tensor
+    neox: bool
+    kind: str
+
+
+class CachedLayer(Protocol):
+    """An attention layer, as far as its KV cache goes. Made by the adapter of a vLLM version."""
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of K and V before they are cached."""
+        ...
+
+    @property
+    def cache_dtype(self) -> str:
+        """The engine's ``kv_cache_dtype``."""
+        ...
+
+    @property
+    def rotary(self) -> RotaryTable | None:
+        """None if the layer's keys are not rotated by a table."""
+        ...
+
+    def write(self, keys: Tensor, values: Tensor, cache: Tensor, slots: Tensor) -> None:
+        """Write K and V, each ``[tokens, heads, channels]``, into slots of a cache, as the layer's
+        backend does it.
+
+        Raises:
+            LayoutUnknown: the backend cannot do that by itself.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +88,11 @@ class KVLayout:
     stored_as: torch.dtype
 
     @classmethod
-    def learn(cls, layer: Attention, kv_cache: Tensor) -> KVLayout:
+    def learn(cls, layer: CachedLayer, kv_cache: Tensor) -> KVLayout:
         """Find the layout of ``layer``'s cache.
 
         Args:
-            layer: vLLM's attention layer; its backend writes the scratch block.
+            layer: its backend writes the scratch block.
             kv_cache: ``[blocks, heads, slots, 2 * channels]``, the layer's cache; not modified.
 
         Raises:
@@ -59,9 +103,6 @@ class KVLayout:
                 f"its cache has shape {tuple(kv_cache.shape)}, not [blocks, heads, slots, "
                 f"{2 * layer.head_size}]"
             )
-        write = getattr(layer.impl, "do_kv_cache_update", None)
-        if write is None:
-            raise LayoutUnknown(f"{type(layer.impl).__name__} has no cache update of its own")
         _, heads, slots, width = kv_cache.shape
         channels = width // 2
         numbers = torch.arange(2 * slots * channels, device=kv_cache.device)
@@ -73,7 +114,7 @@ class KVLayout:
             by_slot = digits.view(2, slots, 1, channels).expand(-1, -1, heads, -1)
             keys, values = by_slot.to(layer.dtype if stored_as.itemsize == 1 else stored_as)
             scratch = torch.zeros_like(kv_cache[:1])
-            write(layer, keys.contiguous(), values.contiguous(), scratch, slot_mapping)
+            layer.write(keys.contiguous(), values.contiguous(), scratch, slot_mapping)
             found += scratch.view(stored_as)[0, 0].float().flatten().round().long() << shift
         places = torch.full_like(numbers, -1)
         places[found.clamp(0, len(numbers) - 1)] = numbers
@@ -110,7 +151,7 @@ class KVLayout:
         return tensors[0], tensors[1]
 
 
-def _stored_as(layer: Attention, kv_cache: Tensor) -> torch.dtype:
+def _stored_as(layer: CachedLayer, kv_cache: Tensor) -> torch.dtype:
     if kv_cache.dtype.itemsize > 1:
         return kv_cache.dtype
-    return torch.float8_e5m2 if "e5m2" in layer.kv_cache_dtype else torch.float8_e4m3fn
+    return torch.float8_e5m2 if "e5m2" in layer.cache_dtype else torch.float8_e4m3fn

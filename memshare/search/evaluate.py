@@ -18,10 +18,12 @@ from math import isfinite
 from typing import Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from memshare.config import MemShareConfig, StepConfig, TwinsParams
-from memshare.mechanisms.twins.index import Positions, TwinIndex
+from memshare.config import MemShareConfig, StepConfig, registry
 from memshare.search.lexical import StepIndex
+
+Positions = npt.NDArray[np.int32]
 
 
 class NewSteps(NamedTuple):
@@ -88,6 +90,16 @@ class Answer:
     matches: tuple[StepMatch, ...]
     sent_at: float
     links: tuple[TwinLinks, ...] = ()
+
+    @classmethod
+    def to(
+        cls,
+        batch: Sequence[NewSteps],
+        matches: tuple[StepMatch, ...] = (),
+        links: tuple[TwinLinks, ...] = (),
+    ) -> Answer:
+        """What was found in a batch; its lag is that of the oldest steps in it."""
+        return cls(matches, min((new.sent_at for new in batch), default=0.0), links)
 
     @staticmethod
     def is_sound(thing: object) -> bool:
@@ -184,15 +196,13 @@ class StageOne(Protocol):
 
 def open_stage_one(config: MemShareConfig) -> StageOne:
     """Build what the configuration's policy needs."""
-    if isinstance(config.policy, TwinsParams):
-        return TwinEvaluator(config.policy.shortest_run, config.evaluator.max_requests)
-    return LexicalEvaluator(config.steps, config.evaluator.max_requests)
+    return registry.mechanism_of(config.policy).stage_one(config)
 
 
 Index = TypeVar("Index")
 
 
-class _Histories(Generic[Index]):
+class Histories(Generic[Index]):
     """One index per history; the least recently used go first."""
 
     def __init__(self, make: Callable[[], Index], limit: int) -> None:
@@ -225,7 +235,7 @@ class LexicalEvaluator:
 
     def __init__(self, steps: StepConfig, max_requests: int) -> None:
         self._steps = steps
-        self._histories: _Histories[StepIndex[Span]] = _Histories(
+        self._histories: Histories[StepIndex[Span]] = Histories(
             lambda: StepIndex(steps.max_history), max_requests
         )
 
@@ -242,7 +252,7 @@ class LexicalEvaluator:
                     new.tokens[first:last], span, new.threshold, self._steps.max_matches
                 )
                 matches.extend(StepMatch(span, earlier, score) for earlier, score in found)
-        return Answer(tuple(matches), _oldest(batch))
+        return Answer.to(batch, matches=tuple(matches))
 
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """See :meth:`CandidateSource.forget`."""
@@ -251,34 +261,6 @@ class LexicalEvaluator:
         if gone:
             for index in self._histories:
                 index.discard(lambda span: span.request_id in gone)
-
-
-class TwinEvaluator:
-    """Twins: one :class:`~memshare.mechanisms.twins.index.TwinIndex` per request."""
-
-    def __init__(self, shortest_run: int, max_requests: int) -> None:
-        self._histories: _Histories[TwinIndex] = _Histories(
-            lambda: TwinIndex(shortest_run), max_requests
-        )
-
-    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
-        """See :meth:`StageOne.evaluate`."""
-        links: list[TwinLinks] = []
-        for new in batch:
-            index = self._histories.of(new.history)
-            for first, last in pairwise(new.bounds):
-                earlier, later = index.add(new.tokens[first:last], new.position + first)
-                links.append(TwinLinks(new.request_id, new.generation, earlier, later))
-        return Answer((), _oldest(batch), tuple(links))
-
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`. A history is one request's: there are no others."""
-        del request_ids
-        self._histories.drop(histories)
-
-
-def _oldest(batch: Sequence[NewSteps]) -> float:
-    return min((new.sent_at for new in batch), default=0.0)
 
 
 class InProcessSource:

@@ -5,43 +5,83 @@ from __future__ import annotations
 from collections.abc import Iterator
 from time import monotonic
 
-from memshare.config import MemShareConfig, TwinsParams
+from memshare.config import MemShareConfig
 from memshare.core.requests import RequestState
 from memshare.search.bridge import EvaluatorBridge
 from memshare.search.evaluate import Answer, EvaluatorError, NewSteps
+from memshare.search.steps import DelimiterAutomaton, StepSegmenter
 from memshare.telemetry.recorder import Recorder
+
+
+class _Progress:
+    """How far one request's output has been cut.
+
+    Attributes:
+        segmenter: cuts it.
+        read: output tokens that the segmenter has seen.
+        sent: output tokens that lie in finished steps.
+    """
+
+    __slots__ = ("read", "segmenter", "sent")
+
+    def __init__(self, segmenter: StepSegmenter) -> None:
+        self.segmenter = segmenter
+        self.read = self.sent = 0
 
 
 class StepFeeder:
     """Feeds the evaluators and takes their answers."""
 
-    def __init__(self, config: MemShareConfig, bridge: EvaluatorBridge, recorder: Recorder) -> None:
-        self._threshold = config.steps.similarity_threshold
-        self._twins = isinstance(config.policy, TwinsParams)
-        self._settled = config.protect.recent_tokens // 2
+    def __init__(
+        self,
+        config: MemShareConfig,
+        automaton: DelimiterAutomaton,
+        bridge: EvaluatorBridge,
+        recorder: Recorder,
+        output_before_first: int = 0,
+        with_prompt: bool = False,
+    ) -> None:
+        """Start without requests.
+
+        Args:
+            config: how steps are cut.
+            automaton: compiled step delimiters.
+            bridge: to the evaluators; closed with this.
+            recorder: counts what goes out and comes in.
+            output_before_first: tokens of output before anything of a request is fed.
+            with_prompt: whether a request's prompt goes out in front of its first step.
+        """
+        self._steps = config.steps
+        self._automaton = automaton
         self._bridge = bridge
         self._recorder = recorder
+        self._output_before_first = output_before_first
+        self._with_prompt = with_prompt
+        self._progress: dict[str, _Progress] = {}
         self._outgoing: list[NewSteps] = []
 
     def feed(self, state: RequestState, until: int) -> None:
         """Cut the request's output before token position ``until`` into steps."""
         request = state.request
         prompt = request.num_prompt_tokens
-        start = prompt + state.fed
-        if until <= start or state.segmenter is None:
+        if until <= prompt or until < prompt + self._output_before_first:
             return
-        if self._twins and until < prompt + self._settled:
-            # Nothing can go before the recent window is full, so a short answer is not looked at.
-            # Half of the window leaves time for both stages.
+        progress = self._progress.get(state.request_id)
+        if progress is None:
+            segmenter = StepSegmenter(
+                self._automaton, self._steps.min_tokens, self._steps.max_tokens
+            )
+            progress = self._progress[state.request_id] = _Progress(segmenter)
+        start = prompt + progress.read
+        if until <= start:
             return
-        tokens, bounds = state.segmenter.feed(request.all_token_ids[start:until])
-        state.fed += until - start
+        tokens, bounds = progress.segmenter.feed(request.all_token_ids[start:until])
+        progress.read += until - start
         if not tokens:
             return
-        position = prompt + state.emitted
-        state.emitted += len(tokens)
-        if self._twins and position == prompt and state.has_plain_prompt:
-            # The prompt is never given up: what repeats it has a copy that stays.
+        position = prompt + progress.sent
+        progress.sent += len(tokens)
+        if self._with_prompt and position == prompt and state.has_plain_prompt:
             tokens = [*request.all_token_ids[:prompt], *tokens]
             bounds = (0, *(prompt + bound for bound in bounds))
             position = 0
@@ -54,7 +94,7 @@ class StepFeeder:
                 position,
                 tokens,
                 bounds,
-                self._threshold if asked is None else asked,
+                self._steps.similarity_threshold if asked is None else asked,
                 monotonic(),
             )
         )
@@ -73,8 +113,9 @@ class StepFeeder:
         if not self._bridge.submit(batch):
             self._recorder.counters.add_labelled("steps_dropped", "queue_full", steps)
 
-    def forget(self, state: RequestState) -> None:
+    def forget_request(self, state: RequestState) -> None:
         """The request's blocks are gone, and with them the use of its steps."""
+        self._progress.pop(state.request_id, None)
         self._bridge.forget(state.history, state.request_id)
 
     def answers(self) -> Iterator[Answer]:

@@ -9,8 +9,12 @@ begin in one token and end in another.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memshare.config import Setup
 
 _CLOSES = -1  # a transition's target that says: a delimiter is complete, start afresh
 
@@ -176,3 +180,12 @@ class StepSegmenter:
             length = 0
         self._state, self._length = state, length
         return bounds
+
+
+def tokenizer_refusals(setup: Setup) -> Iterator[str]:
+    """What a mechanism that cuts output into steps says to an engine without a tokenizer."""
+    if setup.engine is not None and not setup.engine.has_tokenizer:
+        yield (
+            f"skip_tokenizer_init is set; policy {setup.config.policy.name!r} compiles step "
+            "delimiters against the tokenizer"
+        )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from heapq import nlargest
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from memshare.config import ReportConfig
-from memshare.core.request_tracker import RequestTracker
-from memshare.core.requests import RequestState
-from memshare.engine.vllm_0_32.block_tables import BlockTables
 from memshare.telemetry.stats import Counters, RequestRow
+
+if TYPE_CHECKING:
+    from memshare.core.interfaces import BlockTables
+    from memshare.core.request_tracker import RequestTracker
+    from memshare.core.requests import RequestState
 
 _SHARE_OF_TIME = 0.001  # that looks may take of the engine's thread
 _SLICE_S = 0.0005  # of a look in one engine step; what is left comes in the next ones

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memshare.core.token_map import TokenMap
 from memshare.lab.bench.arms import POLICIES
 from memshare.lab.markdown import table_head, table_row
 
@@ -108,7 +109,8 @@ def of_texts(model: Path, options: argparse.Namespace) -> Workload:
         options.traces,
     )  # fmt: skip
     tasks = build(options.texts, source)
-    blocks = int(sum(-(-task.need // BLOCK) for task in tasks) * options.fit / len(tasks))
+    entries = TokenMap(BLOCK).entries
+    blocks = int(sum(entries(task.need) for task in tasks) * options.fit / len(tasks))
     return Workload(
         f"{len(tasks)} x {options.texts} of up to {options.tokens} tokens, all at once",
         [Job(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],

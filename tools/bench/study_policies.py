@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter
 
-from memshare.config import DistanceConfig, PolicyParams
+from memshare.config import DistanceConfig, MemShareConfig
+from memshare.core.token_map import TokenMap
 from memshare.lab.bench.models import resolve
 from memshare.lab.bench.workloads import Source
 from memshare.lab.markdown import table_head, table_row
@@ -67,13 +67,14 @@ def traces(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
 def solutions(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
     """Yield worked solutions; the prefix ends with the block in which the last part begins."""
     source = Source(reader.tokenizer, options.limit, options.continuation)
-    size = options.block_size
+    token_map = TokenMap(options.block_size)
     for seed in range(options.seed, options.seed + options.limit):
         problem = generate(options.family, seed)
         prompt, text = source.chat(problem.prompt), source.ids(problem.solution)
         last = problem.solution.find("Now I add")
         done = source.ids(problem.solution[: last if last > 0 else len(problem.solution) // 2])
-        yield reader.read(prompt, text, (len(prompt) + len(done)) // size * size)
+        full = token_map.full(len(prompt) + len(done))
+        yield reader.read(prompt, text, token_map.first_position(full))
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def main() -> None:
         reading = exact if options.kv == "float32" else reader.in_fp8(exact)
         for fraction in fractions:
             for arm in arms:
-                params = TypeAdapter(PolicyParams).validate_python(ARMS[arm])
+                params = MemShareConfig.model_validate({"policy": ARMS[arm]}).policy
                 prefix = reader.give_up(reading, params, fraction)
                 damage = reader.judge(reading, prefix.donor_of)
                 measured.setdefault((fraction, arm), []).append(damage)

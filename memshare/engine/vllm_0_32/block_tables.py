@@ -1,4 +1,4 @@
-"""The one place that touches vLLM's block pool and block tables on the scheduler side.
+"""vLLM's block pool and block tables, on the scheduler's side.
 
 vLLM keeps, per request, a list of :class:`KVCacheBlock` objects (``req_to_blocks``), and in each
 block a reference count (vllm/v1/core/block_pool.py, single_type_kv_cache_manager.py). Everything
@@ -7,28 +7,41 @@ here keeps their invariant: a block's count is the number of table entries that 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from memshare.core.interfaces import CacheGroup
 from memshare.core.token_map import TokenMap
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.request import Request
 
 # Beyond any number of blocks: SingleTypeKVCacheManager.cache_blocks returns early.
 _NEVER_PUBLISH_AGAIN = 1 << 30
 
 
-class BlockTables:
-    """Reads and edits the block tables of one KV cache group."""
+class ManagerTables:
+    """:class:`~memshare.core.interfaces.BlockTables` of vLLM's KV cache manager.
 
-    def __init__(self, manager: KVCacheManager, token_map: TokenMap) -> None:
+    Attributes:
+        token_map: where tokens lie in the tables that may be edited.
+    """
+
+    def __init__(self, manager: KVCacheManager, group: CacheGroup) -> None:
+        """Take hold of a manager.
+
+        Args:
+            manager: vLLM's.
+            group: the layers whose table may be edited.
+        """
         self._pool = manager.block_pool
         self._cache = manager
-        self._manager = manager.coordinator.single_type_managers[0]
+        self._managers = tuple(manager.coordinator.single_type_managers)
+        self._manager = self._managers[group.index]
         self._configured_watermark: int = manager.watermark_blocks
-        self.token_map = token_map
+        self.token_map = TokenMap(group.block_size)
+        # Of all groups, each size once: a block of any of them may be published.
+        self._maps = tuple({TokenMap(each.block_size) for each in self._managers})
 
     @property
     def total(self) -> int:
@@ -49,7 +62,7 @@ class BlockTables:
         """How many entries the request's table has; 0 while it holds no blocks."""
         return len(self._manager.req_to_blocks.get(request_id, ()))
 
-    def publishes_soon(self, request: Request) -> bool:
+    def publishes_soon(self, request: Any) -> bool:
         """Whether the step that is being scheduled may publish a block of this request.
 
         ``allocate_slots`` publishes a block in the step that completes it. A first remap in that
@@ -57,10 +70,10 @@ class BlockTables:
         """
         done = request.num_computed_tokens
         ahead = request.num_tokens_with_spec + request.num_output_placeholders
-        return bool(self.token_map.full(ahead) != self.token_map.full(done))
+        return any(each.full(ahead) != each.full(done) for each in self._maps)
 
-    def repoint(self, request_id: str, index: int, donor: KVCacheBlock) -> int:
-        """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""
+    def repoint(self, request_id: str, index: int, donor: Any) -> int:
+        """See :meth:`BlockTables.repoint`."""
         blocks = self._manager.req_to_blocks[request_id]
         target = blocks[index]
         before = self.free
@@ -78,24 +91,28 @@ class BlockTables:
         self._cache.watermark_blocks = max(self._configured_watermark, blocks)
 
     def stop_publishing(self, request_id: str) -> None:
-        """Taint: none of the request's later blocks may enter the prefix cache.
+        """See :meth:`BlockTables.stop_publishing`.
 
         vLLM forgets this count when it frees the request, so a preempted request, which is computed
         again exactly, publishes again.
         """
-        self._manager.num_cached_block[request_id] = _NEVER_PUBLISH_AGAIN
+        for manager in self._managers:
+            manager.num_cached_block[request_id] = _NEVER_PUBLISH_AGAIN
 
     def is_publishing(self, request_id: str) -> bool:
         """Whether blocks of this request may still enter the prefix cache."""
-        count: int = self._manager.num_cached_block.get(request_id, 0)
-        return count < _NEVER_PUBLISH_AGAIN
+        return any(
+            manager.num_cached_block.get(request_id, 0) < _NEVER_PUBLISH_AGAIN
+            for manager in self._managers
+        )
 
     def reference_faults(self) -> list[str]:
         """Blocks whose count is not the number of entries that point to them; [] if all is well."""
         entries: dict[int, int] = {}
-        for blocks in self._manager.req_to_blocks.values():
-            for block in blocks:
-                entries[block.block_id] = entries.get(block.block_id, 0) + 1
+        for manager in self._managers:
+            for blocks in manager.req_to_blocks.values():
+                for block in blocks:
+                    entries[block.block_id] = entries.get(block.block_id, 0) + 1
         faults = []
         for block in self._pool.blocks:
             pointing = entries.get(block.block_id, 0)
@@ -109,7 +126,7 @@ class BlockTables:
             faults.append(f"{in_use} blocks in use and {self.free} free do not make {self.total}")
         return faults
 
-    def tables(self) -> dict[str, list[int]]:
+    def block_ids(self) -> dict[str, list[int]]:
         """Block ids of every request that holds blocks."""
         return {
             request_id: [block.block_id for block in blocks]

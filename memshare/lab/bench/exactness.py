@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.lab.bench.child import call
+
+if TYPE_CHECKING:
+    from memshare.engine.messages import SchedulerMessage
 
 BLOCK_SIZE = 32
 COPIES = 10
@@ -123,6 +126,12 @@ def check(engine: Engine) -> list[Verdict]:
     return verdicts
 
 
+def _without_remaps(message: SchedulerMessage) -> SchedulerMessage:
+    commands: dict[str, Any] = message.commands
+    kept = {name: replace(each, remaps=()) for name, each in commands.items()}
+    return replace(message, commands=kept, tables=None)
+
+
 def _of(same: int) -> str:
     return f"{same} of {COPIES} outputs identical"
 
@@ -167,7 +176,7 @@ def write(argument: dict[str, Any]) -> Written:
     if argument["forget"]:
         worker = core.model_executor.driver_worker.worker._memshare
         before_step = worker.before_step
-        worker.before_step = lambda message: before_step(type(message)(batches=message.batches))
+        worker.before_step = lambda message: before_step(_without_remaps(message))
     params = SamplingParams(max_tokens=engine.tokens, temperature=0, ignore_eos=True)
     found = llm.generate([PROMPT] * COPIES + OTHERS, params, use_tqdm=False)
     outputs = [list(output.outputs[0].token_ids) for output in found[:COPIES]]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
-
-from memshare.config import MemShareConfig, PaperParams, TwinsParams
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 if TYPE_CHECKING:
-    from memshare.core.reclaimer import TableView
+    from memshare.mechanisms.remap.view import TableView
 
 Fate = Literal[
     "prompt", "recent window", "given up", "in other tables", "last copy", "no similar block",
@@ -19,23 +17,17 @@ FATES: tuple[Fate, ...] = get_args(Fate)
 """``given up``, or why not: the first reason that holds, in this order."""
 
 
-def fates(
-    view: TableView, config: MemShareConfig, has_pair: Callable[[int], bool]
-) -> Counter[Fate]:
+def fates(view: TableView, objection: Callable[[int], str | None]) -> Counter[Fate]:
     """Count the full blocks of a request by their fate.
 
     Args:
         view: the request's blocks.
-        config: MemShare's configuration.
-        has_pair: whether a verified pair, of a staged policy, waits for the block of that index.
+        objection: why the policy would not give up the block of an index; None if it would.
     """
-    return Counter(_fate(view, index, config, has_pair) for index in range(view.full))
+    return Counter(_fate(view, index, objection) for index in range(view.full))
 
 
-def _fate(
-    view: TableView, index: int, config: MemShareConfig, has_pair: Callable[[int], bool]
-) -> Fate:
-    policy = config.policy
+def _fate(view: TableView, index: int, objection: Callable[[int], str | None]) -> Fate:
     if index < view.first:
         return "prompt"
     if not view.is_own(index):
@@ -46,8 +38,6 @@ def _fate(
         return "in other tables"
     if not view.is_target(index):
         return "last copy"
-    if isinstance(policy, PaperParams) and not has_pair(index):
-        return "no similar block"
-    if isinstance(policy, TwinsParams) and view.coverage[index] < policy.min_coverage:
-        return "badly covered"
+    if (reason := objection(index)) is not None:
+        return cast(Fate, reason)
     return "not asked for" if view.has_budget else "over budget"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from memshare.errors import UserError
 from memshare.lab.bench.arms import Arm
@@ -25,10 +25,11 @@ from memshare.lab.simulate.costs import Recomputation, StepWork, work_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
-    from vllm.v1.request import Request
 
+    from memshare.core.interfaces import EngineRequest
     from memshare.engine.scheduler_side import SchedulerSide
     from memshare.engine.usage import ReturnedUsage
+    from memshare.mechanisms.remap.scheduler import RemapPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +331,7 @@ class _Watch:
     def _watch_ends(self, side: SchedulerSide) -> None:
         finish = side.finish
 
-        def watched(request: Request) -> ReturnedUsage | None:
+        def watched(request: EngineRequest) -> ReturnedUsage | None:
             self._note_end(side, request.request_id)
             return finish(request)
 
@@ -340,8 +341,9 @@ class _Watch:
         state = side.tracker.get(request_id)
         if state is not None and side.tables.table(request_id) is not None:
             self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
-            has_pair = partial(side.reclaimer.has_pair, state)
-            self._fates += fates(side.reclaimer.view(state), side.config, has_pair)
+            part = cast("RemapPart", side.part)
+            view = part.view(state)
+            self._fates += fates(view, partial(part.objection, state, view))
 
     def step(self, start: float) -> None:
         """One engine step."""

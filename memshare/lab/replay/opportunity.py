@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from memshare.core.token_map import TokenMap
 from memshare.lab.markdown import table
-from memshare.mechanisms.twins.index import Positions, TwinIndex
+from memshare.mechanisms.twins.index import TwinIndex
+from memshare.search.evaluate import Positions
 
 _STEP = 8  # tokens that are added to the index at a time: what they repeat must stand before them
 _RUN = 4  # tokens: shorter repetitions are chance

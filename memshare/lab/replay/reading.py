@@ -18,16 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memshare.config import DistanceConfig, PolicyParams, ProtectConfig, StepConfig, TwinsParams
+from memshare.config import DistanceConfig, MemShareConfig, PolicyParams, ProtectConfig, StepConfig
 from memshare.core.capacity import end_target, first_target
 from memshare.core.token_map import TokenMap
 from memshare.kv.rotary import Rotation
 from memshare.kv.similarity import TokenScale, spread_layers, token_similarity_sums
 from memshare.lab.replay.damage import measure
-from memshare.mechanisms.registry import load_policy
-from memshare.mechanisms.remap.policy import DemandPolicy
+from memshare.mechanisms.remap.mechanism import demand_policy
 from memshare.mechanisms.twins.copies import TokenCopies
-from memshare.mechanisms.twins.index import Positions, TwinIndex
+from memshare.search.evaluate import NewSteps, Positions, open_stage_one
 from memshare.search.steps import StepSegmenter, compile_delimiters
 from memshare.search.vocabulary import token_bytes
 from memshare.small_model.names import tokenizer_of
@@ -206,10 +205,9 @@ class Reader:
         Raises:
             ValueError: the policy is not one that chooses victims on demand.
         """
-        policy = load_policy(params)
-        if not isinstance(policy, DemandPolicy):
-            raise ValueError(f"policy {params.name!r} chooses no victims on demand")
-        twins = self._twins(reading, params) if isinstance(params, TwinsParams) else None
+        policy = demand_policy(params)
+        config = MemShareConfig(policy=params)
+        twins = self._twins(reading, config) if config.uses_stages else None
         full = self._map.full(reading.prefix)
         prefix = Prefix(
             first=first_target(reading.prompt, self._map, self._protect),
@@ -235,16 +233,18 @@ class Reader:
         _, bounds = StepSegmenter(self._automaton, *self._steps).feed(output)
         return [reading.prompt + bound for bound in bounds]
 
-    def _twins(self, reading: Reading, params: TwinsParams) -> TokenCopies:
+    def _twins(self, reading: Reading, config: MemShareConfig) -> TokenCopies:
         """Both stages over the whole prefix."""
         known = TokenCopies(self._map)
         known.grow(self._map.entries(reading.prefix))
-        index = TwinIndex(params.shortest_run)
+        stage_one = open_stage_one(config)
         for first, last in pairwise([0, *self.steps(reading)]):
-            earlier, later = index.add(reading.tokens[first:last].tolist(), first)
-            apart = self._map.entry(earlier) != self._map.entry(later)
-            earlier, later = earlier[apart], later[apart]
-            known.learn(earlier, later, reading.similarity(earlier, later))
+            tokens = reading.tokens[first:last].tolist()
+            step = NewSteps("", 0, "", first, tokens, (0, last - first), 0.0, 0.0)
+            for links in stage_one.evaluate([step]).links:
+                apart = self._map.entry(links.earlier) != self._map.entry(links.later)
+                earlier, later = links.earlier[apart], links.later[apart]
+                known.learn(earlier, later, reading.similarity(earlier, later))
         return known
 
 

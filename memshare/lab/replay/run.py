@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from memshare.engine.scheduler_side import SchedulerSide
+    from memshare.mechanisms.remap.scheduler import RemapPart
 
 SETTLING = 4
 """Engine steps within which all remaps are done once they are allowed: a request's first one may
-have to wait a step or two (``Reclaimer._must_wait``). What is compared comes after them."""
+have to wait a step or two (``RequestTracker.must_wait``). What is compared comes after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def observe(plan: ReplayPlan) -> list[Sighting]:
         for state in side.tracker:
             # Its last steps: what has been written before has been compared by then.
             if len(state.request.output_token_ids) >= plan.prefix - 2:
-                view = side.reclaimer.view(state)
+                view = cast("RemapPart", side.part).view(state)
                 coverage = view.coverage[view.first : view.end].tolist()
                 found[state.request_id] = Sighting(view.full, coverage)
         engine.step()

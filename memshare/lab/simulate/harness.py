@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memshare.config import MemShareConfig
-from memshare.core.rank_reducer import RankReducer
-from memshare.engine.messages import JobResult, SchedulerMessage, TwinBatch, WorkerMessage
+from memshare.core.rank_reducer import JobResult, RankReducer
+from memshare.engine.messages import SchedulerMessage, WorkerMessage
+from memshare.mechanisms.remap.messages import Batch, RemapCommands, RemapResults
 from memshare.plug_in import plug_in
 from memshare.search.evaluate import Answer, EvaluatorError, InProcessSource, NewSteps
 
@@ -50,7 +51,7 @@ class FakeWorker:
     tables: dict[str, list[int]] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     expected: dict[str, list[int]] = field(default_factory=dict)
-    late: dict[int, JobResult] = field(default_factory=dict)
+    late: dict[str, dict[int, JobResult]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -59,14 +60,11 @@ class FakeWorker:
         """Take one step's orders: remaps first, then new and changed requests."""
         message = output.kv_connector_metadata
         assert isinstance(message, SchedulerMessage)
-        answer = WorkerMessage(results=self.late)
+        results = {name: RemapResults(late) for name, late in self.late.items()}
         self.late = {}
-        for remap in message.remaps:
-            if remap.request_id not in self.tables:
-                answer.remap_misses += 1
-                continue
-            self.tables[remap.request_id][remap.index] = remap.block_id
-            self.expected[remap.request_id][remap.index] = self.written.get(remap.block_id, 0)
+        for name, commands in message.commands.items():
+            assert isinstance(commands, RemapCommands), "it fakes what remaps need, and no more"
+            self._remap(commands, results.setdefault(name, RemapResults()))
         for request_id in output.finished_req_ids:
             self._forget(request_id)
         for request_id in output.preempted_req_ids or ():
@@ -88,17 +86,11 @@ class FakeWorker:
             self._write(start, blocks, computed)
         for request_id, start, blocks, _ in pointed:
             self._point(request_id, start, blocks)
-        for batch in message.batches:
-            sizes = (
-                {batch.job_id: batch.tokens.shape[1]}
-                if isinstance(batch, TwinBatch)
-                else {job.job_id: 1 for job in batch.jobs}
-            )
-            for job_id, pairs in sizes.items():
-                shares = [self._random.random() for _ in range(pairs)]
-                answer.results[job_id] = JobResult(list(shares), 1, 1)
-                if self.ranks > 1:
-                    self.late[job_id] = JobResult(list(shares), 1, self.ranks - 1)
+        for name, commands in message.commands.items():
+            assert isinstance(commands, RemapCommands)
+            for batch in commands.batches:
+                self._compare(name, batch, results[name])
+        answer = WorkerMessage(dict(results))
         if message.tables is not None:
             answer.table_faults = [
                 f"{request_id}: {self.tables[request_id]} is not {blocks}"
@@ -115,6 +107,23 @@ class FakeWorker:
             for i, block in enumerate(table)
             if self.expected[request_id][i] != self.written.get(block, 0)
         ]
+
+    def _remap(self, commands: RemapCommands, results: RemapResults) -> None:
+        for remap in commands.remaps:
+            if remap.request_id not in self.tables:
+                results.misses += 1
+                continue
+            self.tables[remap.request_id][remap.index] = remap.block_id
+            self.expected[remap.request_id][remap.index] = self.written.get(remap.block_id, 0)
+
+    def _compare(self, name: str, batch: Batch, results: RemapResults) -> None:
+        """Answer a batch's jobs with random similarities, those of other ranks in the next step."""
+        for job_id, pairs in batch.pairs_by_job().items():
+            shares = [self._random.random() for _ in range(pairs)]
+            results.results[job_id] = JobResult(list(shares), 1, 1)
+            if self.ranks > 1:
+                late = self.late.setdefault(name, {})
+                late[job_id] = JobResult(list(shares), 1, self.ranks - 1)
 
     def _write(self, start: int, blocks: list[int], computed: int) -> None:
         """A new owner overwrites the blocks that begin an entry beyond ``computed`` tokens."""
@@ -212,11 +221,12 @@ class SchedulerHarness:
             ),
             blocks,
         )  # fmt: skip
-        if ranks > 1 and self.side.jobs is not None:
-            self.side.jobs._gather = RankReducer(ranks)
-        if synchronous_search and self.side is not None and self.side.intake is not None:
-            self.side.intake.close()
-            self.side.intake._bridge = SynchronousBridge(self.side.config)
+        stages = self.side.part.stages if self.side is not None else None
+        if ranks > 1 and stages is not None:
+            stages.verifier._reducer = RankReducer(ranks)
+        if synchronous_search and stages is not None:
+            stages.feeder.close()
+            stages.feeder._bridge = SynchronousBridge(self.side.config)
         self._forced: dict[str, list[int]] = {}
         self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"] - 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from memshare.config import OldestParams
 from memshare.mechanisms.remap.policy import DemandPolicy, RequestView, Victim
 
 
@@ -13,9 +12,6 @@ class OldestPolicy(DemandPolicy):
     evenly over the donors behind it, one each where there is room, because a re-pointed block adds
     log(multiplicity) to its donor's attention logits.
     """
-
-    def __init__(self, params: OldestParams) -> None:
-        del params  # it has none; every policy is built from its parameters
 
     def choose(self, view: RequestView) -> Victim | None:
         """See :meth:`DemandPolicy.choose`."""

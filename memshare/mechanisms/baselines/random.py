@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 
-from memshare.config import RandomParams
 from memshare.mechanisms.remap.policy import DemandPolicy, RequestView, Victim
 
 
 class RandomPolicy(DemandPolicy):
     """Draws the target among the blocks that free memory, the donor among the others that stay."""
 
-    def __init__(self, params: RandomParams) -> None:
-        self._random = random.Random(params.seed)
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
 
     def choose(self, view: RequestView) -> Victim | None:
         """See :meth:`DemandPolicy.choose`."""

@@ -1,44 +1,14 @@
-"""What a policy is, without any engine: block indices in, block indices out."""
+"""What picks the blocks that are given up, without any engine: indices in, indices out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from memshare.core.token_map import TokenMap
-from memshare.search.evaluate import Span
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRef:
-    """The ``index``-th block of the request that wrote ``span``'s step."""
-
-    span: Span
-    index: int
-
-
-class PairProposal(NamedTuple):
-    """Re-point ``target`` at ``donor``."""
-
-    target: BlockRef
-    donor: BlockRef
-
-
-class StagedPolicy(ABC):
-    """A policy whose pairs pass stage one and stage two."""
-
-    @abstractmethod
-    def propose(self, later: Span, earlier: Span, token_map: TokenMap) -> Iterator[PairProposal]:
-        """Block pairs of two similar steps that are worth comparing in stage two."""
-
-    def damage(self, similarity: float) -> float:
-        """How much a verified pair is expected to hurt; the reclaim queue takes the least first."""
-        return 1.0 - similarity
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class RequestView(Protocol):
@@ -80,7 +50,8 @@ class RequestView(Protocol):
 
     @property
     def coverage(self) -> npt.NDArray[np.float32]:
-        """``[full]``, 0..1: how much of each block has twins (memshare/twins.py). 0 if unknown."""
+        """``[full]``, 0..1: how much of each block appears elsewhere in the request; 0 if
+        unknown."""
         ...
 
     @property
@@ -105,14 +76,7 @@ class Victim:
 
 
 class DemandPolicy(ABC):
-    """A policy that picks a victim when a block is needed.
-
-    Attributes:
-        uses_coverage: whether it looks at :attr:`RequestView.coverage`, which takes both stages. If
-            not, nothing is compared.
-    """
-
-    uses_coverage = False
+    """A policy that picks a victim at the moment when a block is needed."""
 
     def promise(self, view: RequestView) -> float:
         """The most quality that :meth:`choose` could find in the request, cheaply; 0..1."""
@@ -122,3 +86,8 @@ class DemandPolicy(ABC):
     @abstractmethod
     def choose(self, view: RequestView) -> Victim | None:
         """Pick one of the request's blocks, or None if there is none to take."""
+
+    def objection(self, view: RequestView, index: int) -> str | None:
+        """Why :meth:`choose` would never take this block, in words; None if it might."""
+        del view, index
+        return None

@@ -4,41 +4,45 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 
-from memshare.config import DistanceConfig
-from memshare.core.rank_reducer import RankReducer
-from memshare.core.reclaimer import Reclaimer
-from memshare.core.request_tracker import RequestTracker
-from memshare.core.requests import Candidate, Entry, RequestState
-from memshare.engine.messages import BlockAt, JobBatch, JobResult, PairJob
-from memshare.engine.vllm_0_32.block_tables import BlockTables
-from memshare.mechanisms.remap.policy import PairProposal, StagedPolicy
+from memshare.core.rank_reducer import JobResult, RankReducer
+from memshare.core.requests import RequestState
+from memshare.mechanisms.contract import SchedulerContext
+from memshare.mechanisms.remap.pairs import Candidate, Entry, PairRecorder, own_entry
+from memshare.mechanisms.step_pairs.messages import BlockAt, JobBatch, PairJob
+from memshare.mechanisms.step_pairs.policy import BlockRef, PairProposal, PairProposer
 from memshare.search.evaluate import Answer, StepMatch
-from memshare.telemetry.recorder import Recorder
 
-_SAMPLE_BLOCKS = 8  # random blocks of a request that scale its distances (distance.py)
+_SAMPLE_BLOCKS = 8  # random blocks of a request that scale its distances (kv/similarity.py)
 
 
 class BlockPairVerifier:
-    """:class:`~memshare.mechanisms.remap.verifier.PairVerifier` of a staged policy."""
+    """A :class:`~memshare.mechanisms.remap.scheduler.PairVerifier` of pairs of blocks."""
 
     def __init__(
         self,
-        config: DistanceConfig,
-        policy: StagedPolicy,
-        tracker: RequestTracker,
-        tables: BlockTables,
-        reclaimer: Reclaimer,
-        recorder: Recorder,
-        world_size: int,
+        context: SchedulerContext,
+        proposer: PairProposer,
+        pairs: PairRecorder,
+        take_verified: Callable[[Candidate], None],
     ) -> None:
-        self._config = config
-        self._policy = policy
-        self._tracker = tracker
-        self._tables = tables
-        self._reclaimer = reclaimer
-        self._recorder = recorder
-        self._gather = RankReducer(world_size)
+        """Start without candidates.
+
+        Args:
+            context: of the mechanism.
+            proposer: makes pairs of blocks out of similar steps.
+            pairs: counts and logs what becomes of them.
+            take_verified: is given each pair that is similar enough.
+        """
+        self._config = context.config.distance
+        self._proposer = proposer
+        self._tracker = context.tracker
+        self._tables = context.tables
+        self._take_verified = take_verified
+        self._counters = context.recorder.counters
+        self._pairs = pairs
+        self._reducer = RankReducer(context.world_size)
         self._waiting: deque[Candidate] = deque()
         self._running: dict[int, Candidate] = {}
         self._last_id = 0
@@ -55,25 +59,26 @@ class BlockPairVerifier:
 
     def propose(self, answer: Answer) -> None:
         """See :meth:`PairVerifier.propose`."""
-        counters = self._recorder.counters
         for match in answer.matches:
             if not self._may_pair(match):
-                counters.add_labelled("dropped", "unknown_request")
+                self._counters.add_labelled("dropped", "unknown_request")
                 continue
-            for pair in self._policy.propose(match.later, match.earlier, self._tables.token_map):
-                counters.add("candidates")
+            for pair in self._proposer.propose(match.later, match.earlier, self._tables.token_map):
+                self._counters.add("candidates")
                 candidate = self._candidate(pair)
                 if candidate is None:
-                    counters.add_labelled("dropped", "unavailable")
+                    self._counters.add_labelled("dropped", "unavailable")
                     continue
-                self._recorder.pair("candidate", candidate, similarity=round(match.similarity, 4))
-                self._add(candidate)
+                self._pairs.transition(
+                    "candidate", candidate, similarity=round(match.similarity, 4)
+                )
+                self._enqueue(candidate)
 
-    def grown(self, state: RequestState) -> None:
-        """See :meth:`PairVerifier.grown`."""
+    def on_tokens(self, state: RequestState) -> None:
+        """See :meth:`PairVerifier.on_tokens`."""
 
-    def forget(self, state: RequestState) -> None:
-        """See :meth:`PairVerifier.forget`. What waits is found stale in its turn."""
+    def forget_request(self, state: RequestState) -> None:
+        """See :meth:`PairVerifier.forget_request`. What waits is found stale in its turn."""
 
     def _may_pair(self, match: StepMatch) -> bool:
         """Both requests live and share a history. Answers are not trusted to respect tenants."""
@@ -82,29 +87,33 @@ class BlockPairVerifier:
         return later is not None and earlier is not None and later.history == earlier.history
 
     def _candidate(self, pair: PairProposal) -> Candidate | None:
-        target, donor = self._tracker.entry(pair.target), self._tracker.entry(pair.donor)
+        target, donor = self._entry(pair.target), self._entry(pair.donor)
         return None if target is None or donor is None else Candidate(target, donor)
 
-    def _add(self, candidate: Candidate) -> None:
+    def _entry(self, ref: BlockRef) -> Entry | None:
+        span = ref.span
+        return own_entry(self._tracker, self._tables, span.request_id, span.generation, ref.index)
+
+    def _enqueue(self, candidate: Candidate) -> None:
         """Let a candidate wait for stage two, unless it can't come to anything."""
         target = candidate.target
         if target.block is candidate.donor.block:
-            self._recorder.drop(candidate, "no_gain")
+            self._pairs.dropped(candidate, "no_gain")
         elif target.index < self._tracker.first_target(target.state):
-            self._recorder.drop(candidate, "protected")
+            self._pairs.dropped(candidate, "protected")
         elif len(self._waiting) >= self._config.max_waiting:
-            self._recorder.drop(candidate, "stage_two_full")
+            self._pairs.dropped(candidate, "stage_two_full")
         else:
             self._waiting.append(candidate)
 
-    def take(self) -> tuple[JobBatch, ...]:
+    def take_batches(self) -> tuple[JobBatch, ...]:
         """This step's jobs, at most ``max_jobs_per_step``, grouped by the target's request."""
         by_request: dict[str, list[PairJob]] = {}
         budget = self._config.max_jobs_per_step
         while self._waiting and budget > 0:
             candidate = self._waiting.popleft()
-            if not self._tracker.is_current(candidate):
-                self._recorder.drop(candidate, "stale")
+            if not candidate.is_current(self._tables):
+                self._pairs.dropped(candidate, "stale")
                 continue
             budget -= 1
             self._last_id += 1
@@ -119,23 +128,22 @@ class BlockPairVerifier:
         return tuple(batches)
 
     def receive(self, results: dict[int, JobResult]) -> None:
-        """See :meth:`PairVerifier.receive`. Pairs that are similar go to the reclaimer."""
-        for job_id, result in self._gather.complete(results):
+        """See :meth:`PairVerifier.receive`. Pairs that are similar go to the reclaim queue."""
+        for job_id, result in self._reducer.complete(results):
             candidate = self._running.pop(job_id)
             if self._is_similar(candidate, result.totals[0] / max(result.count, 1)):
-                self._reclaimer.add(candidate)
+                self._take_verified(candidate)
 
     def _is_similar(self, candidate: Candidate, similarity: float) -> bool:
-        counters = self._recorder.counters
-        counters.add("compared")
-        counters.observe_distance(1.0 - similarity)
+        self._counters.add("compared")
+        self._counters.observe_distance(1.0 - similarity)
         threshold = candidate.target.state.options.memshare_block_threshold
         if threshold is None:
             threshold = self._config.similarity_threshold
         similar = similarity >= threshold
-        candidate.damage = self._policy.damage(similarity)
-        counters.add("verified" if similar else "rejected")
-        self._recorder.pair(
+        candidate.damage = self._proposer.damage(similarity)
+        self._counters.add("verified" if similar else "rejected")
+        self._pairs.transition(
             "verified" if similar else "rejected", candidate, similarity=round(similarity, 4)
         )
         return similar

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.core.token_map import TokenMap
-from memshare.mechanisms.twins.index import Positions
+from memshare.search.evaluate import Positions
 
 _Similarities = npt.NDArray[np.float32]
 _HOPS = 8  # neighbours that are followed at most; past them, a list is cut in two

@@ -19,7 +19,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-Positions = npt.NDArray[np.int32]
+from memshare.search.evaluate import Positions
+
 _Places = npt.NDArray[np.int64]  # in the index's own arrays
 
 _ORDERS = (1, 2, 4, 8)  # tokens; each run's hash is made of two of the order before

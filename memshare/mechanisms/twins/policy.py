@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from memshare.config import TwinsParams
 from memshare.mechanisms.remap.policy import DemandPolicy, RequestView, Victim
+from memshare.mechanisms.twins.params import TwinsParams
 
 # A re-pointed block adds log(multiplicity) to its donor's attention logits. So much further away,
 # in blocks, may a donor be to have one sharer less.
@@ -23,8 +23,6 @@ class TwinsPolicy(DemandPolicy):
     other have been turned by nearly the same angle, and victims spread over many donors.
     """
 
-    uses_coverage = True
-
     def __init__(self, params: TwinsParams) -> None:
         self._params = params
 
@@ -34,9 +32,7 @@ class TwinsPolicy(DemandPolicy):
 
     def choose(self, view: RequestView) -> Victim | None:
         """See :meth:`DemandPolicy.choose`."""
-        asked = view.block_threshold
-        least = self._params.min_coverage if asked is None else asked
-        coverage = view.coverage
+        least, coverage = self._least_coverage(view), view.coverage
         targets = [
             i for i in range(view.first, view.end) if coverage[i] >= least and view.is_target(i)
         ]
@@ -54,6 +50,14 @@ class TwinsPolicy(DemandPolicy):
                 donor = min(donors, key=lambda j: (_distance(j, target, view), j < target))
                 return Victim(target, donor, float(coverage[target]))
         return None
+
+    def objection(self, view: RequestView, index: int) -> str | None:
+        """See :meth:`DemandPolicy.objection`."""
+        return "badly covered" if view.coverage[index] < self._params.min_coverage else None
+
+    def _least_coverage(self, view: RequestView) -> float:
+        asked = view.block_threshold
+        return self._params.min_coverage if asked is None else asked
 
 
 def _distance(donor: int, target: int, view: RequestView) -> int:

@@ -13,16 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from memshare.config import DistanceConfig
-from memshare.core.rank_reducer import RankReducer
-from memshare.core.request_tracker import RequestTracker
+from memshare.core.rank_reducer import JobResult, RankReducer
 from memshare.core.requests import RequestState
-from memshare.engine.messages import JobResult, TwinBatch
-from memshare.engine.vllm_0_32.block_tables import BlockTables
+from memshare.mechanisms.contract import SchedulerContext
 from memshare.mechanisms.twins.copies import TokenCopies
-from memshare.mechanisms.twins.index import Positions
-from memshare.search.evaluate import Answer, TwinLinks
-from memshare.telemetry.recorder import Recorder
+from memshare.mechanisms.twins.messages import TwinBatch
+from memshare.search.evaluate import Answer, Positions, TwinLinks
 from memshare.telemetry.stats import DropReason
 
 
@@ -36,23 +32,22 @@ class _Pairs(NamedTuple):
 
 
 class TokenPairVerifier:
-    """:class:`~memshare.mechanisms.remap.verifier.PairVerifier` of the policy ``twins``."""
+    """A :class:`~memshare.mechanisms.remap.scheduler.PairVerifier` of pairs of tokens."""
 
     def __init__(
         self,
-        config: DistanceConfig,
-        tracker: RequestTracker,
-        tables: BlockTables,
-        recorder: Recorder,
-        world_size: int,
+        context: SchedulerContext,
     ) -> None:
-        self._per_step = tables.token_map.first_position(config.max_jobs_per_step)
-        self._max_waiting = tables.token_map.first_position(config.max_waiting)
-        self._tracker = tracker
-        self._tables = tables
-        self._map = tables.token_map
-        self._recorder = recorder
-        self._gather = RankReducer(world_size)
+        """Start without pairs."""
+        self._map = context.tables.token_map
+        distance = context.config.distance
+        self._per_step = self._map.first_position(distance.max_jobs_per_step)
+        self._max_waiting = self._map.first_position(distance.max_waiting)
+        self._tracker = context.tracker
+        self._tables = context.tables
+        self._recorder = context.recorder
+        self._counters = context.recorder.counters
+        self._reducer = RankReducer(context.world_size)
         self._copies: dict[str, TokenCopies] = {}
         self._waiting: deque[_Pairs] = deque()
         self._waiting_pairs = 0
@@ -79,29 +74,29 @@ class TokenPairVerifier:
     def propose(self, answer: Answer) -> None:
         """See :meth:`PairVerifier.propose`."""
         for links in answer.links:
-            self._recorder.counters.add("candidates", len(links.earlier))
+            self._counters.add("candidates", len(links.earlier))
             self._add_links(links)
 
-    def grown(self, state: RequestState) -> None:
-        """See :meth:`PairVerifier.grown`. A block leaves the recent window, and may go from now on:
-        its distance is observed."""
+    def on_tokens(self, state: RequestState) -> None:
+        """See :meth:`PairVerifier.on_tokens`. A block leaves the recent window, and may go from now
+        on: its distance is observed."""
         index = self._tracker.end_target(state) - 1
         if index >= self._tracker.first_target(state):
             coverage = self.copies_of(state).coverage[index]
-            self._recorder.counters.observe_distance(1.0 - float(coverage))
+            self._counters.observe_distance(1.0 - float(coverage))
 
-    def given_up(self, state: RequestState, index: int) -> None:
+    def note_given_up(self, state: RequestState, index: int) -> None:
         """Block ``index`` of the request has been re-pointed."""
         joined = self.copies_of(state).give_up(index)
-        self._recorder.counters.add("candidates", len(joined[0]))
-        self._add(_Pairs(state, state.generation, *joined))
+        self._counters.add("candidates", len(joined[0]))
+        self._enqueue(_Pairs(state, state.generation, *joined))
 
-    def forget(self, state: RequestState) -> None:
-        """See :meth:`PairVerifier.forget`. What waits is found stale in its turn."""
+    def forget_request(self, state: RequestState) -> None:
+        """See :meth:`PairVerifier.forget_request`. What waits is found stale in its turn."""
         self._copies.pop(state.request_id, None)
 
-    def take(self) -> tuple[TwinBatch, ...]:
-        """See :meth:`PairVerifier.take`."""
+    def take_batches(self) -> tuple[TwinBatch, ...]:
+        """See :meth:`PairVerifier.take_batches`."""
         job: list[_Pairs] = []
         budget = self._per_step
         while self._waiting and budget > 0:
@@ -129,7 +124,7 @@ class TokenPairVerifier:
 
     def receive(self, results: dict[int, JobResult]) -> None:
         """See :meth:`PairVerifier.receive`."""
-        for job_id, result in self._gather.complete(results):
+        for job_id, result in self._reducer.complete(results):
             similarity = np.array(result.totals, np.float32) / np.float32(max(result.count, 1))
             start = 0
             for pairs in self._running.pop(job_id):
@@ -138,7 +133,7 @@ class TokenPairVerifier:
                 start = end
 
     def _learn(self, pairs: _Pairs, similarity: npt.NDArray[np.float32]) -> None:
-        counters, similar = self._recorder.counters, int((similarity > 0).sum())
+        counters, similar = self._counters, int((similarity > 0).sum())
         counters.add("compared", len(similarity))
         counters.add("verified", similar)
         counters.add("rejected", len(similarity) - similar)
@@ -169,9 +164,9 @@ class TokenPairVerifier:
         if len(later) and int(later.max()) >= self._map.first_position(state.full):
             self._drop(len(later), "unavailable")  # not written yet: an answer that can't be right
             return
-        self._add(_Pairs(state, state.generation, earlier, later))
+        self._enqueue(_Pairs(state, state.generation, earlier, later))
 
-    def _add(self, pairs: _Pairs) -> None:
+    def _enqueue(self, pairs: _Pairs) -> None:
         if self._waiting_pairs + len(pairs.earlier) > self._max_waiting:
             self._drop(len(pairs.earlier), "stage_two_full")
         elif len(pairs.earlier):
@@ -192,8 +187,8 @@ class TokenPairVerifier:
         late = ~own & self._are_own(pairs.state, pairs.later)
         if late.any():
             kept = self.copies_of(pairs.state).keep(pairs.earlier[late], pairs.later[late])
-            self._recorder.counters.add("candidates", len(kept[0]))
-            self._add(_Pairs(pairs.state, pairs.generation, *kept))
+            self._counters.add("candidates", len(kept[0]))
+            self._enqueue(_Pairs(pairs.state, pairs.generation, *kept))
 
     def _are_own(self, state: RequestState, *ends: Positions) -> npt.NDArray[np.bool_]:
         """``[N]``: whether neither end of each pair lies in a re-pointed entry."""
@@ -225,4 +220,4 @@ class TokenPairVerifier:
 
     def _drop(self, pairs: int, reason: DropReason) -> None:
         if pairs:
-            self._recorder.counters.add_labelled("dropped", reason, pairs)
+            self._counters.add_labelled("dropped", reason, pairs)

@@ -26,8 +26,8 @@ def history(scope: str, name: str, salt: str | None, adapter: int | None) -> str
         sampling_params=SimpleNamespace(extra_args=None, prompt_logprobs=None),
         resumable=False,
     )
-    tracker = RequestTracker(config, None, tables)
-    assert tracker.add(request) is None
+    tracker = RequestTracker(config, tables)
+    assert tracker.follow(request) is None
     state = tracker.get(name)
     assert state is not None
     return state.history

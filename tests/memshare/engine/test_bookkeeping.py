@@ -71,7 +71,7 @@ def test_what_is_reported_agrees_with_the_books(
                 assert payload["blocks"]["free"] == side.tables.free
                 assert sum(payload["blocks"].values()) == side.tables.total
                 assert min(payload["blocks"].values()) >= 0
-                tables = side.tables.tables()
+                tables = side.tables.block_ids()
                 for row in payload["requests"]:
                     assert row["blocks"] == len(tables.get(row["request"], []))
                     assert row["shared"] == len(side.tracker.get(row["request"]).repointed)
@@ -102,24 +102,24 @@ def test_what_is_reported_agrees_with_the_books(
 @pytest.mark.parametrize("engine", ["twins"], indirect=True)
 def test_every_token_pair_is_resolved_once(engine: Engine) -> None:
     engine.generate(PROMPTS, max_tokens=200)
-    totals, survey = engine.totals, engine.side.jobs
+    totals, verifier = engine.totals, engine.side.part.stages.verifier
     assert totals["verified"] > 100
     dropped = sum(count for name, count in totals.items() if name.startswith("dropped:"))
     assert totals["compared"] == totals["verified"] + totals["rejected"]
-    assert totals["candidates"] == totals["compared"] + dropped + len(survey) + survey.running
+    assert totals["candidates"] == totals["compared"] + dropped + len(verifier) + verifier.running
 
 
 @pytest.mark.parametrize("engine", [name for name in POLICIES if "paper" in name], indirect=True)
 def test_every_pair_is_resolved_once(engine: Engine) -> None:
-    side = engine.side
-    assert side.jobs is not None
+    part = engine.side.part
+    verifier = part.stages.verifier
     engine.generate(PROMPTS, max_tokens=200)
     totals = engine.totals
     assert totals["candidates"] > 0
     dropped = sum(count for name, count in totals.items() if name.startswith("dropped:"))
     # Matches whose requests are gone are dropped before they become candidates.
     dropped -= totals["dropped:unknown_request"]
-    held = len(side.jobs) + side.jobs.running + len(side.reclaimer)
+    held = len(verifier) + verifier.running + len(part)
     assert totals["compared"] == totals["verified"] + totals["rejected"]
     assert totals["candidates"] == totals["rejected"] + totals["applied"] + dropped + held
 
@@ -144,8 +144,8 @@ def test_aborts_in_the_middle(engine: Engine) -> None:
     assert "integrity_checks:failed" not in engine.totals
     assert engine.is_clean()
     assert len(list(engine.side.tracker)) == 0
-    assert engine.side.reclaimer.shared_entries == 0
-    assert len(engine.side.reclaimer) == 0
+    assert engine.side.part.remapper.shared_entries == 0
+    assert len(engine.side.part) == 0
 
 
 def test_opted_out_requests_stay_exact(engine: Engine) -> None:

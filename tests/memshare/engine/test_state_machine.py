@@ -200,11 +200,11 @@ def assert_clean(rig: SchedulerHarness) -> None:
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert rig.scheduler.reset_prefix_cache()
     assert len(list(rig.side.tracker)) == 0
-    assert len(rig.side.reclaimer) == 0
-    if rig.side.jobs is not None:
+    assert len(rig.side.part) == 0
+    if (stages := rig.side.part.stages) is not None:
         rig.step()  # the second rank answers a step later
-        assert (len(rig.side.jobs), rig.side.jobs.running) == (0, 0)
-    assert rig.side.reclaimer.shared_entries == 0
+        assert (len(stages.verifier), stages.verifier.running) == (0, 0)
+    assert rig.side.part.remapper.shared_entries == 0
     assert rig.side.admission._growth == {}
     assert rig.side.admission._total == 0
     totals = rig.side.recorder.counters.totals
@@ -300,10 +300,10 @@ def test_the_checks_can_fail(folder: Path, sabotage: str, symptom: str) -> None:
     from memshare.engine.scheduler_side import IntegrityError
 
     rig = SchedulerHarness(folder, CHECKED | {"policy": {"name": "oldest"}}, 100)
-    tables, reclaimer = rig.side.tables, rig.side.reclaimer
+    tables, remapper = rig.side.tables, rig.side.part.remapper
     if sabotage == "no worker edit":
-        take = reclaimer.take_remaps
-        reclaimer.take_remaps = lambda: take()[:0]
+        take = remapper.take_remaps
+        remapper.take_remaps = lambda: take()[:0]
     elif sabotage == "no reference":
         tables._pool.touch = lambda blocks: None
     else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +35,8 @@ from memshare.lab.bench.report import (
 from memshare.lab.bench.run import Moment, Outcome, Plan, Record, Run
 from memshare.lab.bench.workloads import Source, Task, build
 from memshare.lab.problems import read_answer
+from memshare.mechanisms.remap.mechanism import demand_policy
+from memshare.mechanisms.step_pairs.scheduler import StepPairsPart
 from memshare.process_env import engine_env
 from memshare.small_model.names import tokenizer_of
 
@@ -382,6 +387,17 @@ class Blocks:
         return self.is_own(index) and self.is_alone(index) and index not in self.last_copies
 
 
+def objection_of(policy: str, view: Any) -> Callable[[int], str | None]:
+    """What a policy says of the blocks; for ``paper``, pairs for 7 and 8 are at hand."""
+    if policy != "paper":
+        params = load_config({"policy": {"name": policy}}).policy
+        return partial(demand_policy(params).objection, view)
+    state: Any = SimpleNamespace(request_id="r", generation=0)
+    held_back = {"r": [SimpleNamespace(target_key=("r", 0, 8))]}
+    part: Any = SimpleNamespace(_queue={("r", 0, 7)}, _held_back=held_back)
+    return partial(StepPairsPart.objection, part, state, view)
+
+
 @pytest.mark.parametrize(
     ("policy", "has_budget", "found"),
     [
@@ -394,7 +410,6 @@ class Blocks:
 )
 def test_every_block_has_one_fate(policy: str, has_budget: bool, found: dict[str, int]) -> None:
     view: Any = Blocks(has_budget=has_budget)
-    config = load_config({"policy": {"name": policy}})
-    counted = fates(view, config, has_pair=lambda index: index in (7, 8))
+    counted = fates(view, objection_of(policy, view))
     same = {"prompt": 1, "given up": 1, "in other tables": 1, "last copy": 1, "recent window": 1}
     assert counted == same | found

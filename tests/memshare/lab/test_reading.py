@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from memshare.cli.main import main
-from memshare.config import DistanceConfig, OldestParams, PaperParams, TwinsParams
+from memshare.config import DistanceConfig
 from memshare.lab.plots.steps import kv
 from memshare.lab.plots.trace import marks
 from memshare.lab.replay.damage import COLUMNS
 from memshare.lab.replay.fp8 import to_fp8
 from memshare.lab.replay.reading import Reader, Reading
+from memshare.mechanisms.baselines.params import OldestParams
+from memshare.mechanisms.step_pairs.params import PaperParams
+from memshare.mechanisms.twins.params import TwinsParams
 from tests.memshare.engine.harness import write_tiny_model
 
 SIZE = 32

@@ -1,4 +1,4 @@
-"""Lists of copies (memshare/copies.py): what is covered, lives on, and must stay."""
+"""Lists of copies (mechanisms/twins/copies.py): what is covered, lives on, and must stay."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare import config
-from memshare.config import OldestParams, PaperParams, RandomParams, TwinsParams
+from memshare.config import PolicyParams, load_config, registry
 from memshare.core.token_map import TokenMap
-from memshare.mechanisms import registry
 from memshare.mechanisms.baselines.oldest import OldestPolicy
+from memshare.mechanisms.baselines.params import OldestParams, RandomParams
 from memshare.mechanisms.baselines.random import RandomPolicy
-from memshare.mechanisms.registry import load_policy
-from memshare.mechanisms.remap.policy import BlockRef, DemandPolicy, StagedPolicy, Victim
-from memshare.mechanisms.step_pairs.policy import PaperPolicy
+from memshare.mechanisms.remap.mechanism import OnDemandRemap, demand_policy
+from memshare.mechanisms.remap.policy import DemandPolicy, Victim
+from memshare.mechanisms.step_pairs.params import PaperParams
+from memshare.mechanisms.step_pairs.policy import BlockRef, PairProposer
+from memshare.mechanisms.twins.params import TwinsParams
 from memshare.mechanisms.twins.policy import TwinsPolicy
 from memshare.search.evaluate import Span
 
@@ -68,10 +68,10 @@ def views(draw: st.DrawFn) -> View:
 
 
 DEMAND = st.one_of(
-    st.builds(lambda: load_policy(OldestParams(name="oldest"))),
-    st.builds(lambda s: load_policy(RandomParams(name="random", seed=s)), st.integers(0, 99)),
+    st.builds(lambda: demand_policy(OldestParams(name="oldest"))),
+    st.builds(lambda s: demand_policy(RandomParams(name="random", seed=s)), st.integers(0, 99)),
     st.builds(
-        lambda age: load_policy(TwinsParams(name="twins", age_weight=age, min_coverage=0.0)),
+        lambda age: demand_policy(TwinsParams(name="twins", age_weight=age, min_coverage=0.0)),
         st.floats(0, 8),
     ),
 )
@@ -164,7 +164,7 @@ def test_a_donor_of_twins_is_another_block_that_is_there_and_no_prompt(view: Vie
 @given(views())
 def test_oldest_takes_ascending(view: View) -> None:
     expected = [i for i in range(view.first, view.end) if view.is_target(i)]
-    victims = choices(OldestPolicy(OldestParams(name="oldest")), view, 100)
+    victims = choices(OldestPolicy(), view, 100)
     assert [v.target for v in victims] == expected[: len(victims)]
     assert all(v.donor > v.target for v in victims), "what stays is newer"
 
@@ -175,7 +175,7 @@ def test_oldest_gives_every_donor_one_victim_where_there_is_room(
 ) -> None:
     full = first + 2 * budget + more
     view = View(first, full, full, budget)
-    victims = choices(OldestPolicy(OldestParams(name="oldest")), view, budget)
+    victims = choices(OldestPolicy(), view, budget)
     donors = {v.donor for v in victims}
     assert len(victims) == len(donors) == budget
     assert donors.isdisjoint(v.target for v in victims)
@@ -183,7 +183,7 @@ def test_oldest_gives_every_donor_one_victim_where_there_is_room(
 
 def test_random_repeats_with_its_seed_and_differs_without() -> None:
     def draw(seed: int) -> list[Victim]:
-        demand = RandomPolicy(RandomParams(name="random", seed=seed))
+        demand = RandomPolicy(seed)
         return choices(demand, View(2, 50, 60, 30), 20)
 
     assert draw(1) == draw(1)
@@ -193,7 +193,7 @@ def test_random_repeats_with_its_seed_and_differs_without() -> None:
 
 
 def test_random_draws_every_block() -> None:
-    demand = RandomPolicy(RandomParams(name="random"))
+    demand = RandomPolicy()
     seen = {demand.choose(View(2, 6, 8, 4)) for _ in range(2000)}
     assert {(v.target, v.donor) for v in seen if v} == {
         (t, d) for t in range(2, 6) for d in range(2, 8) if t != d
@@ -225,15 +225,15 @@ def test_paper_pairs_kth_with_kth(pair: tuple[Span, Span]) -> None:
         for i, j in zip(blocks_of(later), blocks_of(earlier), strict=False)
         if (later.request_id, i) != (earlier.request_id, j)
     ]
-    oldest = PaperPolicy(PaperParams(name="paper", survivor="oldest"))
-    newest = PaperPolicy(PaperParams(name="paper", survivor="newest"))
+    oldest = PairProposer(PaperParams(name="paper", survivor="oldest"))
+    newest = PairProposer(PaperParams(name="paper", survivor="newest"))
     assert [(p.target, p.donor) for p in oldest.propose(later, earlier, BLOCKS)] == expected
     assert [(p.donor, p.target) for p in newest.propose(later, earlier, BLOCKS)] == expected
 
 
 @pytest.mark.parametrize("survivor", ["oldest", "newest"])
 def test_paper_never_pairs_a_block_with_itself(survivor: str) -> None:
-    staged = PaperPolicy(PaperParams.model_validate({"name": "paper", "survivor": survivor}))
+    staged = PairProposer(PaperParams.model_validate({"name": "paper", "survivor": survivor}))
     earlier, later = Span("a", 0, 2 * BLOCK, 2 * BLOCK + 4), Span("a", 0, 2 * BLOCK + 4, 3 * BLOCK)
     assert list(staged.propose(later, earlier, BLOCKS)) == []
     # Negative control: the same positions of two requests are different blocks.
@@ -242,23 +242,29 @@ def test_paper_never_pairs_a_block_with_itself(survivor: str) -> None:
 
 
 def test_less_similar_means_more_damage() -> None:
-    staged = PaperPolicy(PaperParams(name="paper"))
+    staged = PairProposer(PaperParams(name="paper"))
     assert staged.damage(1.0) == 0.0 < staged.damage(0.8) < staged.damage(0.2)
 
 
-def test_every_policy_of_the_configuration_can_be_built() -> None:
-    union = get_args(get_args(config.PolicyParams)[0])
-    built = {}
-    for params in union:
-        (name,) = get_args(params.model_fields["name"].annotation)
-        built[name] = load_policy(params(name=name))
-        assert isinstance(built[name], StagedPolicy | DemandPolicy)
-    assert built.keys() == registry._POLICIES.keys()
-    assert len({type(p) for p in built.values()}) == len(built)
-    # The configuration says by itself, without importing a policy, which ones need the stages.
-    for params in union:
-        (name,) = get_args(params.model_fields["name"].annotation)
-        cfg = config.MemShareConfig(policy=params(name=name))
-        chosen = built[name]
-        stages = isinstance(chosen, StagedPolicy) or chosen.uses_coverage
-        assert cfg.uses_stages == stages
+def test_every_name_stands_for_a_mechanism_with_its_own_parameters() -> None:
+    kinds: set[type[PolicyParams]] = set()
+    for name in registry.BUILT_IN:
+        config = load_config({"policy": {"name": name}}, {})
+        mechanism = registry.mechanism_of(config.policy)
+        assert type(config.policy) is mechanism.params
+        assert config.policy.name == name
+        assert config.uses_stages is mechanism.searches
+        kinds.add(type(config.policy))
+    assert len(kinds) == len(registry.BUILT_IN)
+
+
+def test_those_that_choose_on_demand_have_a_policy_of_their_own() -> None:
+    policies = set()
+    for name in registry.BUILT_IN:
+        params = load_config({"policy": {"name": name}}, {}).policy
+        if issubclass(registry.mechanism_type(name), OnDemandRemap):
+            policies.add(type(demand_policy(params)))
+        else:
+            with pytest.raises(ValueError, match=f"policy '{name}' chooses no victims on demand"):
+                demand_policy(params)
+    assert policies == {OldestPolicy, RandomPolicy, TwinsPolicy}

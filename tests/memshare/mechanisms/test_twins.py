@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memshare.mechanisms.twins.finder import TwinFinder
 from memshare.mechanisms.twins.index import TwinIndex
-from memshare.search.evaluate import Answer, NewSteps, TwinEvaluator, TwinLinks
+from memshare.search.evaluate import Answer, NewSteps, TwinLinks
 
 
 def cut(tokens: list[int], sizes: list[int]) -> list[tuple[int, list[int]]]:
@@ -147,7 +148,7 @@ def news(request: str, position: int, *steps: list[int]) -> NewSteps:
 
 
 def test_requests_do_not_see_each_other_and_can_be_forgotten() -> None:
-    evaluator = TwinEvaluator(shortest_run=1, max_requests=2)
+    evaluator = TwinFinder(shortest_run=1, max_requests=2)
     answer = evaluator.evaluate([news("a", 5, [1, 2], [3, 1, 2]), news("b", 0, [1, 2])])
     assert Answer.is_sound(answer)
     found = {(x.request_id, p, q) for x in answer.links for p, q in zip(*x[2:], strict=True)}

@@ -1,0 +1,228 @@
+"""Everything that a user can set, as one typed model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+
+from memshare.config import registry
+from memshare.config.fields import Fraction, NonEmpty, PolicyParams, Real, Section, Whole
+from memshare.config.setup import Setup
+
+
+class TriggerConfig(Section):
+    """When verified pairs are applied."""
+
+    kind: Literal["pressure", "eager"] = "pressure"
+    """``pressure``: only while free blocks are short. ``eager``: once verified (the paper)."""
+    low_watermark: Fraction = 0.05
+    """Fraction of all KV blocks. Reclaiming starts when fewer are free. ``pressure`` only."""
+    high_watermark: Fraction = 0.10
+    """Fraction of all KV blocks. Reclaiming stops when as many are free beside those that running
+    requests will need next. ``pressure`` only."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TriggerConfig:
+        if self.high_watermark < self.low_watermark:
+            raise ValueError(
+                f"high_watermark ({self.high_watermark}) must not be below "
+                f"low_watermark ({self.low_watermark}); raise the one or lower the other"
+            )
+        return self
+
+
+class AdmissionConfig(Section):
+    """Holding waiting requests back after a preemption. Mode ``share`` only."""
+
+    lookahead_tokens: Whole = Field(default=256, ge=0)
+    """Tokens. A waiting request is admitted only if the blocks that running requests will need for
+    so many more tokens each, less what sharing can free, stay available. 0 leaves admission to
+    vLLM."""
+    hold_steps: Whole = Field(default=1024, ge=1)
+    """Engine steps. For so long after a preemption the rule above holds; before the first one, and
+    again after so many steps without one, vLLM admits as it always does."""
+
+
+class StepConfig(Section):
+    """How output text is cut into reasoning steps, and which steps count as similar."""
+
+    delimiters: tuple[NonEmpty, ...] = Field(default=("\n\n",), min_length=1)
+    """Strings that end a step. Compiled against the tokenizer; one may span several tokens."""
+    min_tokens: Whole = Field(default=8, ge=1)
+    """Tokens. A delimiter closes a step only when the step is at least this long."""
+    max_tokens: Whole = Field(default=256, ge=8)
+    """Tokens. A step that reaches this length is closed without a delimiter."""
+    similarity_threshold: Fraction = 0.9
+    """Cosine of two steps' token bags, 0..1. Stage one proposes pairs at or above it."""
+    max_matches: Whole = Field(default=2, ge=1, le=64)
+    """Steps. At most so many earlier steps are proposed for one new step, best first."""
+    max_history: Whole = Field(default=1024, ge=2)
+    """Steps. Stage one remembers so many steps of a request (or tenant); the oldest go first."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> StepConfig:
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) must not be below min_tokens "
+                f"({self.min_tokens}); raise the one or lower the other"
+            )
+        return self
+
+
+class DistanceConfig(Section):
+    """Stage two: how the KV of a candidate pair is compared."""
+
+    norm: Literal["paper", "relative"] = "relative"
+    """``paper``: 1 - |A-B| / (|A|+|B|) on cached K and V. ``relative``: 1 - |A-B| / (RMS distance
+    of random blocks of the same request) on V and position-corrected K; 0 is random."""
+    tensors: Literal["kv", "k", "v"] = "kv"
+    """Which tensors are compared. K falls back to V where its rotation cannot be undone."""
+    layers: Literal["all"] | Annotated[Whole, Field(ge=1)] = 4
+    """Layers, spread evenly over the model's depth; ``all`` compares every layer."""
+    similarity_threshold: Fraction = 0.8
+    """Similarity under the chosen norm, 0..1. A pair at or above it is verified."""
+    max_jobs_per_step: Whole = Field(default=16, ge=1, le=4096)
+    """Pairs of blocks. So many are compared in one engine step; the rest wait. ``twins`` compares
+    tokens: as many pairs of them as so many blocks have slots."""
+    max_waiting: Whole = Field(default=4096, ge=1)
+    """Pairs of blocks (``twins``: slots of so many blocks). So many may wait for stage two; further
+    candidates are dropped and counted."""
+
+
+class ProtectConfig(Section):
+    """What is never a target."""
+
+    prompt_tokens: Literal["all"] | Annotated[Whole, Field(ge=0)] = "all"
+    """Tokens from the start of the prompt, or ``all`` of it."""
+    recent_tokens: Whole = Field(default=128, ge=0)
+    """Tokens. The newest so many of a request are never a target (kept exact)."""
+
+
+class BudgetConfig(Section):
+    """How much of one request may be approximated."""
+
+    max_shared_fraction: Fraction = 0.25
+    """Fraction of a request's blocks that may be re-pointed. After a preemption, admission counts
+    on all of it, so that more than the policy really finds leads to further preemptions."""
+
+
+class EvaluatorConfig(Section):
+    """Who runs stage one, and how much may be under way."""
+
+    source: Literal["in_process", "ray"] = "in_process"
+    """``in_process``: the bridge thread of the engine. ``ray``: a pool of named Ray actors."""
+    queue_size: Whole = Field(default=1024, ge=1)
+    """Batches waiting for the bridge thread. When full, steps are dropped and counted."""
+    max_requests: Whole = Field(default=2048, ge=1)
+    """Requests (or tenants) whose steps one evaluator remembers; least recently used go first."""
+    address: str | None = None
+    """``ray`` only: ``host:port`` of the Ray cluster. None asks the environment
+    (``RAY_ADDRESS``)."""
+    namespace: NonEmpty = "memshare"
+    """``ray`` only: namespace of the evaluator actors. Two applications must not have the same."""
+    actors: Whole = Field(default=1, ge=1, le=1024)
+    """``ray`` only: number of evaluator actors in the pool."""
+    cpus_per_actor: Real = Field(default=0.25, ge=0.0)
+    """``ray`` only: CPU share that Ray reserves for one actor, in cores."""
+    max_pending_calls: Whole = Field(default=64, ge=1)
+    """``ray`` only: calls waiting at one actor before it pushes back; then steps are dropped."""
+    call_timeout_s: Real = Field(default=5.0, gt=0.0)
+    """``ray`` only: seconds after which an unanswered call counts as failed."""
+    retry_after_s: Real = Field(default=1.0, gt=0.0)
+    """``ray`` only: seconds to leave a failed actor alone before it is looked up again."""
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"[^\s/]+:\d+", address):
+            raise ValueError("is not host:port, such as 10.0.0.1:6379")
+        return address
+
+
+class IntegrityConfig(Section):
+    """Checks of our own bookkeeping against vLLM's. See ``check_integrity()``."""
+
+    check_every: Whole = Field(default=0, ge=0)
+    """Engine steps between two full checks; 0 checks only on demand, 1 at every step (tests)."""
+    on_failure: Literal["stop_sharing", "raise"] = "stop_sharing"
+    """``stop_sharing``: log, count, and serve on without further remaps. ``raise``: stop the
+    engine (tests)."""
+
+
+class ReportConfig(Section):
+    """What the engine tells of its blocks and requests, for metrics and the live page."""
+
+    every_s: Real = Field(default=1.0, ge=0.0)
+    """Seconds, at least, between two looks at which block is what. Looks are rarer where one takes
+    long: they cost at most a thousandth of the engine's time. 0 never looks."""
+    requests: Whole = Field(default=32, ge=0, le=1024)
+    """Requests that are reported with each look: those with most blocks."""
+
+
+class LogConfig(Section):
+    """MemShare's own log lines, on standard error."""
+
+    format: Literal["text", "json"] = "text"
+    """``json`` writes one object a line, with fields such as ``request`` and ``blocks``. In the
+    cluster vLLM's lines follow suit; plain vLLM has ``--logging-config.formatter json``."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below it are not written."""
+    explain_every_s: Real = Field(default=10.0, ge=0.0)
+    """Seconds, at least, between two lines that explain reclaims, and between two that explain
+    preemptions: who, why, how many blocks. What happens in between is summed up. 0 writes none."""
+
+
+class MemShareConfig(Section):
+    """Everything a user can set."""
+
+    mode: Literal["off", "observe", "share"] = "share"
+    """``off``: nothing of MemShare runs. ``observe``: everything but remaps. ``share``: all."""
+    policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
+        default_factory=registry.default_policy
+    )
+    """What picks pairs, with its parameters: ``paper``, ``twins``, ``oldest`` or ``random``."""
+    trigger: TriggerConfig = TriggerConfig()
+    """When pairs are applied."""
+    admission: AdmissionConfig = AdmissionConfig()
+    """When waiting requests are held back."""
+    steps: StepConfig = StepConfig()
+    """Stage one."""
+    distance: DistanceConfig = DistanceConfig()
+    """Stage two."""
+    protect: ProtectConfig = ProtectConfig()
+    """What is never a target."""
+    budget: BudgetConfig = BudgetConfig()
+    """How much of one request may be approximated."""
+    scope: Literal["request", "tenant"] = "request"
+    """``request``: both blocks of a pair belong to one request. ``tenant``: to requests with the
+    same ``cache_salt`` and LoRA adapter."""
+    evaluator: EvaluatorConfig = EvaluatorConfig()
+    """Who runs stage one."""
+    integrity: IntegrityConfig = IntegrityConfig()
+    """Self-checks."""
+    report: ReportConfig = ReportConfig()
+    """What the engine tells of its blocks and requests."""
+    logs: LogConfig = LogConfig()
+    """MemShare's own log lines."""
+    event_log: Path | None = None
+    """File that receives every transition as a JSON line; None writes none."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: object) -> object:
+        # YAML 1.1 reads a bare `off` as false; `mode: off` must mean what it says.
+        return "off" if value is False else value
+
+    @property
+    def uses_stages(self) -> bool:
+        """Whether the policy needs stage one and stage two."""
+        return registry.mechanism_type(self.policy.name).searches
+
+    @model_validator(mode="after")
+    def _suits_its_policy(self) -> MemShareConfig:
+        for refusal in registry.mechanism_of(self.policy).refusals(Setup(self)):
+            raise ValueError(refusal)
+        return self

@@ -1,0 +1,149 @@
+"""Which mechanisms there are, by the name that chooses one in the section ``policy``.
+
+Ours are one line each below; packages of others register theirs by an entry point of the group
+``memshare.mechanisms``. Nothing is imported before it is named: the evaluators and the command line
+must not pay for a mechanism that brings torch along. The table is part of the configuration, not of
+``memshare/mechanisms/``, because the configuration is validated by it, and mechanisms build on the
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Annotated, Any, Union, cast, get_args
+
+from pydantic import Field, TypeAdapter
+from pydantic_core import PydanticCustomError
+
+from memshare.config.fields import PolicyParams
+
+if TYPE_CHECKING:
+    from memshare.config.model import MemShareConfig
+    from memshare.mechanisms.contract import Mechanism
+
+BUILT_IN = {
+    "paper": "memshare.mechanisms.step_pairs:StepPairs",
+    "oldest": "memshare.mechanisms.baselines:Oldest",
+    "random": "memshare.mechanisms.baselines:Random",
+    "twins": "memshare.mechanisms.twins:Twins",
+}
+"""Our mechanisms."""
+ENTRY_POINTS = "memshare.mechanisms"
+"""The entry point group of mechanisms from other packages; an entry's name is the policy's name."""
+_PARTS = ("params", "searches", "refusals", "scheduler_part", "worker_part")
+DEFAULT = "twins"
+"""The policy of a configuration that names none."""
+
+
+class UnusableMechanism(ValueError):  # noqa: N818 - a finding about a package, not a fault of ours
+    """A mechanism of another package cannot be used. The text names the package and the reason."""
+
+
+def names() -> tuple[str, ...]:
+    """Every name that ``policy.name`` may have."""
+    return (*BUILT_IN, *_outside())
+
+
+def mechanism_type(name: str) -> type[Mechanism[Any]]:
+    """The mechanism that a name stands for.
+
+    Raises:
+        UnusableMechanism: another package's mechanism cannot be imported or is none.
+    """
+    target = BUILT_IN.get(name)
+    if target is None:
+        return _from_outside(name)
+    module, _, attribute = target.partition(":")
+    return cast("type[Mechanism[Any]]", getattr(import_module(module), attribute))
+
+
+def mechanism_of(params: PolicyParams) -> Mechanism[Any]:
+    """The mechanism that a configuration has chosen, with its parameters."""
+    return mechanism_type(params.name)(params)
+
+
+def mechanisms_of(config: MemShareConfig) -> dict[str, Mechanism[Any]]:
+    """The mechanisms that run under a configuration, by name: today the one that it calls its
+    policy."""
+    return {config.policy.name: mechanism_of(config.policy)}
+
+
+def built_in_params() -> tuple[type[PolicyParams], ...]:
+    """The parameters of our own mechanisms: what the documentation describes."""
+    return tuple(mechanism_type(name).params for name in BUILT_IN)
+
+
+def default_policy() -> PolicyParams:
+    """The section ``policy`` of a configuration that has none."""
+    return mechanism_type(DEFAULT).params(name=DEFAULT)
+
+
+def read_policy(value: object) -> object:
+    """Validate the section ``policy`` by the parameters of the mechanism that it names.
+
+    Raises:
+        ValueError: pydantic's own errors, as of any union whose member is told by ``name``.
+    """
+    if isinstance(value, PolicyParams):
+        return value
+    name = value.get("name") if isinstance(value, Mapping) else None
+    outside = name if isinstance(name, str) and name in _outside() else None
+    if isinstance(name, str) and name not in names() and _outside():
+        expected = ", ".join(repr(known) for known in names())
+        raise PydanticCustomError(
+            "union_tag_invalid",
+            "Input tag '{tag}' found using 'name' does not match any of the expected tags: "
+            "{expected}",
+            {"tag": name, "expected": expected},
+        )
+    return _union(outside).validate_python(value)
+
+
+@cache
+def _union(outside: str | None) -> TypeAdapter[Any]:
+    """The parameters of our mechanisms, and of one of others, told apart by their names."""
+    members = built_in_params()
+    if outside is not None:
+        members = (*members, mechanism_type(outside).params)
+    union: Any = Annotated[Union[members], Field(discriminator="name")]  # noqa: UP007
+    return TypeAdapter(union)
+
+
+@cache
+def _outside() -> dict[str, EntryPoint]:
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    return {name: entry for name, entry in found.items() if name not in BUILT_IN}
+
+
+@cache
+def _from_outside(name: str) -> type[Mechanism[Any]]:
+    entry = _outside()[name]
+    package = entry.dist.name if entry.dist is not None else entry.value
+    try:
+        found = entry.load()
+    except Exception as error:  # whatever a stranger's module raises
+        raise UnusableMechanism(
+            f"policy {name!r} of the package {package} cannot be imported ({error!r}); repair or "
+            "remove that package, or choose another policy"
+        ) from error
+    missing = [name for name in _PARTS if not hasattr(found, name)]
+    if missing:
+        raise UnusableMechanism(
+            f"policy {name!r} of the package {package}: {entry.value} has no {', '.join(missing)}; "
+            "it must be a subclass of memshare.mechanisms.contract.Mechanism"
+        )
+    if get_args(found.params.model_fields["name"].annotation) != (name,):
+        raise UnusableMechanism(
+            f"policy {name!r} of the package {package}: its params must have the field "
+            f"name: Literal[{name!r}]"
+        )
+    return cast("type[Mechanism[Any]]", found)
+
+
+def forget_packages() -> None:
+    """Look for entry points anew: packages have been installed or removed since."""
+    for cached in (_union, _outside, _from_outside):
+        cached.cache_clear()

@@ -1,0 +1,35 @@
+"""What a mechanism is shown before anything loads, so that it can refuse what cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memshare.config.model import MemShareConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What is known of an engine before it loads its model.
+
+    Attributes:
+        model: its folder or hub id.
+        has_tokenizer: whether the engine process loads the tokenizer.
+    """
+
+    model: str
+    has_tokenizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A configuration, and the engine that it is for.
+
+    Attributes:
+        config: all of MemShare's options.
+        engine: None while only the options are known: when a file is read or checked.
+    """
+
+    config: MemShareConfig
+    engine: EngineFacts | None = None

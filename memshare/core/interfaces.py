@@ -1,0 +1,234 @@
+"""What MemShare needs of the engine that it runs in, and nothing more.
+
+vLLM's own request and block objects fit :class:`EngineRequest` and :class:`Block`. The tables are
+made by the adapter of a vLLM version (memshare/engine/vllm_0_32/), which keeps everything that is
+not vLLM's public API to itself. Everything else is written against this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from memshare.core.token_map import TokenMap
+
+
+class Block(Protocol):
+    """A block of the KV cache."""
+
+    @property
+    def block_id(self) -> int:
+        """Its number, the same on every rank."""
+        ...
+
+    @property
+    def ref_cnt(self) -> int:
+        """How many entries of all block tables point to it."""
+        ...
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it is the null block, which holds no tokens and belongs to nobody."""
+        ...
+
+
+class SamplingOptions(Protocol):
+    """How a request wants its tokens chosen."""
+
+    @property
+    def extra_args(self) -> Mapping[str, object] | None:
+        """``vllm_xargs``, among them MemShare's own options."""
+        ...
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """How many log-probabilities of each prompt token are asked for."""
+        ...
+
+
+class Adapter(Protocol):
+    """A LoRA adapter."""
+
+    @property
+    def lora_int_id(self) -> int:
+        """Its number in this engine, from 1."""
+        ...
+
+
+class EngineRequest(Protocol):
+    """A request as the engine's scheduler holds it: live, and read only."""
+
+    @property
+    def request_id(self) -> str:
+        """The engine's name for it."""
+        ...
+
+    @property
+    def sampling_params(self) -> SamplingOptions | None:
+        """None for a request that generates nothing."""
+        ...
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it may generate."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output so far."""
+        ...
+
+    @property
+    def all_token_ids(self) -> Sequence[int]:
+        """Token ids of prompt and output so far."""
+        ...
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        """Token ids of the output so far."""
+        ...
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is written, or will be when the steps in flight are done."""
+        ...
+
+    @property
+    def num_in_flight_tokens(self) -> int:
+        """Those of them that steps in flight have yet to write."""
+        ...
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often it has lost its blocks."""
+        ...
+
+    @property
+    def mm_features(self) -> Sequence[object]:
+        """Images and the like; placeholder tokens stand for them in the prompt."""
+        ...
+
+    @property
+    def prompt_embeds(self) -> object | None:
+        """Embeddings that were sent in place of a prompt."""
+        ...
+
+    @property
+    def lora_request(self) -> Adapter | None:
+        """The adapter that it runs with."""
+        ...
+
+    @property
+    def cache_salt(self) -> str | None:
+        """Requests with different salts share no block."""
+        ...
+
+    @property
+    def resumable(self) -> bool:
+        """Whether its prompt may still grow."""
+        ...
+
+
+class BlockTables(Protocol):
+    """The scheduler's block tables: those of the layers with full attention, whose entries
+    mechanisms may change. What is said of publishing and of references holds for every group of
+    layers."""
+
+    @property
+    def token_map(self) -> TokenMap:
+        """Where tokens lie under the entries."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """KV blocks that requests can use (the null block is not one)."""
+        ...
+
+    @property
+    def free(self) -> int:
+        """Free KV blocks."""
+        ...
+
+    def table(self, request_id: str) -> Sequence[Block] | None:
+        """The request's blocks, live, in order; None while it holds none. Not to be modified."""
+        ...
+
+    def entries(self, request_id: str) -> int:
+        """How many entries the request's table has; 0 while it holds no blocks."""
+        ...
+
+    def block_ids(self) -> dict[str, list[int]]:
+        """Block ids of every request that holds blocks, by request."""
+        ...
+
+    def repoint(self, request_id: str, index: int, donor: Block) -> int:
+        """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""
+        ...
+
+    def publishes_soon(self, request: EngineRequest) -> bool:
+        """Whether the step that is being scheduled may publish a block of this request."""
+        ...
+
+    def stop_publishing(self, request_id: str) -> None:
+        """Taint: none of the request's later blocks may enter the prefix cache, in any group."""
+        ...
+
+    def is_publishing(self, request_id: str) -> bool:
+        """Whether blocks of this request may still enter the prefix cache."""
+        ...
+
+    def keep_free(self, blocks: int) -> None:
+        """Let the engine admit a waiting request only if so many blocks stay free."""
+        ...
+
+    def reference_faults(self) -> list[str]:
+        """Blocks whose count is not the number of entries that point to them; [] if all is well."""
+        ...
+
+
+class WorkerTables(Protocol):
+    """A worker's copy of the same tables: what its attention reads."""
+
+    def repoint(self, request_id: str, index: int, block_id: int) -> bool:
+        """Let entry ``index`` of a request point at ``block_id``; False if it isn't known."""
+        ...
+
+    def block_ids(self, request_id: str, count: int) -> list[int] | None:
+        """The first ``count`` block ids of a request; None if it isn't known. For checks: waits for
+        the device."""
+        ...
+
+
+class Scheduled(NamedTuple):
+    """What the engine has just scheduled.
+
+    Attributes:
+        preempted: requests that have lost their blocks.
+        sent_whole: requests whose whole block list goes to the workers with this step.
+        resumed: whether preempted requests are among those.
+    """
+
+    preempted: Sequence[str]
+    sent_whole: Sequence[str]
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers that share one block table.
+
+    Attributes:
+        index: of the group among the engine's.
+        block_size: token slots in a block.
+        layers: names of the layers, in the order of the model.
+    """
+
+    index: int
+    block_size: int
+    layers: Sequence[str]

@@ -1,0 +1,73 @@
+"""The one way to what is not vLLM's public API: an adapter for each version (docs/porting.md).
+
+An adapter is the module ``adapter`` of a package beside this one; its functions are those of
+:class:`Adapter`. The rest of ``memshare/engine/`` asks :func:`vllm_adapter` for it, and works with
+the interfaces of :mod:`memshare.core.interfaces` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from memshare.core.interfaces import BlockTables, CacheGroup, Scheduled, WorkerTables
+from memshare.engine.versions import ADAPTERS, check_vllm_version
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from memshare.kv.layout import CachedLayer
+    from memshare.search.vocabulary import Tokenizer
+
+
+class Adapter(Protocol):
+    """Everything that MemShare takes from inside vLLM."""
+
+    def cache_refusals(self, cache: KVCacheConfig) -> Iterator[str]:
+        """What cannot be shared of a model's KV cache, each with the way out."""
+        ...
+
+    def editable_group(self, cache: KVCacheConfig) -> CacheGroup:
+        """The layers with full attention, whose block table mechanisms may edit."""
+        ...
+
+    def block_tables(self, manager: KVCacheManager, group: CacheGroup) -> BlockTables:
+        """The scheduler's tables of that group."""
+        ...
+
+    def worker_tables(self, runner: object, group: CacheGroup) -> WorkerTables:
+        """The tables of that group in a worker's model runner, whichever it is."""
+        ...
+
+    def attention_layers(
+        self, vllm_config: VllmConfig, runner: object
+    ) -> Mapping[str, CachedLayer]:
+        """The attention layers of a worker's model, by name."""
+        ...
+
+    def read_schedule(self, output: SchedulerOutput) -> Scheduled:
+        """What a step of vLLM's scheduler means for block tables."""
+        ...
+
+    def tokenizer(self, vllm_config: VllmConfig) -> Tokenizer:
+        """The tokenizer that the engine uses."""
+        ...
+
+    def base_worker(self) -> type[Any]:
+        """The worker class of this platform, which ours extends."""
+        ...
+
+
+@cache
+def vllm_adapter() -> Adapter:
+    """The adapter to the installed vLLM.
+
+    Raises:
+        UnsupportedVersion: there is none for it.
+    """
+    return cast(Adapter, import_module(ADAPTERS[check_vllm_version()]))

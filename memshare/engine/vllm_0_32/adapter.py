@@ -1,0 +1,81 @@
+"""The adapter to vLLM 0.32: the functions of :class:`memshare.engine.adapter.Adapter`.
+
+Modules are imported when they are asked for: a scheduler needs no worker's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from memshare.core.interfaces import BlockTables, CacheGroup, Scheduled, WorkerTables
+from memshare.engine.vllm_0_32.schedule import read_schedule as _read_schedule
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from memshare.kv.layout import CachedLayer
+    from memshare.search.vocabulary import Tokenizer
+
+
+def cache_refusals(cache: KVCacheConfig) -> Iterator[str]:
+    """See :meth:`Adapter.cache_refusals`."""
+    from memshare.engine.vllm_0_32 import cache_groups
+
+    return cache_groups.cache_refusals(cache)
+
+
+def editable_group(cache: KVCacheConfig) -> CacheGroup:
+    """See :meth:`Adapter.editable_group`."""
+    from memshare.engine.vllm_0_32 import cache_groups
+
+    return cache_groups.editable_group(cache)
+
+
+def block_tables(manager: KVCacheManager, group: CacheGroup) -> BlockTables:
+    """See :meth:`Adapter.block_tables`."""
+    from memshare.engine.vllm_0_32.block_tables import ManagerTables
+
+    return ManagerTables(manager, group)
+
+
+def worker_tables(runner: object, group: CacheGroup) -> WorkerTables:
+    """See :meth:`Adapter.worker_tables`."""
+    from memshare.engine.vllm_0_32.worker_tables import tables_of
+
+    return tables_of(cast(Any, runner), group)
+
+
+def attention_layers(vllm_config: VllmConfig, runner: object) -> Mapping[str, CachedLayer]:
+    """See :meth:`Adapter.attention_layers`."""
+    from memshare.engine.vllm_0_32.attention_layers import layers_of
+
+    return layers_of(vllm_config, cast(Any, runner).get_model())
+
+
+def read_schedule(output: SchedulerOutput) -> Scheduled:
+    """See :meth:`Adapter.read_schedule`."""
+    return _read_schedule(output)
+
+
+def tokenizer(vllm_config: VllmConfig) -> Tokenizer:
+    """See :meth:`Adapter.tokenizer`."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return cast("Tokenizer", cached_tokenizer_from_config(vllm_config.model_config))
+
+
+def base_worker() -> type[Any]:
+    """See :meth:`Adapter.base_worker`."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker

@@ -1,0 +1,33 @@
+"""Stage one of the policy ``twins``, as an evaluator computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from memshare.mechanisms.twins.index import TwinIndex
+from memshare.search.evaluate import Answer, Histories, NewSteps, TwinLinks
+
+
+class TwinFinder:
+    """Twins: one :class:`~memshare.mechanisms.twins.index.TwinIndex` per request."""
+
+    def __init__(self, shortest_run: int, max_requests: int) -> None:
+        self._histories: Histories[TwinIndex] = Histories(
+            lambda: TwinIndex(shortest_run), max_requests
+        )
+
+    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+        """See :meth:`StageOne.evaluate`."""
+        links: list[TwinLinks] = []
+        for new in batch:
+            index = self._histories.of(new.history)
+            for first, last in pairwise(new.bounds):
+                earlier, later = index.add(new.tokens[first:last], new.position + first)
+                links.append(TwinLinks(new.request_id, new.generation, earlier, later))
+        return Answer.to(batch, links=tuple(links))
+
+    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget`. A history is one request's: there are no others."""
+        del request_ids
+        self._histories.drop(histories)
