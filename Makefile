@@ -45,10 +45,12 @@ serve: venv ## Serve a real model (CONFIG=configs/cluster.yaml); Ctrl-C stops it
 
 test: venv model browser lint test-unit test-browser test-engine test-cluster ## Run every check and test
 
-lint: venv ## Check style, types, declared dependencies and the lock
+lint: venv ## Check style, types, what imports what, declared dependencies and the lock
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python tools/check_imports.py
 	$(BIN)/deptry memshare cluster
 	$(BIN)/deptry tests tools docs --exclude '\.venv' --ignore DEP002,DEP004
 	$(BIN)/python tools/make_constraints.py --check

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pytest
+
 import memshare
+from tools.check_imports import faults_of
 
 PACKAGE = Path(memshare.__file__).parent
-VLLM = {"engine", "bench", "evals", "replay", "simulate"}  # the plug-in, and the instruments
-VLLM_FILES = {"plug_in.py", "commands/serve.py"}  # what vLLM calls, and what starts its server
-TYPES_ONLY = {  # import it for annotations
-    "core/request_tracker.py",
-    "core/requests.py",
-    "kv/comparer.py",
-    "kv/layout.py",
-}
+ROOT = PACKAGE.parent
 LIGHT = [
     "config",
     "request_options",
@@ -31,27 +28,50 @@ LIGHT = [
 ]
 
 
-def imported(file: Path) -> set[str]:
-    """Top-level packages that a file imports, wherever in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.partition(".")[0])
-    return names
+def lint(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command of ``make lint``."""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_only_plug_in_and_instruments_import_vllm_and_nothing_imports_ray() -> None:
-    files = list(PACKAGE.rglob("*.py"))
-    assert len(files) > 20
-    for file in files:
-        names = imported(file)
-        assert names.isdisjoint({"ray", "cluster"}), file
-        if "vllm" in names and file.relative_to(PACKAGE).parts[0] not in VLLM:
-            assert file.relative_to(PACKAGE).as_posix() in TYPES_ONLY | VLLM_FILES, file
-    # Negative control: the look through the files does see such imports.
-    assert any("vllm" in imported(file) for file in (PACKAGE / "engine").glob("*.py"))
+def test_vllm_is_imported_where_it_may_be() -> None:
+    done = lint(sys.executable, "tools/check_imports.py")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[1-9]\d* in adapters, [1-9]\d* in rest of engine/", done.stdout)
+    assert "0 in elsewhere" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "faults"),
+    [
+        ("core/reclaimer.py", "from vllm import LLM", 1),
+        ("core/x.py", "if TYPE_CHECKING:\n    from vllm.v1.request import Request", 1),
+        ("kv/x.py", "def f():\n    import vllm.envs", 1),
+        ("engine/connector.py", "from vllm.v1.core.block_pool import BlockPool", 1),
+        ("engine/connector.py", "from vllm.v1.request import Request", 0),
+        ("engine/vllm_0_32/x.py", "from vllm.v1.core.block_pool import BlockPool", 0),
+        ("bench/run.py", "from vllm import LLM", 0),
+        ("core/x.py", "import vllm_stubs", 0),
+    ],
+)
+def test_vllm_imported_elsewhere_would_be_seen(path: str, source: str, faults: int) -> None:
+    assert len(list(faults_of(path, source))) == faults
+
+
+def test_every_room_builds_on_those_below_it() -> None:
+    lint_imports = str(Path(sys.executable).parent / "lint-imports")
+    done = lint(lint_imports, "--no-logo", "--no-cache")
+    assert done.returncode == 0, done.stdout
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    assert f"Contracts: {len(contracts['contracts'])} kept, 0 broken" in done.stdout
+
+
+def test_the_layers_name_every_room() -> None:
+    """A folder that stands in no layer may import what it likes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    named = {name.strip() for layer in layers for name in re.split("[:|]", layer)}
+    rooms = {f"memshare.{file.parent.name}" for file in PACKAGE.glob("*/__init__.py")}
+    assert rooms - named == {"memshare.client", "memshare.proto"}, "these build on nothing here"
 
 
 def test_stage_one_loads_neither_torch_nor_ray_nor_vllm() -> None:
