@@ -49,7 +49,7 @@ def test_vllm_is_imported_where_it_may_be() -> None:
         ("engine/connector.py", "from vllm.v1.core.block_pool import BlockPool", 1),
         ("engine/connector.py", "from vllm.v1.request import Request", 0),
         ("engine/vllm_0_32/x.py", "from vllm.v1.core.block_pool import BlockPool", 0),
-        ("bench/run.py", "from vllm import LLM", 0),
+        ("lab/bench/run.py", "from vllm import LLM", 0),
         ("core/x.py", "import vllm_stubs", 0),
     ],
 )
