@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.contradictions import refuse_contradictions
-from cluster.tenancy.keys import SEQUENCES_PER_REQUEST, KeySource
+from cluster.tenancy.keys import KeylessConfig, KeySource
 from memshare.config import (
     ENV_PREFIX,
     ConfigError,
@@ -140,16 +140,6 @@ class ReplicaConfig(Section):
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ValueError(f"{name} = {value!r} is not text; put it in quotes")
         return {name: str(value) for name, value in env.items()}
-
-
-class KeylessConfig(Section):
-    """Bounds while there is no key table. With one, those of its tenants hold instead."""
-
-    sequences_per_request: Whole = Field(default=SEQUENCES_PER_REQUEST, ge=1)
-    """Sequences (prompts times choices) that one request may generate."""
-    requests_per_connection: Whole = Field(default=128, ge=1)
-    """Requests at one time of one connection, in each replica. One of HTTP has a single request at
-    a time, one of gRPC as many as its client likes."""
 
 
 class AuthConfig(Section):

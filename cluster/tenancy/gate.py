@@ -24,8 +24,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, Protocol
 
-from cluster.config import KeylessConfig
-from cluster.tenancy.keys import Grant, MemSharePermissions, WatchedKeys
+from cluster.tenancy.keys import Grant, KeylessConfig, MemSharePermissions, WatchedKeys
 from cluster.tenancy.limits import REPORT_S, Limiter, LimitReachedError, Limits
 
 logger = logging.getLogger(__name__)

@@ -87,6 +87,16 @@ class KeyTable(Section):
     """Name of each tenant to its keys and limits."""
 
 
+class KeylessConfig(Section):
+    """Bounds while there is no key table. With one, those of its tenants hold instead."""
+
+    sequences_per_request: Whole = Field(default=SEQUENCES_PER_REQUEST, ge=1)
+    """Sequences (prompts times choices) that one request may generate."""
+    requests_per_connection: Whole = Field(default=128, ge=1)
+    """Requests at one time of one connection, in each replica. One of HTTP has a single request at
+    a time, one of gRPC as many as its client likes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What a key opens."""

@@ -13,13 +13,13 @@ from cluster.config import (
     AuthConfig,
     ClusterArgs,
     EngineConfig,
-    KeylessConfig,
     PageConfig,
     ReplicaConfig,
     RoutingConfig,
     ScalingConfig,
     parse_cluster_args,
 )
+from cluster.keys import KeylessConfig
 from cluster.replica import core_lists
 from memshare.config import ConfigError, load_config
 

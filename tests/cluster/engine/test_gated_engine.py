@@ -12,9 +12,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from cluster.config import KeylessConfig
 from cluster.engine.client import GatedAsyncLLM
 from cluster.tenancy.gate import Gate
+from cluster.tenancy.keys import KeylessConfig
 from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
 
 LOOP = StructuredOutputsParams(json={"$ref": "#"})

@@ -14,10 +14,15 @@ import yaml
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from cluster.config import KeylessConfig
 from cluster.http.asgi import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS, KeyGate
 from cluster.tenancy.gate import LOCAL, Call, Gate, RefusedError, is_local, key_of
-from cluster.tenancy.keys import SEQUENCES_PER_REQUEST, KeySource, WatchedKeys, hash_key
+from cluster.tenancy.keys import (
+    SEQUENCES_PER_REQUEST,
+    KeylessConfig,
+    KeySource,
+    WatchedKeys,
+    hash_key,
+)
 from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
 from memshare.telemetry.metrics import REPLICA
 
