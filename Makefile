@@ -107,7 +107,7 @@ gpu-acceptance: ## Measure on your GPUs and print a report (GPU_ARGS="--help" li
 	@HF_HUB_OFFLINE=0 $(RUN) python tools/gpu_acceptance.py $(GPU_ARGS)
 
 clean: ## Remove caches, logs and builds
-	rm -rf build dist .run .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist .run .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info tools/lab_data/build tools/lab_data/*.egg-info
 	find memshare cluster tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Also remove the virtual environment

@@ -1,4 +1,4 @@
-"""MemShare in vLLM's offline engine: eight requests, and KV memory for about half of them.
+"""MemShare in vLLM's offline engine: eight requests, and KV memory for two thirds of them.
 
 python docs/examples/offline_vllm.py
 """
@@ -25,8 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="or a folder, or a hub id")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tokens", type=int, default=400, help="of each story")
-    parser.add_argument("--blocks", type=int, default=64, help="of KV memory, 32 tokens each")
+    parser.add_argument("--tokens", type=int, default=600, help="of each story")
+    parser.add_argument("--blocks", type=int, default=96, help="of KV memory, 32 tokens each")
     args = parser.parse_args()
 
     # vLLM reads these when it is imported. They matter on CPUs only.

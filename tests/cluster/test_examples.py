@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,5 +23,5 @@ def test_the_application_from_python(ray_address: str, tmp_path: Path) -> None:
     command = [sys.executable, example, "--dtype", DTYPE, "--port", str(free_port())]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "What is the capital of France? 'The capital of France is Paris" in done.stdout
-    assert done.stdout.count("?") + done.stdout.count(".") >= 3
+    answers = re.findall(r"^(?:What|Name) .*?[?.] (['\"]).*\w.*\1$", done.stdout, re.MULTILINE)
+    assert len(answers) == 3, done.stdout

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tools import make_constraints
+from tools import make_constraints, setup_env
 from tools.make_constraints import LEFT_OUT, TARGET, extras, installed, main, pins, stale
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,16 @@ def test_a_version_that_is_missing_is_found(copy: Path) -> None:
     text = copy.read_text(encoding="utf-8")
     copy.write_text("".join(x for x in text.splitlines(True) if not x.startswith("pyyaml==")))
     assert any("pyyaml" in fault and "pinned: none" in fault for fault in stale())
+
+
+def test_a_changed_lock_updates_the_environment(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = setup_env.fingerprint("base", "extras")
+    monkeypatch.setattr(setup_env, "CONSTRAINTS", copy)
+    assert setup_env.fingerprint("base", "extras") == before
+    copy.write_text(f"{copy.read_text(encoding='utf-8')}one-more==1.0\n")
+    assert setup_env.fingerprint("base", "extras") != before
 
 
 def test_set_up_and_images_install_from_it() -> None:

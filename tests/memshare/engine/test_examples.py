@@ -44,16 +44,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 def test_offline(run: Callable[..., str]) -> None:
     shown = run("offline_vllm.py")
-    assert re.search(r"'The capital of France is': ' Paris", shown), shown
+    assert len(re.findall(r": ['\"].*\w.*['\"] \.\.\.$", shown, re.MULTILINE)) == 9, shown
     assert re.search(r"vllm:num_preemptions = \d+", shown)
     reclaimed = re.search(r"vllm:memshare_blocks_reclaimed = (\d+)", shown)
     assert reclaimed is not None
-    assert int(reclaimed[1]) > 0, "memory is for half of them"
+    assert int(reclaimed[1]) > 0, "memory is for two thirds of them"
 
 
 def test_plain_server(run: Callable[..., str]) -> None:
     shown = run("plain_server.py", "--port", free_port())
-    assert "Paris" in shown
+    assert re.search(r'"content": ".*\w', shown)
     usage = re.search(r"KV memory: (\{.*\})", shown)
     assert usage is not None
     assert "peak_kv_blocks" in usage[1]
