@@ -1,4 +1,4 @@
-"""Generate ``memshare/proto`` from ``memshare/proto/memshare.proto``.
+"""Generate the modules of ``memshare/proto`` from ``memshare/proto/memshare.proto``.
 
     python tools/make_proto.py
 
@@ -24,8 +24,8 @@ def generate(folder: Path) -> list[Path]:
         subprocess.CalledProcessError: the compiler does not accept the file, and has said why.
     """
     outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
-    # The source lies in cluster/, the generated modules import each other as memshare.proto.*
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PACKAGE}=cluster", *outputs]
+    # From the top folder: the generated modules import each other as memshare.proto.*
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs]
     subprocess.run([*command, f"{PACKAGE}/memshare.proto"], cwd=ROOT, check=True)
     return [folder / PACKAGE / name for name in NAMES]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster.keys import KeylessConfig
 from pydantic import BaseModel
 
 from cluster.config import (
@@ -19,7 +20,6 @@ from cluster.config import (
     ScalingConfig,
     parse_cluster_args,
 )
-from cluster.keys import KeylessConfig
 from cluster.replica import core_lists
 from memshare.config import ConfigError, load_config
 

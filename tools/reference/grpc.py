@@ -22,7 +22,7 @@ from google.protobuf.descriptor_pb2 import (
 from memshare.lab.markdown import table
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "cluster" / "memshare.proto"
+SOURCE = ROOT / "memshare" / "proto" / "memshare.proto"
 
 INTRODUCTION = """\
 # gRPC messages

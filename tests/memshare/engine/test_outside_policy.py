@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from memshare.config import ConfigError, load_config, registry
-from tests.engine.harness import StartEngine
+from tests.memshare.engine.harness import StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
