@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.keys import KeylessConfig
 from pydantic import BaseModel
 
 from cluster.config import (
@@ -21,6 +20,7 @@ from cluster.config import (
     parse_cluster_args,
 )
 from cluster.replica import core_lists
+from cluster.tenancy.keys import KeylessConfig
 from memshare.config import ConfigError, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
