@@ -3,8 +3,7 @@
 A process prepared as the engines are multiplies matrices of the model's shape for a moment. A step
 of the engine takes that long for all of the model's weights, and as long again for its KV at the
 speed at which weights were read; to this come what scheduling takes, and the start of each engine.
-What other load comes later is not known, nor how long answers will be. Within a factor of two is
-what can be expected; the progress bar then measures.
+What other load comes later is not known, nor how long answers will be: the progress bar measures.
 """
 
 from __future__ import annotations
