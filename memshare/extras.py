@@ -11,7 +11,10 @@ _FIXES = {
     **dict.fromkeys(("prometheus_client", "safetensors", "tokenizers"), _ENGINE),
     **dict.fromkeys(("torch", "transformers", "vllm"), _ENGINE),
     **dict.fromkeys(
-        ("fastapi", "grpc_health", "opentelemetry", "psutil", "ray", "starlette"),
+        (
+            *("click", "fastapi", "grpc_health", "huggingface_hub", "opentelemetry"),
+            *("psutil", "ray", "starlette", "uvicorn"),
+        ),
         "pip install 'memshare[serve]'",
     ),
     **dict.fromkeys(("accelerate", "gguf"), "pip install 'memshare[model]'"),

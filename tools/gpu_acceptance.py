@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.insert(0, str(ROOT))
 
-from memshare import __version__, cli  # noqa: E402
+from memshare import __version__  # noqa: E402
+from memshare.cli import main as cli  # noqa: E402
 from memshare.errors import UserError  # noqa: E402
 from memshare.lab.bench import exactness  # noqa: E402
 from memshare.lab.markdown import table  # noqa: E402

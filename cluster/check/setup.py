@@ -17,7 +17,6 @@ from cluster.check.ports import Serving
 from cluster.check.progress import Say
 from cluster.check.report import Finding
 from cluster.config import ClusterArgs, parse_cluster_args
-from cluster.processes.neighbours import BUILD, require_own_namespace
 from memshare.config import MemShareConfig, load_config
 from memshare.errors import UserError
 from memshare.extras import require
@@ -83,6 +82,7 @@ def _of_serve(file: str, document: dict[str, Any], application: str | None, say:
     require("ray", "a Ray Serve file")
     from ray.serve.schema import ServeDeploySchema
 
+    from cluster.processes.neighbours import BUILD, require_own_namespace
     from cluster.tenancy.exposure import require_keys_beyond_localhost
 
     try:

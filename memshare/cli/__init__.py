@@ -1,1 +1,1 @@
-"""Subcommands of ``memshare``, one module each. See ``memshare.cli.main``."""
+"""Subcommands of ``memshare``, one module each. See :mod:`memshare.cli.main`."""

@@ -29,6 +29,7 @@ from memshare.cli.main import COMMANDS, build_parser, load
 from memshare.proto import memshare_pb2
 from tests.documents import PAGES, Block, blocks, chat_bodies, commands, inline_code, option
 from tests.documents import ROOT as TOP
+from tools.setup_env import CPU_TORCH_INDEX
 
 # Programs that are not here, or would need what is not here: a cluster, a registry, a network.
 UNCHECKED = {
@@ -135,11 +136,15 @@ def docker(words: list[str]) -> None:
 
 def pip(words: list[str]) -> None:
     project = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extra = re.fullmatch(r"(?:\.|memshare)\[([\w,]+)\]", words[-1])
     assert words[1] == "install"
+    if "--extra-index-url" in words:
+        at = words.index("--extra-index-url")
+        assert words[at + 1] == CPU_TORCH_INDEX
+        words = words[:at] + words[at + 2 :]
     assert words[2:-1] in ([], ["--constraint", "constraints.txt"]), words
     if (TOP / words[-1] / "pyproject.toml").is_file():
         return
+    extra = re.fullmatch(r"(?:\.|memshare)\[([\w,]+)\]", words[-1])
     assert extra is not None, words
     assert set(extra[1].split(",")) <= project["optional-dependencies"].keys()
 

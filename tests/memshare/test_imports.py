@@ -24,7 +24,7 @@ LIGHT = [
     "search.vocabulary",
     "mechanisms.remap.policy",
     "client",
-    "commands.chat",
+    "cli.chat",
 ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memshare.cli.main import main as cli
+from memshare.cli import main as cli
 from memshare.errors import UserError
 from memshare.lab.bench import exactness
 from memshare.lab.bench.exactness import COPIES, Engine, Written

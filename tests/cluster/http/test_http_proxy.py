@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
-from cluster.http.asgi import proxy as http_proxy
+from cluster.http import proxy as http_proxy
 from cluster.http.proxy import BoundedProtocol, middlewares
 from cluster.http.timeouts import Timeouts, timeouts
 from memshare.config import ConfigError

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from memshare import __version__
-from memshare.cli.main import COMMANDS, load, main, serve
+from memshare.cli import serve
+from memshare.cli.main import COMMANDS, load, main
 from memshare.process_env import engine_env
 from memshare.small_model.folders import MANIFEST
 

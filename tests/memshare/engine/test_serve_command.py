@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from memshare.cli.main import serve
+from memshare.cli import serve
 from memshare.errors import UserError
 from memshare.plug_in import CONNECTOR, CONNECTOR_MODULE, ROLE, WORKER_CLASS
 from memshare.small_model.names import SMOLLM2

@@ -85,6 +85,7 @@ def test_handlers_of_others_stay_open() -> None:
             log.setLevel(level)
 
 
+@pytest.mark.timeout(240)  # a process that loads Ray Serve and vLLM
 @pytest.mark.parametrize("kept", [True, False])
 def test_ray_serves_log_survives_vllm(tmp_path: Path, kept: bool) -> None:
     """In a process of its own, whose logging vLLM configures. Without our care it is closed."""
