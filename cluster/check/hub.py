@@ -7,6 +7,7 @@ import re
 import ssl
 import threading
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
@@ -97,6 +98,8 @@ def _words(reason: object) -> str:
 
 
 def _is_cached(model: str, revision: str | None) -> bool:
+    if find_spec("huggingface_hub") is None:  # comes with vLLM, and is what fills the cache
+        return False
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
