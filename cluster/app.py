@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from cluster.config import ClusterArgs, PageConfig, parse_cluster_args, without_secrets
-from cluster.dashboard.hub import Board
+from cluster.dashboard.hub import DashboardHub
 from cluster.evaluator_pool import EvaluatorPool
 from cluster.grpc.hop import replica_environment
 from cluster.http.timeouts import timeouts
@@ -124,4 +124,4 @@ def _board(page: PageConfig) -> Application:
         health_check_period_s=_HEALTH_PERIOD_S,
         ray_actor_options={"num_cpus": 0},
     )
-    return deploy(Board).bind(page)
+    return deploy(DashboardHub).bind(page)

@@ -23,11 +23,11 @@ from starlette.types import ASGIApp
 
 from cluster.config import AuthConfig, ClusterArgs, without_secrets
 from cluster.dashboard.routes import PREFIX, page_app
-from cluster.dashboard.sample_reporter import Agent
+from cluster.dashboard.sample_reporter import SampleReporter
 from cluster.grpc.service import GrpcService
 from cluster.http.asgi import DisconnectOnCancel, KeyGate, RetryAfter
 from cluster.http.body import StrictBody
-from cluster.processes.engine_prewarm import HeadStart, collector_at_rest
+from cluster.processes.engine_prewarm import EnginePrewarm, collector_at_rest
 from cluster.processes.orphan_reaper import Guard
 from cluster.processes.workers import Workers
 from cluster.routing.load import LoadMeter, to_stats
@@ -79,7 +79,7 @@ class EngineReplica(GrpcService):
             args: the application's arguments.
             pool: the :class:`~cluster.evaluator_pool.EvaluatorPool`, if stage one runs on it.
             ledger: the :class:`~cluster.tenancy.ledger.LimitLedger`, if there are other replicas.
-            board: the :class:`~cluster.dashboard.hub.Board`, if there is a live page.
+            board: the :class:`~cluster.dashboard.hub.DashboardHub`, if there is a live page.
 
         Raises:
             ConfigError: the key table is wrong, or missing where others can reach the server.
@@ -87,13 +87,13 @@ class EngineReplica(GrpcService):
         self._engine: AsyncLLM | None = None
         self._watch: asyncio.Task[None] | None = None
         self._tending: asyncio.Task[None] | None = None
-        self._page: Agent | None = None
+        self._page: SampleReporter | None = None
         guard = Guard()
         log_no_calls()
         log_no_refusals()
         set_up_logging(args.memshare.logs)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
-        head_start = HeadStart()
+        head_start = EnginePrewarm()
         replica_id = serve.get_replica_context().replica_id.unique_id
         counts = ReplicaMetrics(args.public_name, replica_id)
         gate = _gate(args.auth, ledger, replica_id, counts)
@@ -129,7 +129,7 @@ class EngineReplica(GrpcService):
         if board is not None:
             watch = watch_engine(engine, replica_id, platform.node(), args.page.show_text)
             feed.listeners.append(watch.record)
-            self._page = Agent(watch, board, args.page.interval_s, count_fault)
+            self._page = SampleReporter(watch, board, args.page.interval_s, count_fault)
             self._page.start()
             shown = without_secrets(args).model_dump(mode="json")
             app.mount(PREFIX, page_app(board, shown, count_fault))

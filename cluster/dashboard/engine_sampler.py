@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.dashboard.records import Report, Reuse, Sample, Trace
-from memshare.telemetry.stats import Payload, PreemptionNote, RemapNote, RequestRow
+from cluster.telemetry.step_sample import StepSample
+from memshare.telemetry.stats import PreemptionNote, RemapNote, RequestRow
 
 _ENDED = 32  # requests that have ended and whose trace is kept
 _UNSENT = 120  # samples that are kept while the board can't be reached
@@ -26,18 +27,6 @@ class LiveRequest(Protocol):
     @property
     def output(self) -> Sequence[int]:
         """Token ids of the output so far."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an engine step reports, as the front end of vLLM gets it."""
-
-    usage: float
-    running: int
-    waiting: int
-    tokens: int
-    preempted: int
-    payload: Payload | None
 
 
 @dataclass
@@ -60,7 +49,7 @@ class _Interval:
     lag: float | None = None
 
 
-class Watch:
+class EngineSampler:
     """Folds engine steps. Everything is called on the front end's event loop, and is short."""
 
     def __init__(
@@ -96,7 +85,7 @@ class Watch:
         self._decode = decode
         self._clock = clock
         self._started = clock()
-        self._last = Step(0.0, 0, 0, 0, 0, None)
+        self._last = StepSample(0.0, 0, 0, 0, 0, None)
         self._interval = _Interval()
         self._told_before = 0  # preemptions that MemShare has told, and vLLM has not yet
         self._gauges: dict[str, float] = {}
@@ -106,7 +95,7 @@ class Watch:
         self._followed: dict[str, _Followed] = {}
         self._ended: OrderedDict[str, _Followed] = OrderedDict()
 
-    def record(self, step: Step) -> None:
+    def record(self, step: StepSample) -> None:
         """Take an engine step's report. Keeps nothing of the payload that vLLM may change later."""
         self._last = step
         interval = self._interval

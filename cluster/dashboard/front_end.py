@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
-from cluster.dashboard.engine_sampler import Watch
+from cluster.dashboard.engine_sampler import EngineSampler
 
 
 class _FrontEndRequest:
@@ -27,8 +27,8 @@ class _FrontEndRequest:
         return detokenizer.output_token_ids if detokenizer is not None else ()
 
 
-def watch_engine(engine: AsyncLLM, replica: str, node: str, show_text: bool) -> Watch:
-    """What the page knows of this engine; see :class:`~cluster.dashboard.engine_sampler.Watch`."""
+def watch_engine(engine: AsyncLLM, replica: str, node: str, show_text: bool) -> EngineSampler:
+    """What the page knows of this engine, as samples and traces."""
     requests = engine.output_processor.request_states
     # A copy: it is used in another thread, and tokenizers don't bear two at a time.
     tokenizer = copy.deepcopy(engine.get_tokenizer()) if show_text else None
@@ -38,7 +38,7 @@ def watch_engine(engine: AsyncLLM, replica: str, node: str, show_text: bool) -> 
         state = requests.get(request)
         return None if state is None else _FrontEndRequest(state)
 
-    return Watch(
+    return EngineSampler(
         replica,
         node,
         blocks=cache.num_gpu_blocks or 0,

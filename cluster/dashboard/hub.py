@@ -33,7 +33,7 @@ class _Wanted:
     trace: Trace | None = None
 
 
-class Board:
+class DashboardHub:
     """Remembers ``page.minutes`` of every replica. Ray Serve runs it as one replica of its own.
 
     Replicas call it, never the other way round: it needs to know nobody, and one that is gone is

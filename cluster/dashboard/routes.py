@@ -46,7 +46,7 @@ def page_app(
     """The app to be mounted at ``PREFIX``.
 
     Args:
-        board: the :class:`~cluster.dashboard.hub.Board`.
+        board: the :class:`~cluster.dashboard.hub.DashboardHub`.
         config: the application's arguments as they may be shown.
         count_fault: called with ``answer`` when the board fails.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.dashboard.engine_sampler import Watch
+from cluster.dashboard.engine_sampler import EngineSampler
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +18,12 @@ _TIMEOUT_S = 10.0  # for the board to take a report
 CountFault = Callable[[str], None]
 
 
-class Agent:
+class SampleReporter:
     """Samples and reports, once in an interval, until it is stopped."""
 
     def __init__(
         self,
-        watch: Watch,
+        watch: EngineSampler,
         board: DeploymentHandle[Any],
         interval_s: float,
         count_fault: CountFault,

@@ -28,7 +28,7 @@ ENGINE_MODULES = (
 )
 
 
-class HeadStart:
+class EnginePrewarm:
     """An interpreter that imports modules, and then becomes a process that is asked for."""
 
     def __init__(self, modules: tuple[str, ...] = ENGINE_MODULES) -> None:
@@ -124,7 +124,7 @@ class _NeedsFilesError(Exception):
 class _Popen(popen_spawn_posix.Popen):
     """As its base in CPython's popen_spawn_posix.py, with a process that has been started."""
 
-    def __init__(self, process_obj: process.BaseProcess, head_start: HeadStart) -> None:
+    def __init__(self, process_obj: process.BaseProcess, head_start: EnginePrewarm) -> None:
         self._head_start = head_start
         super().__init__(process_obj)
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from cluster.dashboard.engine_sampler import Step
+from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import Payload
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class StepFeed:
         Args:
             count_fault: called with ``record`` when a listener raises.
         """
-        self.listeners: list[Callable[[Step], None]] = []
+        self.listeners: list[Callable[[StepSample], None]] = []
         self._count_fault = count_fault
         self._sound = True
 
@@ -33,7 +33,7 @@ class StepFeed:
         """One of vLLM's stat loggers."""
         return _StepLogger(self)
 
-    def publish(self, step: Step) -> None:
+    def publish(self, step: StepSample) -> None:
         """Tell the listeners. Never raises: it runs in vLLM's output loop, which would end."""
         for listener in self.listeners:
             try:
@@ -59,7 +59,7 @@ class _StepLogger(StatLoggerBase):
         if scheduler_stats is None or not self._feed.listeners:
             return
         self._feed.publish(
-            Step(
+            StepSample(
                 usage=scheduler_stats.kv_cache_usage,
                 running=scheduler_stats.num_running_reqs,
                 waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,

@@ -27,7 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from vllm.outputs import RequestOutput
 from vllm.v1.metrics.stats import RequestStateStats
 
-from cluster.dashboard.engine_sampler import Step
+from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import PreemptionNote, RemapNote
 
 _CONTEXT = TraceContextTextMapPropagator()
@@ -89,7 +89,7 @@ class RequestSpans:
             if not self._open[request_id]:
                 del self._open[request_id]
 
-    def record(self, step: Step) -> None:
+    def record(self, step: StepSample) -> None:
         """Note on the spans what MemShare and vLLM did to their requests in an engine step.
 
         Requests that run under one id have spans of their own, each with what was done to any.

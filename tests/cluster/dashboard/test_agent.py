@@ -11,29 +11,30 @@ import pytest
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import PageConfig
-from cluster.dashboard.engine_sampler import Step, Watch
-from cluster.dashboard.hub import Board
-from cluster.dashboard.sample_reporter import Agent
+from cluster.dashboard.engine_sampler import EngineSampler
+from cluster.dashboard.hub import DashboardHub
+from cluster.dashboard.sample_reporter import SampleReporter
+from cluster.telemetry.step_sample import StepSample
 from cluster.telemetry.step_stats import StepFeed
 from tests.cluster.dashboard.page.serving import LocalBoard
 
-STEP = Step(usage=0.5, running=1, waiting=0, tokens=1, preempted=0, payload=None)
+STEP = StepSample(usage=0.5, running=1, waiting=0, tokens=1, preempted=0, payload=None)
 
 
-def make_watch() -> Watch:
+def make_watch() -> EngineSampler:
     requests = {"a": SimpleNamespace(prompt=[1, 2], output=[3])}
-    return Watch("r", "node", 50, 2, cast(Any, requests.get), lambda: 1, None)
+    return EngineSampler("r", "node", 50, 2, cast(Any, requests.get), lambda: 1, None)
 
 
-async def samples(board: Board) -> int:
+async def samples(board: DashboardHub) -> int:
     replicas = cast(list[dict[str, Any]], (await board.state("", 0))["replicas"])
     return sum(len(replica["samples"]) for replica in replicas)
 
 
 async def test_samples_and_traces_reach_the_board_and_a_board_that_is_away_costs_none() -> None:
-    board, watch, faults = Board(PageConfig()), make_watch(), Counter[str]()
+    board, watch, faults = DashboardHub(PageConfig()), make_watch(), Counter[str]()
     handle = LocalBoard(board)
-    agent = Agent(
+    agent = SampleReporter(
         watch, cast("DeploymentHandle[Any]", handle), 0.02, lambda part: faults.update([part])
     )
     agent.start()
@@ -60,9 +61,9 @@ def test_a_listener_that_fails_stops_neither_the_engine_nor_other_listeners(
 ) -> None:
     caplog.set_level("ERROR", "cluster.telemetry.step_stats")
     faults: list[str] = []
-    heard: list[Step] = []
+    heard: list[StepSample] = []
 
-    def fail(step: Step) -> None:
+    def fail(step: StepSample) -> None:
         raise ZeroDivisionError
 
     feed = StepFeed(faults.append)

@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from cluster.config import PageConfig
-from cluster.dashboard.engine_sampler import Step, Watch
-from cluster.dashboard.hub import Board
+from cluster.dashboard.engine_sampler import EngineSampler
+from cluster.dashboard.hub import DashboardHub
 from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import (
     Payload,
     PreemptionNote,
@@ -39,7 +40,7 @@ class Rig:
     now: float = 1000.0
 
     def __post_init__(self) -> None:
-        self.watch = Watch(
+        self.watch = EngineSampler(
             "replica-1",
             "node",
             blocks=50,
@@ -51,8 +52,8 @@ class Rig:
         )
 
     def step(self, payload: Payload | None = None, **changes: float) -> None:
-        step = Step(usage=0.5, running=2, waiting=1, tokens=2, preempted=0, payload=payload)
-        self.watch.record(step if not changes else Step(**{**vars(step), **changes}))
+        step = StepSample(usage=0.5, running=2, waiting=1, tokens=2, preempted=0, payload=payload)
+        self.watch.record(step if not changes else StepSample(**{**vars(step), **changes}))
 
     def trace(self, request: str) -> Trace | None:
         return asyncio.run(self.watch.trace(request))
@@ -206,7 +207,7 @@ def times(state: dict[str, object]) -> dict[str, list[float]]:
 
 
 async def test_a_browser_gets_everything_once() -> None:
-    board = Board(PageConfig())
+    board = DashboardHub(PageConfig())
     await board.report(report("x", (1, 2)))
     await board.report(report("y", (1,), started=5))
     first = await board.state("", 0)
@@ -219,7 +220,7 @@ async def test_a_browser_gets_everything_once() -> None:
 
 async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:
     now = [0.0]
-    board = Board(PageConfig(minutes=1, interval_s=1), clock=lambda: now[0])
+    board = DashboardHub(PageConfig(minutes=1, interval_s=1), clock=lambda: now[0])
     for second in range(300):
         now[0] = second
         await board.report(report("x", (second,)))
@@ -232,7 +233,7 @@ async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:
 
 
 async def test_a_trace_is_asked_for_with_the_next_report() -> None:
-    board = Board(PageConfig())
+    board = DashboardHub(PageConfig())
     assert await board.report(report("x")) == []
     trace = Trace("a", True, 4, 6, 16, [Reuse(1, 2, None, 5.0)], [], None)
     browsers = [asyncio.create_task(board.trace("x", "a")) for _ in range(2)]
@@ -249,7 +250,7 @@ async def test_a_replica_that_does_not_answer_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cluster.dashboard.hub._TRACE_WAIT_S", 0.05)
-    board = Board(PageConfig())
+    board = DashboardHub(PageConfig())
     await board.report(report("x"))
     assert await board.trace("x", "a") is None
     assert await board.report(report("x")) == []

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import setproctitle
 
-from cluster.processes.engine_prewarm import HeadStart, collector_at_rest
+from cluster.processes.engine_prewarm import EnginePrewarm, collector_at_rest
 
 spawn = get_context("spawn")
 
@@ -35,8 +35,8 @@ def answer(end: Connection) -> None:
 
 
 @pytest.fixture
-def early() -> Iterator[HeadStart]:
-    start = HeadStart(("colorsys",))
+def early() -> Iterator[EnginePrewarm]:
+    start = EnginePrewarm(("colorsys",))
     yield start
     with start.taken():
         pass  # ends it, if a test has not
@@ -46,7 +46,7 @@ def test_it_becomes_the_process_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GONE", "before")
-    early = HeadStart(("colorsys",))
+    early = EnginePrewarm(("colorsys",))
     monkeypatch.setenv("LATE", "x" * 100_000)  # more than a pipe holds
     monkeypatch.delenv("GONE")
     told = tmp_path / "told"
@@ -64,7 +64,7 @@ def test_it_becomes_the_process_that_is_asked_for(
     assert "colorsys" not in (tmp_path / "other").read_text()
 
 
-def test_its_end_is_seen(early: HeadStart) -> None:
+def test_its_end_is_seen(early: EnginePrewarm) -> None:
     with early.taken():
         process = spawn.Process(target=signal.pause, daemon=True)  # no test waits for it
         process.start()
@@ -75,7 +75,7 @@ def test_its_end_is_seen(early: HeadStart) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_a_process_that_inherits_open_files_is_spawned_as_always(early: HeadStart) -> None:
+def test_a_process_that_inherits_open_files_is_spawned_as_always(early: EnginePrewarm) -> None:
     ours, theirs = spawn.Pipe()
     with early.taken():
         process = spawn.Process(target=answer, args=(theirs,))
@@ -85,7 +85,7 @@ def test_a_process_that_inherits_open_files_is_spawned_as_always(early: HeadStar
     assert not psutil.pid_exists(early.pid)
 
 
-def test_another_interpreter_is_spawned_as_always(early: HeadStart, tmp_path: Path) -> None:
+def test_another_interpreter_is_spawned_as_always(early: EnginePrewarm, tmp_path: Path) -> None:
     """vLLM binds processes to NUMA nodes by another executable."""
     other = tmp_path / "python"
     other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -104,7 +104,7 @@ def test_another_interpreter_is_spawned_as_always(early: HeadStart, tmp_path: Pa
 
 @pytest.mark.parametrize("unseen", [0, os.WNOWAIT], ids=["others were told", "nobody was told"])
 def test_one_that_failed_is_replaced(unseen: int, tmp_path: Path) -> None:
-    early = HeadStart(("no_such_module",))
+    early = EnginePrewarm(("no_such_module",))
     os.waitid(os.P_PID, early.pid, os.WEXITED | unseen)
     with early.taken():
         process = spawn.Process(target=tell, args=(tmp_path / "told", ()))
@@ -115,7 +115,7 @@ def test_one_that_failed_is_replaced(unseen: int, tmp_path: Path) -> None:
 
 
 def test_one_that_nobody_needs_is_ended() -> None:
-    early = HeadStart(("colorsys",))
+    early = EnginePrewarm(("colorsys",))
     files = psutil.Process().num_fds()
     with early.taken():
         pass
@@ -123,7 +123,7 @@ def test_one_that_nobody_needs_is_ended() -> None:
     assert psutil.Process().num_fds() == files - 2
 
 
-def test_spawning_is_as_before_afterwards(early: HeadStart) -> None:
+def test_spawning_is_as_before_afterwards(early: EnginePrewarm) -> None:
     before = spawn.Process._Popen  # type: ignore[attr-defined]
     with early.taken():
         assert spawn.Process._Popen is not before  # type: ignore[attr-defined]
@@ -132,8 +132,8 @@ def test_spawning_is_as_before_afterwards(early: HeadStart) -> None:
 
 def test_it_ends_with_a_parent_that_is_killed() -> None:
     program = (
-        "from cluster.processes.engine_prewarm import HeadStart;"
-        "print(HeadStart(('colorsys',)).pid, flush=True);"
+        "from cluster.processes.engine_prewarm import EnginePrewarm;"
+        "print(EnginePrewarm(('colorsys',)).pid, flush=True);"
         "import time; time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from vllm.outputs import RequestOutput
 from vllm.v1.metrics.stats import RequestStateStats
 
-from cluster.dashboard.engine_sampler import Step
+from cluster.telemetry.step_sample import StepSample
 from cluster.telemetry.tracing import RequestSpans
 from memshare.telemetry.stats import PreemptionNote, RemapNote, empty_payload
 
@@ -35,9 +35,9 @@ def output(times: RequestStateStats) -> RequestOutput:
     return RequestOutput("a", None, None, None, [], False, metrics=times)  # type: ignore[arg-type]
 
 
-def step(remaps: list[RemapNote], preempted: list[PreemptionNote]) -> Step:
+def step(remaps: list[RemapNote], preempted: list[PreemptionNote]) -> StepSample:
     payload = {**empty_payload(), "remaps": remaps, "preempted": preempted}
-    return Step(0.5, 1, 0, 1, 0, payload)  # type: ignore[arg-type]
+    return StepSample(0.5, 1, 0, 1, 0, payload)  # type: ignore[arg-type]
 
 
 async def drain(outputs: AsyncIterator[Any]) -> int:

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from cluster.config import PageConfig, parse_cluster_args, without_secrets
-from cluster.dashboard.hub import Board
+from cluster.dashboard.hub import DashboardHub
 from cluster.dashboard.records import Report, Trace
 from cluster.dashboard.routes import PREFIX, page_app
 
@@ -36,7 +36,7 @@ class _Method:
 class LocalBoard:
     """Stand-in for a deployment handle: calls the board where it is."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: DashboardHub) -> None:
         self._board = board
         self.broken = False
 
@@ -76,7 +76,7 @@ def serve_page(page: PageConfig, arguments: dict[str, object]) -> Iterator[PageS
         page: of the board.
         arguments: of the application, whose configuration is shown.
     """
-    handle = LocalBoard(Board(page))
+    handle = LocalBoard(DashboardHub(page))
     faults: list[str] = []
     shown = without_secrets(parse_cluster_args(arguments, environ={})).model_dump(mode="json")
     app = page_app(cast("DeploymentHandle[Any]", handle), shown, faults.append)
