@@ -68,6 +68,7 @@ class MemShareConnector(KVConnectorBase_V1):
         set_up_logging(config.logs)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
+        self._adapter = vllm_adapter()
         self._world_size = vllm_config.parallel_config.world_size
         if config.mode == "off":
             return
@@ -94,11 +95,10 @@ class MemShareConnector(KVConnectorBase_V1):
         if config.mode == "off":
             return
         logger.info("MemShare configuration: %s", config.model_dump_json())
-        adapter = vllm_adapter()
-        group = adapter.editable_group(self._kv_cache_config)
+        group = self._adapter.editable_group(self._kv_cache_config)
         self.scheduler_side = SchedulerSide(
             config,
-            adapter.block_tables(kv_cache_manager, group),
+            self._adapter.block_tables(kv_cache_manager, group),
             world_size=self._world_size,
             compile_steps=lambda: compile_steps(self._vllm_config, config),
             open_bridge=lambda: EvaluatorBridge(
@@ -152,7 +152,7 @@ class MemShareConnector(KVConnectorBase_V1):
         """The message that goes to the workers with this step."""
         if self.scheduler_side is None:
             return _NOTHING
-        return self.scheduler_side.build_message(vllm_adapter().read_schedule(scheduler_output))
+        return self.scheduler_side.build_message(self._adapter.read_schedule(scheduler_output))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' answers."""

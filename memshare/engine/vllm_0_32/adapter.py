@@ -8,17 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from memshare.core.interfaces import BlockTables, CacheGroup, Scheduled, WorkerTables
-from memshare.engine.vllm_0_32.schedule import read_schedule as _read_schedule
+from memshare.core.interfaces import BlockTables, CacheGroup, WorkerTables
+from memshare.engine.vllm_0_32.schedule import read_schedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
+
+__all__ = [
+    "attention_layers",
+    "base_worker",
+    "block_tables",
+    "cache_refusals",
+    "editable_group",
+    "read_schedule",
+    "tokenizer",
+    "worker_tables",
+]
 
 
 def cache_refusals(cache: KVCacheConfig) -> Iterator[str]:
@@ -54,11 +64,6 @@ def attention_layers(vllm_config: VllmConfig, runner: object) -> Mapping[str, Ca
     from memshare.engine.vllm_0_32.attention_layers import layers_of
 
     return layers_of(vllm_config, cast(Any, runner).get_model())
-
-
-def read_schedule(output: SchedulerOutput) -> Scheduled:
-    """See :meth:`Adapter.read_schedule`."""
-    return _read_schedule(output)
 
 
 def tokenizer(vllm_config: VllmConfig) -> Tokenizer:
