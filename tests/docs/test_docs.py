@@ -127,6 +127,13 @@ def test_every_message_that_troubleshooting_explains_is_one_of_ours() -> None:
     assert {text for text in messages - OTHERS if text not in source} == set()
 
 
+def test_a_page_that_is_written_by_hand_is_short() -> None:
+    """About 200 lines: nobody reads a long one to its end. Records go to ``docs/experiments``."""
+    generated = {page for page, _ in GENERATED.values()}
+    long = {page for page in PAGES if len(page.read_text(encoding="utf-8").splitlines()) > 210}
+    assert long <= generated
+
+
 def anchors(page: Path) -> set[str]:
     return {anchor(heading) for heading in HEADING.findall(prose(page))}
 
