@@ -21,8 +21,8 @@ class TriggerConfig(Section):
     low_watermark: Fraction = 0.05
     """Fraction of all KV blocks. Reclaiming starts when fewer are free. ``pressure`` only."""
     high_watermark: Fraction = 0.10
-    """Fraction of all KV blocks. Reclaiming stops when as many are free beside those that running
-    requests will need next. ``pressure`` only."""
+    """Fraction of all KV blocks. Reclaiming stops when as many are free, in addition to those that
+    running requests will need next. ``pressure`` only."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TriggerConfig:
@@ -38,12 +38,11 @@ class AdmissionConfig(Section):
     """Holding waiting requests back after a preemption. Mode ``share`` only."""
 
     lookahead_tokens: Whole = Field(default=256, ge=0)
-    """Tokens. A waiting request is admitted only if the blocks that running requests will need for
-    so many more tokens each, less what sharing can free, stay available. 0 leaves admission to
-    vLLM."""
+    """Tokens. A waiting request is admitted only if enough blocks stay free for running requests to
+    generate this many more tokens each, less what sharing can free. 0 leaves admission to vLLM."""
     hold_steps: Whole = Field(default=1024, ge=1)
-    """Engine steps. For so long after a preemption the rule above holds; before the first one, and
-    again after so many steps without one, vLLM admits as it always does."""
+    """Engine steps for which the rule above holds after a preemption. Before the first preemption,
+    and after this many steps without one, vLLM admits as it always does."""
 
 
 class StepConfig(Section):
@@ -58,9 +57,9 @@ class StepConfig(Section):
     similarity_threshold: Fraction = 0.9
     """Cosine of two steps' token bags, 0..1. Stage one proposes pairs at or above it."""
     max_matches: Whole = Field(default=2, ge=1, le=64)
-    """Steps. At most so many earlier steps are proposed for one new step, best first."""
+    """Steps. At most this many earlier steps are proposed for a new step, best first."""
     max_history: Whole = Field(default=1024, ge=2)
-    """Steps. Stage one remembers so many steps of a request (or tenant); the oldest go first."""
+    """Steps that stage one remembers of a request (or tenant); the oldest are dropped first."""
 
     @model_validator(mode="after")
     def _ordered(self) -> StepConfig:
@@ -85,11 +84,11 @@ class DistanceConfig(Section):
     similarity_threshold: Fraction = 0.8
     """Similarity under the chosen norm, 0..1. A pair at or above it is verified."""
     max_jobs_per_step: Whole = Field(default=16, ge=1, le=4096)
-    """Pairs of blocks. So many are compared in one engine step; the rest wait. ``twins`` compares
-    tokens: as many pairs of them as so many blocks have slots."""
+    """Pairs of blocks that one engine step compares; the rest wait. ``twins`` compares pairs of
+    tokens instead: as many as this number of blocks has slots."""
     max_waiting: Whole = Field(default=4096, ge=1)
-    """Pairs of blocks (``twins``: slots of so many blocks). So many may wait for stage two; further
-    candidates are dropped and counted."""
+    """Pairs of blocks that may wait for stage two (``twins``: pairs of tokens, as many as this
+    number of blocks has slots). Further candidates are dropped and counted."""
 
 
 class ProtectConfig(Section):
@@ -98,7 +97,7 @@ class ProtectConfig(Section):
     prompt_tokens: Literal["all"] | Annotated[Whole, Field(ge=0)] = "all"
     """Tokens from the start of the prompt, or ``all`` of it."""
     recent_tokens: Whole = Field(default=128, ge=0)
-    """Tokens. The newest so many of a request are never a target (kept exact)."""
+    """The newest tokens of a request, which are never a target (kept exact)."""
 
 
 class BudgetConfig(Section):
@@ -106,23 +105,23 @@ class BudgetConfig(Section):
 
     max_shared_fraction: Fraction = 0.25
     """Fraction of a request's blocks that may be re-pointed. After a preemption, admission counts
-    on all of it, so that more than the policy really finds leads to further preemptions."""
+    on all of it, so a budget above what the policy finds leads to further preemptions."""
 
 
 class EvaluatorConfig(Section):
-    """Who runs stage one, and how much may be under way."""
+    """Where stage one runs, and how much work may be pending."""
 
     source: Literal["in_process", "ray"] = "in_process"
     """``in_process``: the bridge thread of the engine. ``ray``: a pool of named Ray actors."""
     queue_size: Whole = Field(default=1024, ge=1)
     """Batches waiting for the bridge thread. When full, steps are dropped and counted."""
     max_requests: Whole = Field(default=2048, ge=1)
-    """Requests (or tenants) whose steps one evaluator remembers; least recently used go first."""
+    """Requests (or tenants) whose steps an evaluator remembers; least recently used go first."""
     address: str | None = None
     """``ray`` only: ``host:port`` of the Ray cluster. None asks the environment
     (``RAY_ADDRESS``)."""
     namespace: NonEmpty = "memshare"
-    """``ray`` only: namespace of the evaluator actors. Two applications must not have the same."""
+    """``ray`` only: namespace of the evaluator actors. Each application needs its own."""
     actors: Whole = Field(default=1, ge=1, le=1024)
     """``ray`` only: number of evaluator actors in the pool."""
     cpus_per_actor: Real = Field(default=0.25, ge=0.0)
@@ -132,7 +131,7 @@ class EvaluatorConfig(Section):
     call_timeout_s: Real = Field(default=5.0, gt=0.0)
     """``ray`` only: seconds after which an unanswered call counts as failed."""
     retry_after_s: Real = Field(default=1.0, gt=0.0)
-    """``ray`` only: seconds to leave a failed actor alone before it is looked up again."""
+    """``ray`` only: seconds before a failed actor is looked up and called again."""
 
     @field_validator("address")
     @classmethod
@@ -143,47 +142,48 @@ class EvaluatorConfig(Section):
 
 
 class IntegrityConfig(Section):
-    """Checks of our own bookkeeping against vLLM's. See ``check_integrity()``."""
+    """Checks of MemShare's bookkeeping against vLLM's. See ``check_integrity()``."""
 
     check_every: Whole = Field(default=0, ge=0)
     """Engine steps between two full checks; 0 checks only on demand, 1 at every step (tests)."""
     on_failure: Literal["stop_sharing", "raise"] = "stop_sharing"
-    """``stop_sharing``: log, count, and serve on without further remaps. ``raise``: stop the
-    engine (tests)."""
+    """``stop_sharing``: log, count, and continue to serve without further remaps. ``raise``: stop
+    the engine (tests)."""
 
 
 class ReportConfig(Section):
-    """What the engine tells of its blocks and requests, for metrics and the live page."""
+    """What the engine reports about its blocks and requests, for metrics and the live page."""
 
     every_s: Real = Field(default=1.0, ge=0.0)
-    """Seconds, at least, between two looks at which block is what. Looks are rarer where one takes
-    long: they cost at most a thousandth of the engine's time. 0 never looks."""
+    """Least number of seconds between two examinations of all blocks. They become less frequent if
+    one takes long, so that they cost at most a thousandth of the engine's time. 0: never."""
     requests: Whole = Field(default=32, ge=0, le=1024)
-    """Requests that are reported with each look: those with most blocks."""
+    """Requests reported with each examination: those with most blocks."""
 
 
 class LogConfig(Section):
     """MemShare's own log lines, on standard error."""
 
     format: Literal["text", "json"] = "text"
-    """``json`` writes one object a line, with fields such as ``request`` and ``blocks``. In the
-    cluster vLLM's lines follow suit; plain vLLM has ``--logging-config.formatter json``."""
+    """``json`` writes one object per line, with fields such as ``request`` and ``blocks``. In the
+    cluster vLLM's lines are then JSON too; plain vLLM has ``--logging-config.formatter json``."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below it are not written."""
     explain_every_s: Real = Field(default=10.0, ge=0.0)
-    """Seconds, at least, between two lines that explain reclaims, and between two that explain
-    preemptions: who, why, how many blocks. What happens in between is summed up. 0 writes none."""
+    """Least number of seconds between two lines that explain reclaims, and between two that explain
+    preemptions: which requests, why, how many blocks. A line covers the time since the previous
+    one. 0 writes none."""
 
 
 class MemShareConfig(Section):
     """Everything a user can set."""
 
     mode: Literal["off", "observe", "share"] = "share"
-    """``off``: nothing of MemShare runs. ``observe``: everything but remaps. ``share``: all."""
+    """``off``: nothing of MemShare runs. ``observe``: everything except remaps. ``share``: all."""
     policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
         default_factory=registry.default_policy
     )
-    """What picks pairs, with its parameters: ``paper``, ``twins``, ``oldest`` or ``random``."""
+    """The policy and its parameters: ``paper``, ``twins``, ``oldest`` or ``random``."""
     trigger: TriggerConfig = TriggerConfig()
     """When pairs are applied."""
     admission: AdmissionConfig = AdmissionConfig()
@@ -200,15 +200,15 @@ class MemShareConfig(Section):
     """``request``: both blocks of a pair belong to one request. ``tenant``: to requests with the
     same ``cache_salt`` and LoRA adapter."""
     evaluator: EvaluatorConfig = EvaluatorConfig()
-    """Who runs stage one."""
+    """Where stage one runs."""
     integrity: IntegrityConfig = IntegrityConfig()
     """Self-checks."""
     report: ReportConfig = ReportConfig()
-    """What the engine tells of its blocks and requests."""
+    """What the engine reports about its blocks and requests."""
     logs: LogConfig = LogConfig()
     """MemShare's own log lines."""
     event_log: Path | None = None
-    """File that receives every transition as a JSON line; None writes none."""
+    """File to which every transition is written as a JSON line; None writes none."""
 
     @field_validator("mode", mode="before")
     @classmethod

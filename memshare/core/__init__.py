@@ -1,1 +1,1 @@
-"""What the engine side is made of, without vLLM and without torch: requests, limits, triggers."""
+"""The engine side's core, without vLLM and without torch: requests, limits, triggers."""

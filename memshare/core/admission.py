@@ -1,10 +1,10 @@
-"""Holding waiting requests back while those that run cannot be sure of their next blocks.
+"""Hold waiting requests back while running ones cannot be sure of their next blocks.
 
-vLLM admits a waiting request as soon as its prompt fits. Many requests admitted at once then grow
-at once, and reclaiming cannot undo that: what a request may give up is a fraction of what it has
-written, and one that has just begun has written nothing. So after a preemption MemShare raises
-vLLM's own watermark, the blocks that an admission must leave free
-(vllm/v1/core/kv_cache_manager.py, ``allocate_slots``), to what running requests are about to need.
+vLLM admits a waiting request as soon as its prompt fits. Requests admitted together also grow
+together. Reclaiming cannot undo that: a request can give up only a fraction of what it has written,
+and one that has just begun has written nothing. So after a preemption MemShare raises vLLM's own
+watermark, the number of blocks that an admission must leave free
+(vllm/v1/core/kv_cache_manager.py, ``allocate_slots``), to what running requests will soon need.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Admission:
         self._total -= self._growth.pop(state.request_id, 0)
 
     def close(self) -> None:
-        """Let nobody in during the step that is being scheduled."""
+        """Admit no request during the step that is being scheduled."""
         self._tables.keep_free(self._tables.total)
 
     def advance(self, preempted: bool) -> None:

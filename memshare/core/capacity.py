@@ -1,9 +1,9 @@
 """How many requests a KV cache holds, with and without sharing: arithmetic on blocks.
 
-The model behind the numbers is small on purpose. Every request has the same prompt and output. It
-holds the blocks of the tokens that it has so far, less those that sharing may give up, and a cache
-holds as many requests as fit into its usable blocks. Which of a request's blocks may go follows the
-engine's own rules: never the protected prompt, never the recent window, never more than the budget.
+The model is simple on purpose. Every request has the same prompt and output. It holds the blocks of
+its tokens so far, less those that sharing may give up. A cache holds as many requests as fit into
+its usable blocks. The engine's own rules say which blocks may be given up: never the protected
+prompt, never the recent window, never more than the budget.
 """
 
 from __future__ import annotations

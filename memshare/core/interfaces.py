@@ -1,8 +1,8 @@
-"""What MemShare needs of the engine that it runs in, and nothing more.
+"""What MemShare needs from the engine that it runs in, and nothing more.
 
-vLLM's own request and block objects fit :class:`EngineRequest` and :class:`Block`. The tables are
-made by the adapter of a vLLM version (memshare/engine/vllm_0_32/), which keeps everything that is
-not vLLM's public API to itself. Everything else is written against this module.
+vLLM's own request and block objects satisfy :class:`EngineRequest` and :class:`Block`. The adapter
+of a vLLM version (memshare/engine/vllm_0_32/) creates the tables. It alone uses what is not vLLM's
+public API; everything else is written against this module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Block(Protocol):
 
     @property
     def is_null(self) -> bool:
-        """Whether it is the null block, which holds no tokens and belongs to nobody."""
+        """Whether it is the null block, which holds no tokens and belongs to no request."""
         ...
 
 
@@ -184,7 +184,7 @@ class BlockTables(Protocol):
         ...
 
     def keep_free(self, blocks: int) -> None:
-        """Let the engine admit a waiting request only if so many blocks stay free."""
+        """Let the engine admit a waiting request only if this many blocks stay free."""
         ...
 
     def reference_faults(self) -> list[str]:

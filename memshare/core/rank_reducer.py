@@ -1,4 +1,4 @@
-"""Ranks answer jobs one by one, and perhaps in different engine steps."""
+"""Combine the ranks' answers to a job, which may arrive in different engine steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reclaim queue: verified pairs, cheapest damage first, at most one for a target."""
+"""The reclaim queue: verified pairs by expected damage, at most one per target."""
 
 from __future__ import annotations
 

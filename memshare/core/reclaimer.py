@@ -26,7 +26,7 @@ class BlockSource(Protocol):
         ...
 
     def expected_savings(self, state: RequestState, tokens: int) -> int:
-        """Blocks that a request of so many tokens is expected to do without."""
+        """Blocks that a request of this many tokens is expected to give up."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class Reclaimer:
         return sum(source.reclaimable for source in self._sources)
 
     def footprint(self, state: RequestState, tokens: int) -> int:
-        """Blocks that a request of so many tokens is expected to keep."""
+        """Blocks that a request of this many tokens is expected to keep."""
         savings = sum(source.expected_savings(state, tokens) for source in self._sources)
         return self._tables.token_map.entries(tokens) - savings
 

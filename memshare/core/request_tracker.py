@@ -1,4 +1,4 @@
-"""The requests that MemShare follows, and what of each may be touched."""
+"""The requests that MemShare follows, and which of their blocks it may touch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class RequestTracker:
         return self._budget(state, state.full)
 
     def shareable(self, state: RequestState, full: int) -> int:
-        """How many blocks could be re-pointed once the request has so many full ones."""
+        """How many blocks can be re-pointed once the request has this many full ones."""
         targets = max(0, self._end_target(full) - self.first_target(state))
         return min(self._budget(state, full), targets)
 

@@ -1,4 +1,4 @@
-"""What the scheduler side knows of one request."""
+"""What the scheduler side knows about one request."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RequestState:
         return noted == {entry: table[entry].block_id for entry in self.repointed}
 
     def note_held(self, entries: int) -> None:
-        """Its table, of so many entries, is about to shrink or to be remapped."""
+        """Its table, with this many entries, is about to shrink or to be remapped."""
         self.peak_blocks = max(self.peak_blocks, entries - len(self.repointed))
 
     @property

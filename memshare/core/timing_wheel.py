@@ -1,4 +1,4 @@
-"""A timing wheel, so that a request that has nothing to tell costs nothing in a step."""
+"""A timing wheel, so that requests without news cost nothing in a step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where a request's tokens lie: position in the request, entry of its block table, slot of a block.
 
 The one place that divides by the block size. Today a token's place follows from its position alone;
-once tokens may move, this is the map that changes.
+once tokens may move, this map is what changes.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The contents of KV blocks: where K and V lie, how alike two blocks or tokens are."""
+"""The contents of KV blocks: where K and V lie, how similar two blocks or tokens are."""

@@ -1,9 +1,9 @@
-"""Where K and V of each slot and channel lie inside a block, whatever the attention backend does.
+"""Where K and V of each slot and channel lie inside a block, for any attention backend.
 
 vLLM's caches share one logical shape, ``[blocks, heads, slots, K|V channels]``, but a backend may
-arrange a block's interior as its kernels like it: the CPU backend puts all K before all V and
-transposes or packs them by instruction set (vllm/v1/attention/backends/cpu_attn.py). So the
-arrangement is learned: known numbers are written through the backend's own cache update into a
+arrange a block as its kernels need it: the CPU backend puts all K before all V and transposes or
+packs them by instruction set (vllm/v1/attention/backends/cpu_attn.py). So the arrangement is
+determined by a test: known numbers are written through the backend's own cache update into a
 scratch block and looked up again.
 """
 

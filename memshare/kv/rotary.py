@@ -1,8 +1,9 @@
-"""Comparing keys as if they stood at the same position.
+"""Compare keys as if they were at the same position.
 
-A rotary embedding turns each pair of key channels by an angle proportional to the token's position,
-so equal tokens far apart have unlike cached keys. Rotations compose: the key of a token at position
-p, moved to position q, is the cached key turned by (q - p) steps. No key has to be computed again.
+A rotary embedding turns each pair of key channels by an angle proportional to the token's
+position, so the cached keys of equal tokens far apart differ. Rotations compose: the key of a token
+at position p, moved to position q, is the cached key turned by (q - p) steps. No key has to be
+recomputed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Stage two: how alike the KV of a target block and of a donor block is.
+"""Stage two: how similar the KV of a target block and a donor block is.
 
 Everything here is plain torch on ``[blocks, heads, slots, channels]`` tensors of one layer, batched
-over pairs. A rank sees its own KV heads only: results are sums and counts that add up over ranks.
+over pairs. A rank sees only its own KV heads: results are sums and counts, added over ranks.
 """
 
 from __future__ import annotations

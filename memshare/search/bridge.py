@@ -1,7 +1,7 @@
 """One thread between the engine and the evaluators, so that the engine never waits.
 
 The engine thread only puts to and takes from two queues (about 1 us each). Everything that may
-block or fail happens on the bridge thread. What cannot be taken is dropped and counted.
+block or fail happens on the bridge thread. Work that cannot be accepted is dropped and counted.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class EvaluatorBridge:
         return items
 
     def _step(self, source: CandidateSource, items: list[list[NewSteps] | _Forget]) -> None:
-        # In order: a preempted request is forgotten before its steps come again.
+        # In order: a preempted request is forgotten before its steps arrive again.
         for are_steps, group in groupby(items, lambda item: isinstance(item, list)):
             if are_steps:
                 batch = [new for news in cast("list[list[NewSteps]]", list(group)) for new in news]

@@ -1,4 +1,4 @@
-"""Stage one as a service: what goes to an evaluator, what comes back, and who may be one.
+"""Stage one as a service: the requests, the answers, and the interface of an evaluator.
 
 An evaluator remembers the reasoning steps of each request. For a new step it finds earlier steps
 with a similar bag of tokens, or, for the policy ``twins``, earlier tokens that occur in it again.

@@ -52,7 +52,7 @@ class StepIndex(Generic[Label]):
             tokens: ``[T]`` token ids, T >= 1, all >= 0.
             label: what to return for this step when a later one resembles it.
             threshold: cosine in 0..1.
-            limit: at most so many matches.
+            limit: the most matches to return.
 
         Returns:
             (label, cosine) of the matches, best first, newest first among equals.

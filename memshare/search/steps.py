@@ -1,8 +1,8 @@
-"""Cutting output into reasoning steps, token by token, without decoding text again.
+"""Cut output into reasoning steps, token by token, without decoding text.
 
 Delimiters are strings; output is token ids. :func:`compile_delimiters` runs the delimiters' byte
 automaton (Aho-Corasick) over every vocabulary entry once and keeps, per automaton state, only the
-tokens that do something. Segmenting is then one dictionary look-up a token, and a delimiter may
+tokens that do something. Segmenting is then one dictionary look-up per token, and a delimiter may
 begin in one token and end in another.
 """
 

@@ -1,4 +1,4 @@
-"""The bytes behind each token id, read off a Hugging Face tokenizer once at start."""
+"""The bytes of each token id, read from a Hugging Face tokenizer once at start."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is counted, logged and explained, and how it gets out of the engine."""
+"""What is counted, logged and explained, and how it leaves the engine."""

@@ -1,4 +1,4 @@
-"""Now and then a look at all blocks: what each holds, and which requests have most of them."""
+"""A periodic census of all blocks: what each holds, and which requests hold most."""
 
 from __future__ import annotations
 

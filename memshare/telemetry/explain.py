@@ -1,4 +1,4 @@
-"""Reclaims and preemptions in words: who, why, how many blocks; at a bounded rate."""
+"""Log lines that explain reclaims and preemptions: which requests, why; at a bounded rate."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Explainer:
         self._obstacle = ""
 
     def reclaimed(self, request: str, blocks: int, cause: Cause) -> None:
-        """A remap of ``request`` has freed so many blocks."""
+        """A remap of ``request`` has freed this many blocks."""
         if self._every:
             self._reclaims.add(request, blocks, _CAUSES[cause])
 
     def preempted(self, request: str, blocks: int) -> None:
-        """vLLM has taken so many full blocks from ``request``."""
+        """vLLM has taken this many full blocks from ``request``."""
         if self._every:
             obstacle = self._obstacle or "it was not asked"
             self._preemptions.add(request, blocks, f"reclaiming freed nothing: {obstacle}")

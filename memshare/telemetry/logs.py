@@ -1,4 +1,4 @@
-"""Log lines of ours: text, or one JSON object a line with what a line is about as fields."""
+"""MemShare's log lines: text, or one JSON object per line with the line's content as fields."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every metric of ours, once. Counting, exporters, docs/metrics.md and dashboards follow this list.
+"""All of MemShare's metrics. Counting, exporters, docs/metrics.md and dashboards use this list.
 
-A metric has two spellings, by the exporter that it is read from:
+A metric has two spellings, depending on the exporter:
 
 - ``/metrics`` of the HTTP port: :attr:`Metric.prometheus`, such as ``vllm:memshare_applied_total``;
 - the metrics port of a Ray node: :attr:`Metric.ray`, such as ``ray_vllm_memshare_applied_total``,
@@ -45,7 +45,7 @@ class Metric:
     Attributes:
         name: as it is counted by, without prefix and suffix.
         kind: Prometheus' type.
-        unit: what 1 stands for, in the plural.
+        unit: what 1 means, in the plural.
         meaning: what is counted or shown, as one phrase.
         labels: beyond ``COMMON_LABELS``.
         buckets: upper bounds, ascending; histograms only.
@@ -105,7 +105,7 @@ COUNTERS = _named(
         "preemptions",
         "counter",
         "preemptions",
-        "preemptions that happened all the same, of requests that MemShare follows",
+        "preemptions that still happened, of requests that MemShare follows",
     ),
     Metric(
         "preemptions_avoided",
@@ -124,31 +124,31 @@ COUNTERS = _named(
         "events_dropped",
         "counter",
         "lines",
-        "lines missing from the event log because the disk lagged behind",
+        "lines missing from the event log because the disk was too slow",
     ),
 )
-"""Counters of the engine without a label of their own; there from the start, at zero."""
+"""Counters of the engine without their own label; present from the start, at zero."""
 
 LABELLED = _named(
     Metric(
         "dropped",
         "counter",
         "pairs",
-        "pairs, candidate or verified, that came to nothing",
+        "pairs, candidate or verified, that were dropped",
         (
             Label(
                 "reason",
                 {
-                    "unknown_request": "stage one named a request that has gone, or two that share "
-                    "no history",
-                    "unavailable": "one of its blocks is not full yet, gone, or already re-pointed",
+                    "unknown_request": "stage one named a request that has ended, or two that "
+                    "share no history",
+                    "unavailable": "one of its blocks is not full, freed, or already re-pointed",
                     "protected": "its target lies in the protected prompt",
                     "stage_two_full": "too many pairs wait for stage two (`distance.max_waiting`)",
                     "stale": "one of its blocks was freed or replaced, or its request preempted or "
-                    "finished, in between",
-                    "no_gain": "target and donor are one block, or others refer to the target too, "
-                    "so that nothing would be freed",
-                    "replaced": "there is a better donor for its target",
+                    "finished, in the meantime",
+                    "no_gain": "target and donor are the same block, or other entries refer to the "
+                    "target, so nothing would be freed",
+                    "replaced": "a better donor was found for its target",
                     "preempted": "its request was preempted while it waited",
                     "finished": "its request finished while it waited: it was never needed",
                 },
@@ -159,8 +159,8 @@ LABELLED = _named(
         "steps_dropped",
         "counter",
         "steps",
-        "steps that stage one never saw",
-        (Label("reason", {"queue_full": "the bridge to the evaluators lagged behind"}),),
+        "steps that stage one never got",
+        (Label("reason", {"queue_full": "the bridge to the evaluators was too slow"}),),
     ),
     Metric(
         "evaluator_faults",
@@ -172,10 +172,10 @@ LABELLED = _named(
                 "reason",
                 {
                     "dead": "an evaluator crashed, was killed, or can't be reached",
-                    "busy": "more than `evaluator.max_pending_calls` waited at it",
+                    "busy": "more than `evaluator.max_pending_calls` calls waited at it",
                     "timeout": "it did not answer within `evaluator.call_timeout_s`",
-                    "garbage": "something else than an answer came back",
-                    "error": "it raised",
+                    "garbage": "it returned something other than an answer",
+                    "error": "it raised an exception",
                 },
             ),
         ),
@@ -203,7 +203,7 @@ LABELLED = _named(
         "counter",
         "checks",
         "integrity checks",
-        (Label("result", {"passed": "books agree", "failed": "they don't"}),),
+        (Label("result", {"passed": "the bookkeeping agrees", "failed": "it does not"}),),
     ),
 )
 """Counters of the engine with one label; a series appears when it is first counted."""
@@ -222,8 +222,7 @@ GAUGES = _named(
         "admission_reserve",
         "gauge",
         "blocks",
-        "blocks that the admission of a waiting request must leave free; 0 while vLLM admits as it "
-        "likes",
+        "blocks that admitting a waiting request must leave free; 0 while vLLM alone decides",
     ),
     Metric(
         "sharing_stopped",
@@ -232,27 +231,27 @@ GAUGES = _named(
         "1 after a failed integrity check has stopped further remaps",
     ),
 )
-"""Gauges of the engine without a label of their own."""
+"""Gauges of the engine without their own label."""
 
 BLOCKS = Metric(
     "blocks",
     "gauge",
     "blocks",
-    "KV blocks by what they hold, as of the last look (`report.every_s`); adds up to all of them",
+    "KV blocks by what they hold, as last examined (`report.every_s`); the sum is all blocks",
     (
         Label(
             "kind",
             {
                 "prompt": "prompt that is protected",
                 "recent": "the newest tokens of a request, which are protected",
-                "shared": "donors: more than one entry of a block table points there",
+                "shared": "donors: more than one block-table entry points to them",
                 "other": "output that may be given up, and requests that MemShare does not follow",
-                "free": "nothing, or prefixes that nobody uses now",
+                "free": "nothing, or prefixes that no request uses now",
             },
         ),
     ),
 )
-"""The engine's gauge with a label of its own."""
+"""The engine's gauge with its own label."""
 
 HISTOGRAMS = _named(
     Metric(
@@ -286,8 +285,8 @@ REPLICA = _named(
                 "outcome",
                 {
                     "served": "answered",
-                    "refused": "turned away: key, permission or limit",
-                    "failed": "an error of ours",
+                    "refused": "refused: key, permission or limit",
+                    "failed": "an error in the server",
                     "aborted": "the client left",
                 },
             ),
@@ -306,19 +305,19 @@ REPLICA = _named(
         "tenant_refusals",
         "counter",
         "requests",
-        "refused requests by tenant, `-` where it is not known, and reason",
+        "refused requests by tenant (`-` if unknown) and reason",
         (
             _TENANT,
             Label(
                 "reason",
                 {
-                    "no_key": "no key came with it",
+                    "no_key": "it has no key",
                     "unknown_key": "its key is not in the table",
                     "not_local": "there are no keys, and it came from another machine",
-                    "not_operator": "what it wants is for operators",
+                    "not_operator": "it is for operators only",
                     "model": "its key is not for that model",
                     "memshare": "its key does not allow that MemShare option",
-                    "requests": "the tenant has as many requests as it may at one time",
+                    "requests": "the tenant already has as many requests as it may at one time",
                     "tokens": "the tenant has used its tokens",
                     "closed": "the server is shutting down",
                 },
@@ -331,29 +330,29 @@ REPLICA = _named(
         "counter",
         "tables",
         "changed key tables",
-        (Label("result", {"used": "taken over", "refused": "wrong or gone; the old one stays"}),),
+        (Label("result", {"used": "in use now", "refused": "wrong or gone; the old one stays"}),),
         home="replica",
     ),
     Metric(
         "limit_ledger_faults",
         "counter",
         "calls",
-        "calls for which the limits' ledger could not be reached, so that the replica enforced "
-        "them alone",
+        "calls for which the limits' ledger could not be reached, so the replica enforced limits "
+        "alone",
         home="replica",
     ),
     Metric(
         "monitoring_faults",
         "counter",
         "faults",
-        "faults of the [live page](page.md) and of tracing; serving goes on",
+        "faults of the [live page](page.md) and of tracing; serving continues",
         (
             Label(
                 "part",
                 {
                     "record": "a step of the engine could not be read",
-                    "report": "the board did not take a replica's samples; they wait for it",
-                    "trace": "a request's trace could not be made or delivered",
+                    "report": "the board did not accept a replica's samples; they are kept",
+                    "trace": "a request's trace could not be created or delivered",
                     "answer": "the board did not answer a browser",
                 },
             ),

@@ -1,4 +1,4 @@
-"""Saying what happened: transitions are counted, explained and, if asked, logged as events."""
+"""Record what happened: transitions are counted, explained and, if configured, logged as events."""
 
 from __future__ import annotations
 

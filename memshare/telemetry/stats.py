@@ -1,8 +1,8 @@
-"""Counting what happens, in one place, in a form that crosses processes as plain numbers.
+"""Counters in one place, in a form that crosses processes as plain numbers.
 
-The scheduler side adds to a :class:`Counters`; once an engine step it hands over what has changed
-(:meth:`Counters.take`), and the metrics front end folds the payloads together. What is counted is
-listed in :mod:`memshare.telemetry.metrics`.
+The scheduler side adds to a :class:`Counters`. Once per engine step it hands over the changes
+(:meth:`Counters.take`), and the metrics front end merges the payloads.
+:mod:`memshare.telemetry.metrics` lists what is counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RemapNote(NamedTuple):
 
 
 class PreemptionNote(NamedTuple):
-    """A request that lost its blocks: so many full ones."""
+    """A request that lost its blocks, and how many full ones."""
 
     time: float
     request: str
