@@ -8,8 +8,8 @@ Two families, which lose different things when KV memory is taken from a running
   later a sum over a few of them. The amounts are nowhere in the prompt: if every copy of one is
   lost, the sum is wrong; if one of its copies is lost, the other one still serves.
 
-The numbers are small, so that a model of 135M parameters makes hardly a mistake of its own: what
-goes wrong is what memory was taken from.
+The numbers are small, so that a model of 135M parameters makes hardly any mistake of its own: wrong
+answers are due to the memory that was given up.
 """
 
 from __future__ import annotations

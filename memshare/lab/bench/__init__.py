@@ -2,8 +2,8 @@
 
 - ``arms``: what is compared
 - ``workloads``: what the engines are asked to do
-- ``run``: one engine, one workload, and what is measured of it
-- ``child``: every engine in a process of its own
+- ``run``: one engine, one workload, and what is measured
+- ``child``: every engine in its own process
 - ``fates``: what became of a request's blocks
 - ``report``: tables of ratios within a repeat
 - ``models``: what ``--model`` names

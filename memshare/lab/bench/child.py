@@ -1,4 +1,4 @@
-"""Engines in processes of their own, so that no run warms or wears the next one."""
+"""Engines in their own processes, so that no run affects the next one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How long a comparison will take: said before it begins, from what this machine computes just now.
+"""How long a comparison will take: an estimate before it begins, from this machine's current speed.
 
-A process prepared as the engines are multiplies matrices of the model's shape for a moment. A step
-of the engine takes that long for all of the model's weights, and as long again for its KV at the
-speed at which weights were read; to this come what scheduling takes, and the start of each engine.
-What other load comes later is not known, nor how long answers will be: the progress bar measures.
+A process prepared like the engines' multiplies matrices of the model's shape for a moment. An
+engine step takes that long for all of the model's weights, plus the time to read its KV at the same
+speed, plus the time for scheduling. The start of each engine is added. Later load and the length of
+answers are unknown; the progress bar measures them.
 """
 
 from __future__ import annotations

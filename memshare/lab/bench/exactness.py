@@ -1,9 +1,9 @@
-"""What must not change a token, and the proof that a change would be seen.
+"""What must not change a token, and the proof that a change would be noticed.
 
 - Modes ``off`` and ``observe`` write what plain vLLM writes.
 - Copies of one prompt write the same text, so that every block has identical twins at the same
   position in other requests. Sharing only those changes nothing.
-- Negative control: with remaps in the scheduler that no worker hears of, the text does change.
+- Negative control: if no worker is told of the scheduler's remaps, the text does change.
 """
 
 from __future__ import annotations

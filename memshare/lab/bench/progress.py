@@ -1,4 +1,4 @@
-"""How far a comparison is, and how long it will take: told by its engines, shown to the user."""
+"""Progress of a comparison and its remaining time: reported by its engines, shown to the user."""
 
 from __future__ import annotations
 

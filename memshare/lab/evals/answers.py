@@ -1,4 +1,4 @@
-"""A model's answers: from an engine in a process of its own, or from a server over HTTP."""
+"""A model's answers: from an engine in its own process, or from a server over HTTP."""
 
 from __future__ import annotations
 

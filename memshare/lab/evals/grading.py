@@ -1,4 +1,4 @@
-"""Whether an answer is right."""
+"""Whether an answer is correct."""
 
 from __future__ import annotations
 

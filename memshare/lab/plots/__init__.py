@@ -3,8 +3,8 @@
 - ``style``: colours of the arms, one figure to a file
 - ``arms``: correct answers, preemptions and tokens per step, by arm
 - ``usage``: KV memory over time, with preemptions
-- ``pareto``: what is paid for what is gained
-- ``steps``: which reasoning steps are alike, in words and in the KV cache
+- ``pareto``: cost against gain
+- ``steps``: which reasoning steps are similar, in words and in the KV cache
 - ``waterfall``: from all blocks to those that were freed, and why the rest were not
-- ``trace``: a text with what it writes again, as a page
+- ``trace``: a text with its repetitions, as a page
 """

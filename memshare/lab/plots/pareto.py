@@ -1,4 +1,4 @@
-"""What is paid for what is gained: one point an arm and budget."""
+"""Cost against gain: one point per arm and budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which reasoning steps are alike: by their words, and by the KV of what they have in common."""
+"""Which reasoning steps are similar: by their words, and by the KV of what they have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text as a page: what it writes twice, what was given up, and arcs from that to its twins."""
+"""A text as a page: its repetitions, what was given up, and arcs from that to its twins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV memory over time, one panel an arm, with a tick for every step that preempts."""
+"""KV memory over time, one panel per arm, with a tick for every step that preempts."""
 
 from __future__ import annotations
 

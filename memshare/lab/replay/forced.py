@@ -1,8 +1,8 @@
 """Forced decoding: requests write recorded tokens, whatever the model would have said.
 
-If asked, what it would have said is kept on the first run, and compared with on later ones. A vLLM
-logits processor (vllm/v1/sample/logits_processor/interface.py); requests that do not ask for it are
-left alone.
+On request, the first run records the model's own distributions, and later runs are compared with
+them. This is a vLLM logits processor (vllm/v1/sample/logits_processor/interface.py); it ignores
+requests that do not ask for it.
 """
 
 from __future__ import annotations

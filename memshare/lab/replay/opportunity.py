@@ -1,7 +1,7 @@
 """How much a text repeats itself, by block size: what a policy could find, before any engine runs.
 
-Token ids are all it takes, so this is a matter of seconds. Whether what repeats is alike in the KV
-cache too, only an engine can tell (``memshare replay --observe``).
+It needs token ids only, so it takes seconds. Only an engine can tell whether repetitions are also
+similar in the KV cache (``memshare replay --observe``).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A transformers model reads a recorded chain of thought once. Then a policy, the very object that the
 engine uses, gives up a fraction of the blocks of the prefix: their keys and values are replaced by
-the donors', as a remap does. The model reads the rest again over that cache. What the engine adds
-(asynchronous stages, pressure over time) is not seen here; ``memshare replay`` sees it.
+the donors', as a remap does. The model reads the rest again over that cache. This leaves out
+what the engine adds (asynchronous stages, pressure over time); ``memshare replay`` includes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trace-driven simulation of scheduling under KV pressure, for machines that are not at hand.
+"""Trace-driven simulation of scheduling under KV pressure, for machines that you do not have.
 
 vLLM's real scheduler, block pool and cache manager run, with MemShare's real connector; only the
 model is a stand-in, and time comes from a model of a step's cost.
