@@ -119,6 +119,10 @@ def _near(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
+# What our part of Ray Serve's proxies answers (cluster/http/proxy.py): this one is MemShare's.
+_CLOSED = "/-/routes is closed"
+
+
 def _ask_http(serving: Serving, host: str, port: int) -> Answer:
     """Whatever listens may be any program: every answer is doubted."""
     base = f"http://{host}:{port}"
@@ -126,7 +130,8 @@ def _ask_http(serving: Serving, host: str, port: int) -> Answer:
         reply = _get(f"{base}/-/routes")
         if reply.status == 503 and any(text in reply.text for text in _NOT_YET):
             return Answer("starting", "Ray Serve is there, and serves nothing yet")
-        routes = json.loads(reply.text)
+        is_closed = reply.status == 404 and _CLOSED in reply.text
+        routes = {serving.route: serving.application} if is_closed else json.loads(reply.text)
     except (ValueError, OSError, HTTPException):
         return Answer("other")
     if not isinstance(routes, Mapping):

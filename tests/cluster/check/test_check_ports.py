@@ -33,6 +33,8 @@ OPEN: Answers = {
     "/-/routes": (200, ROUTES), "/memshare/": (200, PAGE.read_text()), "/v1/models": (200, MODELS),
 }  # fmt: skip
 WITH_KEYS: Answers = OPEN | {"/v1/models": (401, NO_KEY)}
+# As cluster/http/proxy.py answers, in proxies that have it.
+CLOSED: Answers = WITH_KEYS | {"/-/routes": (404, '{"error": {"message": "/-/routes is closed"}}')}
 NO_PAGE: Answers = {name: answer for name, answer in WITH_KEYS.items() if name != "/memshare/"}
 
 
@@ -111,6 +113,8 @@ def test_free_ports_are_free(free_port: int) -> None:
         (OPEN, "smollm2", "ok", "a MemShare server answers there, model smollm2", True),
         (WITH_KEYS, "smollm2", "ok", "a MemShare server answers there", True),
         (NO_PAGE, "smollm2", "ok", "a MemShare server answers there", True),
+        (CLOSED, "smollm2", "ok", "a MemShare server answers there", True),
+        (CLOSED | {"/v1/models": (503, "")}, "smollm2", "warn", "not ready (HTTP 503)", True),
         (OPEN, "other", "warn", "with the model smollm2 instead of other", True),
         (OPEN | {"/v1/models": (503, "")}, "smollm2", "warn", "not ready (HTTP 503)", True),
         ({"/-/routes": (200, '{"/": "shop"}')}, "smollm2", "fail", "'shop' at /", False),
