@@ -546,8 +546,9 @@ def test_a_grpc_call_that_ends_early_frees_the_engine(server: Server) -> None:
 def test_one_connection_does_not_hold_the_server_alone(server: Server) -> None:
     with server.grpc_client(retries=0) as greedy, server.grpc_client() as other:
         streams = [greedy.generate_stream(PROMPT, ENDLESS) for _ in range(24)]
-        for stream in streams:
-            next(iter(stream))
+        pieces = [iter(stream) for stream in streams]  # who drops one leaves its stream
+        for piece in pieces:
+            next(piece)
         with pytest.raises(OverloadedError, match="24 requests at one time") as limited:
             greedy.generate(PROMPT, GREEDY)
         assert limited.value.retry_after_s == 1.0
