@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 _TITLE = "VLLM::Worker"  # vllm/v1/executor/multiproc_executor.py
-# Python's and joblib's shared memory and semaphores, and the buffers of vLLM's cpu_communicator.py. Nothing else
-# that is mapped there: some people keep the model's weights in /dev/shm.
+# Shared memory and semaphores of Python and of joblib, and the buffers of vLLM's
+# cpu_communicator.py. Nothing else that is mapped there: some keep a model's weights in /dev/shm.
 _SHARED = Path("/dev/shm")
 _OURS = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_")
 
