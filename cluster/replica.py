@@ -27,6 +27,7 @@ from cluster.dashboard.sample_reporter import SampleReporter
 from cluster.grpc.service import GrpcService
 from cluster.http.asgi import DisconnectOnCancel, KeyGate, RetryAfter
 from cluster.http.body import StrictBody
+from cluster.processes.closing import Closed
 from cluster.processes.engine_prewarm import EnginePrewarm, collector_at_rest
 from cluster.processes.orphan_reaper import Guard
 from cluster.processes.workers import Workers
@@ -168,18 +169,12 @@ class EngineReplica(GrpcService):
         """The same for :class:`~cluster.routing.autoscaler.KVPressurePolicy`."""
         return await self.record_routing_stats()
 
-    async def close(self) -> float:
-        """Take no further requests: who comes is told to come again later.
-
-        Returns:
-            Seconds that those under way are given to end. See :mod:`cluster.run`.
-        """
+    async def close(self) -> Closed:
+        """Take no further requests: who comes is told to come again later. Idempotent. See
+        :func:`cluster.processes.closing.drain`."""
         self._gate.close(math.ceil(self._args.replica.retry_after_s))
-        return self._args.replica.graceful_shutdown_timeout_s
-
-    async def under_way(self) -> int:
-        """Requests that have been admitted and have not ended."""
-        return self._gate.under_way
+        grace = self._args.replica.graceful_shutdown_timeout_s
+        return Closed(grace_s=grace, under_way=self._gate.under_way)
 
     async def __del__(self) -> None:
         """Ray Serve's destructor, also after a constructor that failed: ends the engine."""

@@ -10,52 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.scripts import run as serve_run
 
-logger = logging.getLogger(__name__)
-
-_POLL_S = 0.3
-_CALL_S = 5.0  # a replica that does not answer in time has nothing that could be waited for
-_FLUSH_S = 0.5  # for the last words of a stream to pass the proxy
-
-
-def drain(handles: list[DeploymentHandle[Any]]) -> None:
-    """Close every replica for new requests, and wait until those under way have ended.
-
-    Args:
-        handles: one of each deployment that has the methods ``close`` and ``under_way`` of
-            :class:`cluster.replica.EngineReplica`.
-    """
-    grace = max(_of_all(handles, "close"), default=0.0)
-    end = time.monotonic() + grace
-    if running := sum(_of_all(handles, "under_way")):
-        logger.warning("%d running requests may finish, within %g s", running, grace)
-    while running and time.monotonic() < end:
-        time.sleep(_POLL_S)
-        running = sum(_of_all(handles, "under_way"))
-    if running:
-        logger.warning("%d requests have not finished in time", running)
-    time.sleep(_FLUSH_S)
-
-
-def _of_all(handles: list[DeploymentHandle[Any]], method: str) -> Iterator[float]:
-    for handle in handles:
-        try:
-            yield from handle.broadcast(method).results(timeout_s=_CALL_S)
-        except (RayError, RayServeException, TimeoutError, AttributeError) as error:
-            logger.warning("%s of %s: %r", method, handle.deployment_name, error)
+from cluster.processes.closing import drain
 
 
 def _applications() -> list[DeploymentHandle[Any]]:

@@ -87,13 +87,14 @@ def health() -> None:
 
 
 @words.post("/v1/completions")
-def complete(seconds: float) -> StreamingResponse:
-    """A word every 50 ms, and ``end``."""
+def complete(until: Path) -> StreamingResponse:
+    """A word every 50 ms until there is such a file, and ``end``."""
 
     async def say() -> AsyncIterator[str]:
-        for _ in range(round(seconds / 0.05)):
-            yield "word\n"
+        yield "word\n"
+        while not until.exists():
             await asyncio.sleep(0.05)
+            yield "word\n"
         yield "end\n"
 
     return StreamingResponse(say(), media_type="text/plain")
@@ -104,7 +105,6 @@ class Gated:
     """Not an engine, but behind the product's gate, which closes as a replica's does."""
 
     close = EngineReplica.close
-    under_way = EngineReplica.under_way
 
     def __init__(self, args: ClusterArgs) -> None:
         replica = serve.get_replica_context().replica_id.unique_id

@@ -58,14 +58,16 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_sigterm_lets_streams_finish_and_tells_others_to_come_again(
-    server: tuple[subprocess.Popen[str], str],
+    server: tuple[subprocess.Popen[str], str], tmp_path: Path
 ) -> None:
     process, url = server
     streams = 4
     begun = threading.Barrier(streams + 1)
+    enough, at_once = tmp_path / "enough", Path("/")
 
     def stream() -> str:
-        with httpx.stream("POST", f"{url}/v1/completions?seconds=12", timeout=60) as answer:
+        path = f"{url}/v1/completions?until={enough}"
+        with httpx.stream("POST", path, timeout=120) as answer:
             lines = answer.iter_lines()
             words = [next(lines)]
             begun.wait(timeout=60)
@@ -74,17 +76,18 @@ def test_sigterm_lets_streams_finish_and_tells_others_to_come_again(
     with ThreadPoolExecutor(streams) as pool:
         running = [pool.submit(stream) for _ in range(streams)]
         begun.wait(timeout=60)
-        told = time.monotonic()
         process.terminate()
+        # How soon it closes is the machine's affair; that streams outlive it is ours.
+        closed = time.monotonic() + 90
         refused: list[httpx.Response] = []
-        while not all(answer.done() for answer in running) and len(refused) < 6:
-            answer = httpx.post(f"{url}/v1/completions?seconds=0", timeout=30)
+        while len(refused) < 6:
+            assert time.monotonic() < closed, "newcomers are still served"
+            answer = httpx.post(f"{url}/v1/completions?until={at_once}", timeout=30)
             if answer.status_code != 200:
                 refused.append(answer)
-            else:
-                assert time.monotonic() - told < 8, "newcomers are still served"
         health = httpx.get(f"{url}/health", timeout=30)
         assert not any(answer.done() for answer in running), "refused while streams run"
+        enough.touch()
         texts = [answer.result(timeout=60) for answer in running]
 
     assert all(text.endswith("end") for text in texts), "a stream was cut"
