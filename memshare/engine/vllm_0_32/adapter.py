@@ -78,9 +78,9 @@ def base_worker() -> type[Any]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_worker import CPUWorker
+        from memshare.engine.vllm_0_32.cpu_worker import SeedSafeCPUWorker
 
-        return CPUWorker
+        return SeedSafeCPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
     return Worker
