@@ -39,7 +39,7 @@ from ray.exceptions import (
 )
 
 from memshare.config import EvaluatorConfig, MemShareConfig
-from memshare.search.evaluate import Answer, EvaluatorError, NewSteps, open_stage_one
+from memshare.search.evaluate import EvaluatorAnswer, EvaluatorError, NewSteps, open_stage_one
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Evaluator:
         self._stage_one = open_stage_one(config)
 
     @ray.method
-    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+    def evaluate(self, batch: Sequence[NewSteps]) -> EvaluatorAnswer:
         """See :meth:`memshare.search.evaluate.StageOne.evaluate`."""
         return self._stage_one.evaluate(batch)
 
@@ -181,7 +181,9 @@ class RayCandidateSource:
         self._joined = _join(config.evaluator)
         self._directory = ActorDirectory(config)
         self._seats = [_Seat(index) for index in range(len(self._directory))]
-        self._calls: dict[ray.ObjectRef[Answer], _Call] = {}  # in the order of their deadlines
+        self._calls: dict[
+            ray.ObjectRef[EvaluatorAnswer], _Call
+        ] = {}  # in the order of their deadlines
         self._faults: deque[EvaluatorError] = deque()
 
     @property
@@ -198,13 +200,13 @@ class RayCandidateSource:
         for index, part in parts.items():
             self._send(self._seats[index], part)
 
-    def collect(self) -> list[Answer | EvaluatorError]:
+    def collect(self) -> list[EvaluatorAnswer | EvaluatorError]:
         """See :meth:`memshare.search.evaluate.CandidateSource.collect`."""
-        items: list[Answer | EvaluatorError] = list(self._faults)
+        items: list[EvaluatorAnswer | EvaluatorError] = list(self._faults)
         self._faults.clear()
         if self._calls:
             waiting = list(self._calls)
-            answered: list[ray.ObjectRef[Answer]]
+            answered: list[ray.ObjectRef[EvaluatorAnswer]]
             answered, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             items += [self._outcome(ref, self._calls.pop(ref).seat) for ref in answered]
         return items + self._expired()
@@ -256,18 +258,20 @@ class RayCandidateSource:
             deadline = self._clock() + self._config.evaluator.call_timeout_s
             self._calls[ref] = _Call(seat, deadline)
 
-    def _outcome(self, ref: ray.ObjectRef[Answer], seat: _Seat) -> Answer | EvaluatorError:
+    def _outcome(
+        self, ref: ray.ObjectRef[EvaluatorAnswer], seat: _Seat
+    ) -> EvaluatorAnswer | EvaluatorError:
         try:
             answer = ray.get(ref)
         except RayError as error:
             return self._leave_alone(seat, _fault(error, seat.name))
-        if Answer.is_sound(answer):
+        if EvaluatorAnswer.is_sound(answer):
             return answer
         return self._leave_alone(seat, EvaluatorError("garbage", f"{seat.name}: {answer!r:.200}"))
 
     def _expired(self) -> list[EvaluatorError]:
         now = self._clock()
-        overdue: list[ray.ObjectRef[Answer]] = []
+        overdue: list[ray.ObjectRef[EvaluatorAnswer]] = []
         for ref, call in self._calls.items():
             if call.deadline > now:
                 break

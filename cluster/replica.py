@@ -40,7 +40,7 @@ from cluster.telemetry.serve_logs import (
     say_refusals_in_a_line,
 )
 from cluster.tenancy.exposure import require_keys_or_localhost
-from cluster.tenancy.gate import Counts, Gate
+from cluster.tenancy.gate import Gate, TenantCounters
 from cluster.tenancy.keys import WatchedKeys
 from cluster.tenancy.ledger import LedgerDesk
 from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
@@ -188,7 +188,7 @@ class EngineReplica(GrpcService):
 
 
 def _gate(
-    auth: AuthConfig, ledger: DeploymentHandle[Any] | None, replica_id: str, counts: Counts
+    auth: AuthConfig, ledger: DeploymentHandle[Any] | None, replica_id: str, counts: TenantCounters
 ) -> Gate:
     keys = WatchedKeys(auth.keys) if auth.keys.exists else None
     desk = LocalDesk(Ledger()) if ledger is None else LedgerDesk(ledger)

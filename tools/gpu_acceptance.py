@@ -82,7 +82,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Request:
+class AcceptancePlan:
     """What was asked for on the command line."""
 
     scale: Scale
@@ -92,10 +92,10 @@ class Request:
     """MATH-500 as a JSONL file; None loads it from the hub."""
 
 
-def exactness_section(request: Request) -> str:
+def exactness_section(request: AcceptancePlan) -> str:
     """Claims about tokens, as a table."""
     scale = request.scale
-    engine = exactness.Engine(
+    engine = exactness.ExactnessEngine(
         resolve_model(scale.model), scale.exact_dtype, request.ranks, not scale.compiled,
         batch_invariant=request.accelerator == "gpu", tokens=scale.exact_tokens,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def exactness_section(request: Request) -> str:
     return table(("claim", "holds", "seen"), rows)
 
 
-def overhead_section(request: Request) -> str:
+def overhead_section(request: AcceptancePlan) -> str:
     """Speed with enough memory: MemShare has nothing to do and should cost nothing."""
     # More than all requests need, so that free blocks stay above the watermark.
     return _command(
@@ -112,13 +112,13 @@ def overhead_section(request: Request) -> str:
     )
 
 
-def memory_section(request: Request) -> str:
+def memory_section(request: AcceptancePlan) -> str:
     """Speed on a third of the memory that all requests need."""
     arms = ("--arms", "dense,twins,oldest", "--memory", "0.33")
     return _command("bench", *_speed(request), *arms)
 
 
-def accuracy_section(request: Request) -> str:
+def accuracy_section(request: AcceptancePlan) -> str:
     """MATH-500, on a KV cache that is too small for all questions at once."""
     scale = request.scale
     data = () if request.questions is None else ("--data", str(request.questions))
@@ -131,7 +131,7 @@ def accuracy_section(request: Request) -> str:
     )  # fmt: skip
 
 
-RUN: dict[str, Callable[[Request], str]] = {
+RUN: dict[str, Callable[[AcceptancePlan], str]] = {
     "exactness": exactness_section,
     "overhead": overhead_section,
     "memory": memory_section,
@@ -139,7 +139,7 @@ RUN: dict[str, Callable[[Request], str]] = {
 }
 
 
-def _speed(request: Request) -> tuple[str, ...]:
+def _speed(request: AcceptancePlan) -> tuple[str, ...]:
     scale = request.scale
     return (
         "--model", scale.model, "--dtype", scale.dtype, "--block-size", str(scale.block_size),
@@ -207,7 +207,7 @@ def require(accelerator: str, ranks: int) -> None:
         )
 
 
-def report(request: Request, done: dict[str, tuple[str, float]]) -> str:
+def report(request: AcceptancePlan, done: dict[str, tuple[str, float]]) -> str:
     """The report.
 
     Args:
@@ -225,7 +225,7 @@ def report(request: Request, done: dict[str, tuple[str, float]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def measure(request: Request, sections: Sequence[str], file: Path) -> bool:
+def measure(request: AcceptancePlan, sections: Sequence[str], file: Path) -> bool:
     """Run the sections; return whether all of them ran and no claim failed."""
     done: dict[str, tuple[str, float]] = {}
     good = True
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = SCALES[args.accelerator]
     if args.model:
         scale = replace(scale, model=args.model)
-    request = Request(scale, args.accelerator, args.tensor_parallel_size, args.questions)
+    request = AcceptancePlan(scale, args.accelerator, args.tensor_parallel_size, args.questions)
     try:
         require(request.accelerator, request.ranks)
     except UserError as error:

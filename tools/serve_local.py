@@ -108,7 +108,7 @@ def wait_until_healthy(child: subprocess.Popen[bytes], url: str, minutes: float)
         ServeError: the child ended, a replica cannot start, or the time is up.
     """
     started = time.monotonic()
-    progress = Progress()
+    progress = StartProgress()
     log = ServeLog(LOG)
     told_failures = 0
     healthy = watch_health(url)
@@ -131,7 +131,7 @@ def wait_until_healthy(child: subprocess.Popen[bytes], url: str, minutes: float)
     return time.monotonic() - started
 
 
-class Progress:
+class StartProgress:
     """The time that has passed: one changing line on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:

@@ -66,7 +66,7 @@ class ServeError(Exception):
     """The server cannot run. The text says why."""
 
 
-class Setup(NamedTuple):
+class LocalServer(NamedTuple):
     """A cluster as seen from this machine."""
 
     http: int
@@ -86,7 +86,7 @@ class Setup(NamedTuple):
         return f"http://127.0.0.1:{self.http}"
 
 
-def read_setup(config: Path) -> Setup:
+def read_setup(config: Path) -> LocalServer:
     """Read a configuration of Ray Serve.
 
     Raises:
@@ -102,13 +102,13 @@ def read_setup(config: Path) -> Setup:
     serves_grpc = grpc_options.get("grpc_servicer_functions")
     http = (document.get("http_options") or {}).get("port", 8000)
     grpc = grpc_options.get("port", 9000) if serves_grpc else None
-    return Setup(http, grpc, *_of_ours(document["applications"], config))
+    return LocalServer(http, grpc, *_of_ours(document["applications"], config))
 
 
 def _of_ours(
     applications: list[dict[str, Any]], config: Path
 ) -> tuple[str, str | None, bool, float]:
-    """Of the first application that is MemShare's: from :attr:`Setup.model` on."""
+    """Of the first application that is MemShare's: from :attr:`LocalServer.model` on."""
     ours = next((a for a in applications if a.get("import_path") == OURS), None)
     if ours is None:
         return "MODEL", None, False, 0.0
@@ -125,7 +125,7 @@ def _of_ours(
     )
 
 
-def greeting(setup: Setup, seconds: float, log: Path) -> str:
+def greeting(setup: LocalServer, seconds: float, log: Path) -> str:
     """What to paste now. A key never stands in it, only where it goes.
 
     Args:

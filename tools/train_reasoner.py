@@ -40,7 +40,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TrainingRecipe:
     """What determines the adapter."""
 
     seed: int
@@ -52,25 +52,25 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrainingRow:
     """One tokenized problem."""
 
     tokens: list[int]
     prompt_length: int
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Row:
+def tokenize(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> TrainingRow:
     """Return the conversation of ``problem`` as the chat template writes it."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
     )
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     solution_ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-    return Row([*prompt_ids, *solution_ids, tokenizer.eos_token_id], len(prompt_ids))
+    return TrainingRow([*prompt_ids, *solution_ids, tokenizer.eos_token_id], len(prompt_ids))
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, first: int
+    tokenizer: PreTrainedTokenizerBase, recipe: TrainingRecipe, first: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (token ids, labels), both ``[batch, length]``, from step ``first`` on."""
     per_pool = POOL // recipe.batch
@@ -88,7 +88,7 @@ def batches(
                 yield pad(rows[slot * recipe.batch : (slot + 1) * recipe.batch])
 
 
-def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: list[TrainingRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and labels; padding is on the right, where causal attention ignores it."""
     length = -(-max(len(row.tokens) for row in rows) // LENGTH_STEP) * LENGTH_STEP
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
@@ -101,7 +101,7 @@ def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: TrainingRecipe, step: int) -> float:
     """Return the rate of ``step``: linear warm-up, then half a cosine down to a twentieth."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
@@ -171,7 +171,7 @@ class MasterWeights:
             weight.copy_(master)
 
 
-def train(recipe: Recipe, name: str, folder: Path, checkpoint_every: int) -> None:
+def train(recipe: TrainingRecipe, name: str, folder: Path, checkpoint_every: int) -> None:
     """Train, from the last checkpoint in ``folder`` if there is one; write the adapter there."""
     torch.manual_seed(recipe.seed)
     base = resolve_model(name)
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--checkpoint-every", type=int, default=25, help="steps")
     args = parser.parse_args()
-    recipe = Recipe(args.seed, args.steps, args.batch, args.learning_rate, args.rank)
+    recipe = TrainingRecipe(args.seed, args.steps, args.batch, args.learning_rate, args.rank)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = args.out / "recipe.json"
     if settings.exists() and json.loads(settings.read_text()) != asdict(recipe):

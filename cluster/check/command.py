@@ -17,8 +17,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.check.progress import Progress, Say
-from cluster.check.report import GIB, Capacity, Finding, Memory, Report
+from cluster.check.progress import CheckProgress, Say
+from cluster.check.report import GIB, Capacity, CheckFinding, CheckReport, Memory
 from memshare.config import ConfigError, MemShareConfig
 from memshare.errors import UserError
 
@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     # vLLM looks at these when it is imported; its log must not get into ours.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    with Progress() as progress:
+    with CheckProgress() as progress:
         report = check(args, progress.say)
     print(report.as_json() if args.json else report.as_text())
     return 0 if report.works else 1
 
 
-def check(args: argparse.Namespace, say: Say) -> Report:
+def check(args: argparse.Namespace, say: Say) -> CheckReport:
     """Look at everything; see :func:`add_arguments`. ``say`` takes what is looked at."""
     say("installed packages")
     from cluster.check.installed import check_installed
@@ -84,11 +84,11 @@ def check(args: argparse.Namespace, say: Say) -> Report:
 
         setup = read_setup(file, args.application, words, say)
     except (ConfigError, UserError) as error:
-        findings.append(Finding("configuration", "fail", str(error)))
-        return Report(subject, tuple(findings))
-    findings.append(Finding("configuration", "ok", _configuration(setup.memshare)))
+        findings.append(CheckFinding("configuration", "fail", str(error)))
+        return CheckReport(subject, tuple(findings))
+    findings.append(CheckFinding("configuration", "ok", _configuration(setup.memshare)))
     if any(finding.level == "fail" for finding in findings):
-        return Report(setup.subject, tuple(findings))  # another vLLM may not even import
+        return CheckReport(setup.subject, tuple(findings))  # another vLLM may not even import
 
     from cluster.check.machine import check_host_memory, check_machine, look_at_this_machine
     from cluster.check.model import ModelCheck, Place
@@ -101,7 +101,9 @@ def check(args: argparse.Namespace, say: Say) -> Report:
     model = ModelCheck(setup, Place(gpu, int(args.reserve * GIB), elsewhere), say)
     findings += model.findings()
     if elsewhere:
-        findings.append(Finding("machine", "warn", "not looked at: --gpu-memory is another one's"))
+        findings.append(
+            CheckFinding("machine", "warn", "not looked at: --gpu-memory is another one's")
+        )
     else:
         findings += check_machine(machine, setup.needs)
         if setup.serving is not None:
@@ -109,7 +111,7 @@ def check(args: argparse.Namespace, say: Say) -> Report:
             found, runs = look_at_ports(setup.serving)
             findings += found
     if model.config is None or model.memory is None:
-        return Report(setup.subject, tuple(findings))
+        return CheckReport(setup.subject, tuple(findings))
     memory, ranks = model.memory, model.config.parallel_config.tensor_parallel_size
     if gpu is None:
         findings += check_host_memory(
@@ -119,7 +121,7 @@ def check(args: argparse.Namespace, say: Say) -> Report:
         args, setup.memshare, memory, model.config.model_config.max_model_len,
         model.config.scheduler_config.max_num_seqs,
     )  # fmt: skip
-    return Report(setup.subject, (*findings, *found), memory, capacity)
+    return CheckReport(setup.subject, (*findings, *found), memory, capacity)
 
 
 def _split(file: Path | None, words: list[str]) -> tuple[Path | None, list[str]]:
@@ -141,7 +143,7 @@ def _capacity(
     memory: Memory,
     max_model_len: int,
     max_num_seqs: int,
-) -> tuple[list[Finding], Capacity]:
+) -> tuple[list[CheckFinding], Capacity]:
     from memshare.core.capacity import RequestShape, concurrency
 
     prompt = min(_PROMPT, max_model_len // 2) if args.prompt is None else args.prompt
@@ -173,9 +175,9 @@ def _usual(config: MemShareConfig) -> float:
     return known.get(config.policy.name, config.budget.max_shared_fraction)
 
 
-def _pressure(spread: int, max_num_seqs: int) -> Iterator[Finding]:
+def _pressure(spread: int, max_num_seqs: int) -> Iterator[CheckFinding]:
     if spread >= max_num_seqs:
-        yield Finding(
+        yield CheckFinding(
             "model",
             "warn",
             f"KV memory holds {max_num_seqs} such requests, as many as max_num_seqs allows: memory "

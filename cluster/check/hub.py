@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
-from cluster.check.report import Finding
+from cluster.check.report import CheckFinding
 from memshare.small_model.names import SPECIAL_NAME
 
 SECTION = "model"
@@ -27,7 +27,7 @@ def is_on_hub(model: str) -> bool:
     return not special and _ID.fullmatch(model) is not None and not Path(model).exists()
 
 
-def look_at_hub(model: str, revision: str | None = None) -> Finding | None:
+def look_at_hub(model: str, revision: str | None = None) -> CheckFinding | None:
     """See whether a model's files can be had; None if so.
 
     Where the hub does not answer, this process is told to do without it (``HF_HUB_OFFLINE``), as
@@ -55,12 +55,12 @@ def look_at_hub(model: str, revision: str | None = None) -> Finding | None:
         return None
     text = f"{model}: {endpoint} cannot be asked ({reason})"
     if cached:
-        return Finding(
+        return CheckFinding(
             SECTION, "warn", f"{text}; what this machine's cache has of it is looked at",
             "nothing, if the cache is up to date",
         )  # fmt: skip
     fix = f"unset {_OFFLINE}" if switched_off else f"run `hf download {model}` with a network"
-    return Finding(
+    return CheckFinding(
         SECTION, "fail", f"{text}, and it is not in this machine's cache",
         f"{fix}, or name a folder that holds the model",
     )  # fmt: skip

@@ -10,7 +10,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cluster.check.report import Finding
+from cluster.check.report import CheckFinding
 from memshare.engine.versions import TESTED_VLLM, UnsupportedVersion, check_vllm_version
 
 SECTION = "versions"
@@ -18,17 +18,17 @@ _VLLM = "pip install 'memshare[gpu]', or 'memshare[cpu]' for vLLM's CPU build"
 _TOLD = ("ray", "torch")  # the others are named only if something is wrong with them
 
 
-def check_installed() -> Iterator[Finding]:
+def check_installed() -> Iterator[CheckFinding]:
     """vLLM against the tested versions, everything else against MemShare's own requirements."""
     try:
         check_vllm_version()
     except UnsupportedVersion as error:
-        yield Finding(SECTION, "fail", str(error), _VLLM)
+        yield CheckFinding(SECTION, "fail", str(error), _VLLM)
     else:
-        yield Finding(SECTION, "ok", f"vLLM {TESTED_VLLM[-1]}")
+        yield CheckFinding(SECTION, "ok", f"vLLM {TESTED_VLLM[-1]}")
     wanted = metadata.metadata("memshare")["Requires-Python"]
     if not SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
-        yield Finding(
+        yield CheckFinding(
             SECTION, "fail", f"Python {platform.python_version()}", f"use Python {wanted}"
         )
     for requirement in _requirements():
@@ -54,16 +54,16 @@ def _requirements() -> Iterator[Requirement]:
             yield requirement
 
 
-def check_package(requirement: Requirement) -> Iterator[Finding]:
+def check_package(requirement: Requirement) -> Iterator[CheckFinding]:
     """Look one requirement up among the installed packages."""
     fix = f"pip install '{requirement}'"
     try:
         found = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        yield Finding(SECTION, "fail", f"{requirement.name} is not installed", fix)
+        yield CheckFinding(SECTION, "fail", f"{requirement.name} is not installed", fix)
         return
     if not requirement.specifier.contains(found, prereleases=True):
         text = f"{requirement.name} {found}; tested with {requirement.specifier}"
-        yield Finding(SECTION, "fail", text, fix)
+        yield CheckFinding(SECTION, "fail", text, fix)
     elif requirement.name in _TOLD:
-        yield Finding(SECTION, "ok", f"{requirement.name} {found}")
+        yield CheckFinding(SECTION, "ok", f"{requirement.name} {found}")

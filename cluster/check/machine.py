@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.check.report import GIB, Finding, gib
+from cluster.check.report import GIB, CheckFinding, gib
 from cluster.config import ClusterArgs
 
 SECTION = "machine"
@@ -87,7 +87,7 @@ def look_at_this_machine() -> Machine:
     )
 
 
-def check_machine(machine: Machine, needs: Needs) -> Iterator[Finding]:
+def check_machine(machine: Machine, needs: Needs) -> Iterator[CheckFinding]:
     """What one replica wants must be here; other replicas may find their place on other nodes."""
     yield from _amount(
         "GPU", "engine.tensor_parallel_size and replica.gpus", len(machine.gpus), needs.gpus,
@@ -98,14 +98,14 @@ def check_machine(machine: Machine, needs: Needs) -> Iterator[Finding]:
         needs.replicas * needs.cpus + needs.extra_cpus,
     )  # fmt: skip
     if machine.shm_bytes < SHM_BYTES:
-        yield Finding(
+        yield CheckFinding(
             SECTION,
             "warn",
             f"{gib(machine.shm_bytes)} free in /dev/shm; Ray and vLLM want {gib(SHM_BYTES)}",
             "in a container, start it with more, such as --shm-size=8g",
         )
     if machine.open_files < OPEN_FILES:
-        yield Finding(
+        yield CheckFinding(
             SECTION,
             "warn",
             f"a process may have {machine.open_files} files open",
@@ -115,7 +115,7 @@ def check_machine(machine: Machine, needs: Needs) -> Iterator[Finding]:
 
 def check_host_memory(
     machine: Machine, needs: Needs, weight_bytes: int, kv_bytes: int, ranks: int, runs: bool
-) -> Iterator[Finding]:
+) -> Iterator[CheckFinding]:
     """Whether replicas on CPUs find memory enough.
 
     Args:
@@ -130,9 +130,9 @@ def check_host_memory(
     wanted = RAY_BYTES + needs.replicas * one
     text = f"{gib(wanted)} of memory wanted by Ray and {needs.replicas} x {gib(one)} of replicas"
     if wanted <= machine.free_bytes:
-        yield Finding(SECTION, "ok", f"{text}; {gib(machine.free_bytes)} are free")
+        yield CheckFinding(SECTION, "ok", f"{text}; {gib(machine.free_bytes)} are free")
     elif runs:
-        yield Finding(
+        yield CheckFinding(
             SECTION,
             "warn",
             f"{text}, but {gib(machine.free_bytes)} are free beside the server that runs here",
@@ -140,7 +140,7 @@ def check_host_memory(
         )
     else:
         here = RAY_BYTES + one <= machine.free_bytes
-        yield Finding(
+        yield CheckFinding(
             SECTION,
             "warn" if here else "fail",
             f"{text}, but {gib(machine.free_bytes)} are free",
@@ -148,23 +148,23 @@ def check_host_memory(
         )
 
 
-def _amount(what: str, fields: str, here: int, one: float, total: float) -> Iterator[Finding]:
+def _amount(what: str, fields: str, here: int, one: float, total: float) -> Iterator[CheckFinding]:
     """Enough for one replica, and for all of them?"""
     if one == 0 and total == 0:
         return
     if here < one:
-        yield Finding(
+        yield CheckFinding(
             SECTION,
             "fail",
             f"a replica needs {one:g} {what}s, and this machine has {here}",
             f"run the check where replicas will run, or lower {fields}",
         )
     elif here < total:
-        yield Finding(
+        yield CheckFinding(
             SECTION,
             "warn",
             f"{total:g} {what}s are reserved, and this machine has {here}",
             "add nodes that bring the rest, or lower 'replicas': Ray waits for ever otherwise",
         )
     else:
-        yield Finding(SECTION, "ok", f"{here} {what}s; {total:g} are reserved")
+        yield CheckFinding(SECTION, "ok", f"{here} {what}s; {total:g} are reserved")

@@ -10,8 +10,8 @@ import psutil
 from pydantic import ValidationError
 
 from cluster.check.progress import Say
-from cluster.check.report import GIB, Finding, Memory
-from cluster.check.setup import Setup
+from cluster.check.report import GIB, CheckFinding, Memory
+from cluster.check.setup import CheckedSetup
 from memshare.config import ConfigError, MemShareConfig
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ class ModelCheck:
         config: vLLM's configuration; None if vLLM refused it.
     """
 
-    setup: Setup
+    setup: CheckedSetup
     place: Place
     say: Say
     memory: Memory | None = None
     config: VllmConfig | None = None
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[CheckFinding]:
         """Everything there is to say, from the options to the number of blocks."""
         if self.setup.hub is not None:
             yield self.setup.hub
@@ -72,12 +72,12 @@ class ModelCheck:
         try:
             config = self.config = vllm_config(self.setup, self.place)
         except Exception as error:
-            yield Finding(SECTION, "fail", f"vLLM refuses this: {_first_lines(error)}")
+            yield CheckFinding(SECTION, "fail", f"vLLM refuses this: {_first_lines(error)}")
             return
         transfer = config.kv_transfer_config
         memshare = self.setup.memshare if transfer is None else config_of(config)
         faults = list(setup_faults(config, memshare)) if memshare.mode != "off" else []
-        yield from (Finding(SECTION, "fail", fault) for fault in faults)
+        yield from (CheckFinding(SECTION, "fail", fault) for fault in faults)
         if config.model_config.is_encoder_decoder or config.model_config.runner_type != "generate":
             return  # named above: has no KV cache of the kind that is counted below
         self.say("the model's layers, without weights")
@@ -85,19 +85,23 @@ class ModelCheck:
             model_memory = read_model_memory(config)
             cache = plan_cache(config, model_memory, UNBOUNDED)
         except Exception as error:
-            yield Finding(SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}")
+            yield CheckFinding(
+                SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}"
+            )
             return
         if memshare.mode != "off":
             refused = list(cache_faults(cache))
             faults += refused
-            yield from (Finding(SECTION, "fail", fault) for fault in refused)
+            yield from (CheckFinding(SECTION, "fail", fault) for fault in refused)
             yield from _delimiters(config, memshare)
         if not faults:
             name = config.model_config.architectures[0]
-            yield Finding(SECTION, "ok", f"{name}, {len(model_memory.layers)} layers, one KV cache")
+            yield CheckFinding(
+                SECTION, "ok", f"{name}, {len(model_memory.layers)} layers, one KV cache"
+            )
         yield from self._memory(model_memory)
 
-    def _memory(self, model_memory: ModelMemory) -> Iterator[Finding]:
+    def _memory(self, model_memory: ModelMemory) -> Iterator[CheckFinding]:
         from memshare.engine.vllm_0_32.model_memory import plan_cache
 
         assert self.config is not None
@@ -105,17 +109,17 @@ class ModelCheck:
         if size <= 0:
             text = f"weights leave no room for a KV cache ({source})"
             fix = "raise tensor_parallel_size, or take a smaller model or larger GPUs"
-            yield Finding(SECTION, "fail", text, fix)
+            yield CheckFinding(SECTION, "fail", text, fix)
             return
         try:
             cache = plan_cache(self.config, model_memory, size)
         except ValueError as error:
-            yield Finding(SECTION, "fail", _first_lines(error))
+            yield CheckFinding(SECTION, "fail", _first_lines(error))
             return
         self.memory = _memory_of(self.config, model_memory, cache, size, source)
 
 
-def vllm_config(setup: Setup, place: Place) -> VllmConfig:
+def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     """vLLM's configuration of a set-up, MemShare's connector included.
 
     Raises:
@@ -176,7 +180,7 @@ def _memory_of(
     )
 
 
-def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[Finding]:
+def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[CheckFinding]:
     from memshare.engine.compatibility import compile_steps
 
     if not memshare.uses_stages or config.model_config.skip_tokenizer_init:
@@ -184,7 +188,7 @@ def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[Findin
     try:
         compile_steps(config, memshare)
     except (ValueError, OSError) as error:
-        yield Finding(SECTION, "fail", f"steps.delimiters: {_first_lines(error)}")
+        yield CheckFinding(SECTION, "fail", f"steps.delimiters: {_first_lines(error)}")
 
 
 def _first_lines(error: Exception, lines: int = 6) -> str:

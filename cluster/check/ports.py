@@ -13,7 +13,7 @@ from urllib.error import HTTPError
 
 import grpc
 
-from cluster.check.report import Finding
+from cluster.check.report import CheckFinding
 from memshare.proto import memshare_pb2 as pb
 from memshare.proto.memshare_pb2_grpc import MemShareStub
 
@@ -45,7 +45,7 @@ class Serving:
     grpc: tuple[str, int] | None
 
 
-class Answer(NamedTuple):
+class PortAnswer(NamedTuple):
     """What is known of who answers on a port."""
 
     who: Who
@@ -54,7 +54,7 @@ class Answer(NamedTuple):
     """That it serves; None if it does not say."""
 
 
-def look_at_ports(serving: Serving) -> tuple[list[Finding], bool]:
+def look_at_ports(serving: Serving) -> tuple[list[CheckFinding], bool]:
     """Judge the application's ports; the second value says whether a MemShare server runs there."""
     ports = {"HTTP": serving.http} | ({"gRPC": serving.grpc} if serving.grpc is not None else {})
     answers = {
@@ -82,33 +82,35 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
-def _judge(port: str, answer: Answer | None, serving: Serving, runs: bool) -> Iterator[Finding]:
+def _judge(
+    port: str, answer: PortAnswer | None, serving: Serving, runs: bool
+) -> Iterator[CheckFinding]:
     if answer is None:
         other = "though a MemShare server answers on the other port: it is served without this one"
-        yield Finding(SECTION, "ok", f"{port} is free{f', {other}' if runs else ''}")
+        yield CheckFinding(SECTION, "ok", f"{port} is free{f', {other}' if runs else ''}")
     elif answer.who == "starting":
-        yield Finding(
+        yield CheckFinding(
             SECTION, "warn", f"{port}: {answer.detail}",
             "wait until it has started, or look into its log",
         )  # fmt: skip
     elif answer.who == "memshare":
         if answer.models is None or serving.model in answer.models:
             named = f", model {serving.model}" if answer.models else ""
-            yield Finding(SECTION, "ok", f"{port}: a MemShare server answers there{named}")
+            yield CheckFinding(SECTION, "ok", f"{port}: a MemShare server answers there{named}")
             return
-        yield Finding(
+        yield CheckFinding(
             SECTION, "warn",
             f"{port}: a MemShare server answers there, with the model "
             f"{', '.join(answer.models)} instead of {serving.model}",
             "`serve deploy` replaces it; to have both, set other ports in this file",
         )  # fmt: skip
     elif answer.who == "ray":
-        yield Finding(
+        yield CheckFinding(
             SECTION, "fail", f"{port}: Ray Serve answers there, with {answer.detail}",
             "add this application to that cluster's file, or set another port",
         )  # fmt: skip
     else:
-        yield Finding(
+        yield CheckFinding(
             SECTION, "fail", f"{port} is taken by a program that is no MemShare server",
             "stop the program that listens there, or set another port",
         )  # fmt: skip
@@ -123,42 +125,42 @@ def _near(host: str) -> str:
 _CLOSED = "/-/routes is closed"
 
 
-def _ask_http(serving: Serving, host: str, port: int) -> Answer:
+def _ask_http(serving: Serving, host: str, port: int) -> PortAnswer:
     """Whatever listens may be any program: every answer is doubted."""
     base = f"http://{host}:{port}"
     try:
         reply = _get(f"{base}/-/routes")
         if reply.status == 503 and any(text in reply.text for text in _NOT_YET):
-            return Answer("starting", "Ray Serve is there, and serves nothing yet")
+            return PortAnswer("starting", "Ray Serve is there, and serves nothing yet")
         is_closed = reply.status == 404 and _CLOSED in reply.text
         routes = {serving.route: serving.application} if is_closed else json.loads(reply.text)
     except (ValueError, OSError, HTTPException):
-        return Answer("other")
+        return PortAnswer("other")
     if not isinstance(routes, Mapping):
-        return Answer("other")
+        return PortAnswer("other")
     app = routes.get(serving.route)
     if app is None:
         names = ", ".join(f"'{name}' at {route}" for route, name in routes.items())
-        return Answer("ray", f"the applications {names}" if names else "no application")
+        return PortAnswer("ray", f"the applications {names}" if names else "no application")
     own = base + serving.route.rstrip("/")
     try:
         page, listed = _get(f"{own}/memshare/"), _get(f"{own}/v1/models")
         models = _models(listed)
     except (OSError, HTTPException) as error:
         if app != serving.application:
-            return Answer("ray", f"the application '{app}' at {serving.route}")
-        return Answer(
+            return PortAnswer("ray", f"the application '{app}' at {serving.route}")
+        return PortAnswer(
             "starting", f"the application '{app}' is there, but does not answer ({error})"
         )
     ours = "<title>MemShare" in page.text
     if listed.status >= 500 and (ours or app == serving.application):
-        return Answer(
+        return PortAnswer(
             "starting", f"a MemShare server is there, but not ready (HTTP {listed.status})"
         )
     # The page may be switched off. Without it, what vLLM and our gate answer has to do.
     if ours or (app == serving.application and (models is not None or listed.status == 401)):
-        return Answer("memshare", models=models)
-    return Answer("ray", f"the application '{app}' at {serving.route}")
+        return PortAnswer("memshare", models=models)
+    return PortAnswer("ray", f"the application '{app}' at {serving.route}")
 
 
 # The method is known, but not for everybody.
@@ -193,7 +195,7 @@ def _models(reply: _Reply) -> tuple[str, ...] | None:
         return None
 
 
-def _ask_grpc(serving: Serving, host: str, port: int) -> Answer:
+def _ask_grpc(serving: Serving, host: str, port: int) -> PortAnswer:
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(f"{host}:{port}", options=options) as channel:
         try:
@@ -204,15 +206,15 @@ def _ask_grpc(serving: Serving, host: str, port: int) -> Answer:
             )
         except grpc.RpcError as error:
             return _of_status(cast(grpc.Call, error))
-        return Answer("memshare", models=(info.model,))
+        return PortAnswer("memshare", models=(info.model,))
 
 
-def _of_status(error: grpc.Call) -> Answer:
+def _of_status(error: grpc.Call) -> PortAnswer:
     code, detail = error.code(), (error.details() or "").strip().partition("\n")[0]
     if code in _GUARDED:
-        return Answer("memshare")
+        return PortAnswer("memshare")
     if code == grpc.StatusCode.NOT_FOUND and "pplication" in detail:  # says Ray Serve's proxy
-        return Answer("ray", "other applications")
+        return PortAnswer("ray", "other applications")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return Answer("starting", "a gRPC server is there, but does not answer")
-    return Answer("other")
+        return PortAnswer("starting", "a gRPC server is there, but does not answer")
+    return PortAnswer("other")

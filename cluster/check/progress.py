@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 _EVERY_S = 0.5
 
 
-class Progress:
+class CheckProgress:
     """One line, rewritten with the seconds it has taken; where that isn't a terminal, one each."""
 
     def __init__(self, stream: TextIO | None = None) -> None:

@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckFinding:
     """One thing that was looked at.
 
     Attributes:
@@ -81,11 +81,11 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CheckReport:
     """All findings about one set-up."""
 
     subject: str
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckFinding, ...]
     memory: Memory | None = None
     capacity: Capacity | None = None
 
@@ -125,7 +125,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def _finding_lines(findings: Iterable[Finding]) -> Iterable[str]:
+def _finding_lines(findings: Iterable[CheckFinding]) -> Iterable[str]:
     for finding in findings:
         first, *rest = finding.text.splitlines()
         yield f"  {finding.level:<5} {first}"

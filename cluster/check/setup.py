@@ -15,7 +15,7 @@ from cluster.check.hub import look_at_hub
 from cluster.check.machine import Needs, needs_of
 from cluster.check.ports import Serving
 from cluster.check.progress import Say
-from cluster.check.report import Finding
+from cluster.check.report import CheckFinding
 from cluster.config import ClusterArgs, parse_cluster_args
 from memshare.config import MemShareConfig, load_config
 from memshare.errors import UserError
@@ -24,7 +24,7 @@ from memshare.small_model.names import resolve_model
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class CheckedSetup:
     """A set-up, its configuration already found to be valid.
 
     Attributes:
@@ -41,10 +41,12 @@ class Setup:
     memshare: MemShareConfig
     needs: Needs
     serving: Serving | None = None
-    hub: Finding | None = None
+    hub: CheckFinding | None = None
 
 
-def read_setup(file: Path | None, application: str | None, words: Sequence[str], say: Say) -> Setup:
+def read_setup(
+    file: Path | None, application: str | None, words: Sequence[str], say: Say
+) -> CheckedSetup:
     """Read and validate.
 
     A Ray Serve file's environment variables (``replica.env``) are set in this process: vLLM reads
@@ -73,12 +75,14 @@ def read_setup(file: Path | None, application: str | None, words: Sequence[str],
     config = load_config({} if file is None else {"config": str(file)})
     subject = "plain vLLM" if file is None else f"plain vLLM, {file}"
     say(f"the model {model}")
-    return Setup(
+    return CheckedSetup(
         subject, tuple(words), config, Needs(), hub=look_at_hub(model, _option(words, "--revision"))
     )
 
 
-def _of_serve(file: str, document: dict[str, Any], application: str | None, say: Say) -> Setup:
+def _of_serve(
+    file: str, document: dict[str, Any], application: str | None, say: Say
+) -> CheckedSetup:
     require("ray", "a Ray Serve file")
     from ray.serve.schema import ServeDeploySchema
 
@@ -112,7 +116,7 @@ def _of_serve(file: str, document: dict[str, Any], application: str | None, say:
     check_engine_options(cluster)
     say("")  # a model that is made here shows its own progress
     words = engine_words(cluster, resolve_model(cluster.model), cluster.memshare)
-    return Setup(
+    return CheckedSetup(
         f"{file}, {_size(cluster)}", tuple(words), cluster.memshare, needs_of(cluster),
         _serving(schema, ours[0], cluster), hub,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Reuse
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import PreemptionNote, RemapNote, RequestRow
 
@@ -91,7 +91,7 @@ class EngineSampler:
         self._gauges: dict[str, float] = {}
         self._kinds: dict[str, int] = {}
         self._requests: list[RequestRow] = []
-        self._unsent: deque[Sample] = deque(maxlen=_UNSENT)
+        self._unsent: deque[ReplicaSample] = deque(maxlen=_UNSENT)
         self._followed: dict[str, _Followed] = {}
         self._ended: OrderedDict[str, _Followed] = OrderedDict()
 
@@ -142,7 +142,7 @@ class EngineSampler:
             self._kinds = {**dict.fromkeys(self._kinds, 0), "free": sum(self._kinds.values())}
             self._requests = []
         self._unsent.append(
-            Sample(
+            ReplicaSample(
                 time=round(self._clock(), 2),
                 usage=0.0 if idle else round(last.usage, 4),
                 running=0 if idle else last.running,
@@ -157,9 +157,9 @@ class EngineSampler:
             )
         )
 
-    def report(self) -> Report:
+    def report(self) -> ReplicaReport:
         """What the board has not been told yet."""
-        return Report(
+        return ReplicaReport(
             replica=self._replica,
             node=self._node,
             started=self._started,
@@ -170,13 +170,13 @@ class EngineSampler:
             ended=list(self._ended),
         )
 
-    def sent(self, report: Report) -> None:
+    def sent(self, report: ReplicaReport) -> None:
         """The board has got it."""
         for sample in report.samples:
             if self._unsent and self._unsent[0] is sample:
                 self._unsent.popleft()
 
-    async def trace(self, request: str) -> Trace | None:
+    async def trace(self, request: str) -> BlockTrace | None:
         """What became of a request's blocks; None if it is not known."""
         followed = self._followed.get(request) or self._ended.get(request)
         if followed is None:
@@ -186,7 +186,7 @@ class EngineSampler:
             followed = _Followed(found)
         prompt = followed.request.prompt
         tokens = [*prompt, *followed.request.output]
-        trace = Trace(
+        trace = BlockTrace(
             request=request,
             live=self._find(request) is not None,
             block_size=self._block_size,

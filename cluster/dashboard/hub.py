@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.config import PageConfig
-from cluster.dashboard.records import Report, Sample, Trace
+from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample
 from cluster.telemetry.serve_logs import log_no_calls
 
 _SILENT_INTERVALS = 5.0  # without a report: the replica is shown as silent
@@ -19,9 +19,9 @@ _TRACE_WAIT_S = 10.0
 
 @dataclass
 class _Replica:
-    latest: Report
+    latest: ReplicaReport
     heard: float  # the board's clock, seconds
-    samples: deque[tuple[int, Sample]]  # with the number under which each came
+    samples: deque[tuple[int, ReplicaSample]]  # with the number under which each came
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Wanted:
 
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: int = 0
-    trace: Trace | None = None
+    trace: BlockTrace | None = None
 
 
 class DashboardHub:
@@ -49,7 +49,7 @@ class DashboardHub:
         self._replicas: dict[str, _Replica] = {}
         self._wanted: dict[tuple[str, str], _Wanted] = {}
 
-    async def report(self, report: Report) -> list[str]:
+    async def report(self, report: ReplicaReport) -> list[str]:
         """Take a replica's report; returns the requests whose traces are wanted of it."""
         kept = int(self._config.minutes * 60 / self._config.interval_s) + 1
         replica = self._replicas.get(report.replica)
@@ -63,7 +63,7 @@ class DashboardHub:
         self._forget_the_silent()
         return [request for name, request in self._wanted if name == report.replica]
 
-    async def deliver(self, replica: str, request: str, trace: Trace | None) -> None:
+    async def deliver(self, replica: str, request: str, trace: BlockTrace | None) -> None:
         """Take a trace that was wanted; None if the replica does not know the request."""
         wanted = self._wanted.pop((replica, request), None)
         if wanted is not None:
@@ -86,7 +86,7 @@ class DashboardHub:
             "number": self._number,
             "interval_s": self._config.interval_s,
             "minutes": self._config.minutes,
-            "fields": Sample._fields,
+            "fields": ReplicaSample._fields,
             "replicas": [
                 {
                     "id": name,
@@ -107,7 +107,7 @@ class DashboardHub:
             ],
         }
 
-    async def trace(self, replica: str, request: str) -> Trace | None:
+    async def trace(self, replica: str, request: str) -> BlockTrace | None:
         """The trace of a request; None if its replica does not know it, or does not answer."""
         if replica not in self._replicas:
             return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memshare.telemetry.stats import RequestRow
 
 
-class Sample(NamedTuple):
+class ReplicaSample(NamedTuple):
     """What one replica did in one interval. A browser gets them as arrays, in this order.
 
     Attributes:
@@ -51,7 +51,7 @@ class Reuse(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trace:
+class BlockTrace:
     """What became of one request's blocks.
 
     Attributes:
@@ -76,7 +76,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReplicaReport:
     """What a replica tells the board, once in an interval.
 
     Attributes:
@@ -94,7 +94,7 @@ class Report:
     node: str
     started: float
     blocks: int
-    samples: list[Sample]
+    samples: list[ReplicaSample]
     kinds: dict[str, int]
     requests: list[RequestRow]
     ended: list[str] = field(default_factory=list)

@@ -45,7 +45,7 @@ class _EngineUsage:
         self._states = states  # one for each choice
 
     def tokens(self) -> tuple[int, int]:
-        """See :meth:`cluster.tenancy.gate.Usage.tokens`."""
+        """See :meth:`cluster.tenancy.gate.RequestTokens.tokens`."""
         prompt = self._states[0].prompt_len if self._states else 0
         detokenizers = [s.detokenizer for s in self._states if s.detokenizer is not None]
         return prompt, sum(d.num_output_tokens() for d in detokenizers)

@@ -45,7 +45,7 @@ class Cost:
     completion_tokens: int
     reasoning_tokens: int = 0
     memshare: Mapping[str, int] | None = None
-    """As :class:`memshare.engine.usage.Usage`; None if the engine has not said."""
+    """As :class:`memshare.engine.usage.RequestUsage`; None if the engine has not said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.dashboard.routes import OPEN_PATHS as PAGE_FILES
 from cluster.telemetry.access_log import Line, access_line
-from cluster.tenancy.gate import Gate, Outcome, RefusedError, key_of
+from cluster.tenancy.gate import CallOutcome, Gate, RefusedError, key_of
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -134,7 +134,7 @@ class _Exchange:
         self._done = False
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> CallOutcome:
         """To be asked when the app has returned."""
         if self._left or not self._done:
             return "aborted"

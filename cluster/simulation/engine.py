@@ -15,7 +15,7 @@ from cluster.routing.load import Load, LoadMeter
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class SimulatedMachine:
     """What a replica can do."""
 
     kv_tokens: int = 400_000
@@ -31,7 +31,7 @@ class Machine:
 
 
 @dataclass(slots=True)
-class Request:
+class SimulatedRequest:
     """One request.
 
     Attributes:
@@ -59,14 +59,14 @@ class _Running:
     number: int  # in the order of admission, which is what vLLM preempts by
     joined_at: float = field(compare=False)
     tokens: int = field(compare=False)  # in the cache when it joined
-    request: Request = field(compare=False)
+    request: SimulatedRequest = field(compare=False)
     is_out: bool = field(compare=False, default=False)
 
 
 class SimulatedEngine:
     """Admits in order of arrival, preempts the latest when the KV cache is full."""
 
-    def __init__(self, machine: Machine, now: float) -> None:
+    def __init__(self, machine: SimulatedMachine, now: float) -> None:
         """Start empty at ``now``, seconds."""
         self._machine = machine
         self._time = now
@@ -74,7 +74,7 @@ class SimulatedEngine:
         self._meter = LoadMeter(clock=self._clock)
         self._depth = 0.0
         self._stalled_until = now  # prefill
-        self._queue: deque[Request] = deque()
+        self._queue: deque[SimulatedRequest] = deque()
         self._by_end: list[_Running] = []
         self._by_admission: list[_Running] = []  # the latest last; some have left already
         self._running = 0
@@ -116,7 +116,7 @@ class SimulatedEngine:
         assert load is not None
         return load
 
-    def add(self, request: Request, now: float) -> None:
+    def add(self, request: SimulatedRequest, now: float) -> None:
         """A request arrives. It must fit into an empty cache, or vLLM would refuse it."""
         assert request.prompt + request.output < self._machine.kv_tokens
         self._advance(now)
@@ -133,7 +133,7 @@ class SimulatedEngine:
         start = max(self._time, self._stalled_until)
         return start + max(0.0, min(ahead, room)) * self._step_s()
 
-    def step(self, now: float) -> list[Request]:
+    def step(self, now: float) -> list[SimulatedRequest]:
         """Do what was due at ``now``; returns the requests that ended."""
         self._advance(now)
         ended = []

@@ -17,11 +17,11 @@ from cluster.evaluator_pool import seat_of
 from cluster.routing.choice import Routing
 from cluster.routing.load import Load
 from cluster.routing.scaling import decide
-from cluster.simulation.engine import Machine, Request, SimulatedEngine
+from cluster.simulation.engine import SimulatedEngine, SimulatedMachine, SimulatedRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class ChatWorkload:
     """Chats with a reasoning model. All lengths are in tokens, all times in seconds."""
 
     sessions: int
@@ -58,7 +58,7 @@ class Cluster:
     """How requests are routed."""
     scaling: ScalingConfig | None = None
     """How replicas come and go, if they do."""
-    machine: Machine = field(default_factory=Machine)
+    machine: SimulatedMachine = field(default_factory=SimulatedMachine)
     """Each replica."""
     proxies: int = 4
     """Each routes on its own, by what it knows itself."""
@@ -69,7 +69,7 @@ class Cluster:
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulatedOutcome:
     """What happened.
 
     Attributes:
@@ -137,7 +137,7 @@ class _Session:
 
 
 class _Replica:
-    def __init__(self, name: str, machine: Machine, now: float) -> None:
+    def __init__(self, name: str, machine: SimulatedMachine, now: float) -> None:
         self.name = name
         self.engine = SimulatedEngine(machine, now)
         self.born = now
@@ -161,7 +161,7 @@ class _Proxy:
 class World:
     """One run. The same seed gives the same events."""
 
-    def __init__(self, cluster: Cluster, workload: Workload, seed: int = 0) -> None:
+    def __init__(self, cluster: Cluster, workload: ChatWorkload, seed: int = 0) -> None:
         """Nothing runs before :meth:`run`."""
         self._cluster = cluster
         self._workload = workload
@@ -169,7 +169,7 @@ class World:
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._scheduled = 0
-        self._outcome = Outcome(per_evaluator=[0] * cluster.evaluators)
+        self._outcome = SimulatedOutcome(per_evaluator=[0] * cluster.evaluators)
         self._proxies = [
             _Proxy(cluster.routing, Random(seed * 1000 + i)) for i in range(cluster.proxies)
         ]
@@ -180,7 +180,7 @@ class World:
         self._sessions: list[_Session] = []
         self._open = workload.sessions
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulatedOutcome:
         """Run until every session is over."""
         began = time.thread_time()
         # First, so that the same seed makes the same sessions for every cluster.
@@ -236,7 +236,8 @@ class World:
         session.turns_left -= 1
         replica.requests += 1
         replica.engine.add(
-            Request(number, prompt, cached, output, self._now, proxy=proxy_number), self._now
+            SimulatedRequest(number, prompt, cached, output, self._now, proxy=proxy_number),
+            self._now,
         )
         self._wake(replica)
 
@@ -250,7 +251,7 @@ class World:
         proxy.known[name] = replica.engine.ongoing + 1
         return replica
 
-    def _ended(self, replica: _Replica, request: Request) -> None:
+    def _ended(self, replica: _Replica, request: SimulatedRequest) -> None:
         self._proxies[request.proxy].ended(replica.name)
         self._outcome.requests += 1
         self._outcome.latencies.append((self._now - request.arrived) / request.output)
@@ -349,7 +350,7 @@ class World:
         self._scheduled += 1  # ties in the order in which they were made
         heapq.heappush(self._events, (when, self._scheduled, event))
 
-    def _finished(self, cpu_s: float) -> Outcome:
+    def _finished(self, cpu_s: float) -> SimulatedOutcome:
         outcome = self._outcome
         outcome.cpu_s = cpu_s
         outcome.simulated_s = self._now

@@ -38,7 +38,7 @@ Why = Literal[
 ]  # fmt: skip
 """Why something was refused; a metric label."""
 
-Outcome = Literal["served", "refused", "failed", "aborted"]
+CallOutcome = Literal["served", "refused", "failed", "aborted"]
 
 _NOBODY = "-"  # where the tenant is not known; no tenant can be called so
 
@@ -79,7 +79,7 @@ def _local_caller(bounds: KeylessConfig) -> Caller:
     return Caller(LOCAL, limits, sequences, None, True, MemSharePermissions())
 
 
-class Usage(Protocol):
+class RequestTokens(Protocol):
     """One request of a call in the engine; counts rise."""
 
     def tokens(self) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class Usage(Protocol):
         ...
 
 
-class Counts(Protocol):
+class TenantCounters(Protocol):
     """Where things are counted: :class:`cluster.telemetry.metrics.ReplicaMetrics`."""
 
     def add(self, name: str, *values: str, by: int = 1) -> None:
@@ -105,15 +105,15 @@ class Call:
         """``cache_salt`` of everything that is computed for the tenant."""
         self.sequences = 0
         """Sequences that are generated for it now."""
-        self.outcome: Outcome = "served"
+        self.outcome: CallOutcome = "served"
         """How it ended."""
-        self._running: dict[str, Usage] = {}
+        self._running: dict[str, RequestTokens] = {}
         # Of what has ended only the sum is kept: beam search makes a request of every beam for
         # every token.
         self._prompt = 0
         self._generated = 0
 
-    def began(self, request_id: str, usage: Usage) -> None:
+    def began(self, request_id: str, usage: RequestTokens) -> None:
         """A request of the call runs in the engine, under an id that no other one of it has now."""
         self._running[request_id] = usage
 
@@ -131,7 +131,7 @@ class Call:
         prompt = self._prompt + sum(count[0] for count in counts)
         return prompt, self._generated + sum(count[1] for count in counts)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: CallOutcome) -> None:
         """Say how it ended; that it was refused has been said before, if it was."""
         if self.outcome != "refused":
             self.outcome = outcome
@@ -147,7 +147,7 @@ class Gate:
         self,
         keys: WatchedKeys | None,
         limiter: Limiter,
-        counts: Counts,
+        counts: TenantCounters,
         keyless: KeylessConfig | None = None,
     ) -> None:
         """Make a gate.

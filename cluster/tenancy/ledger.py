@@ -9,7 +9,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from cluster.telemetry.serve_logs import log_no_calls
-from cluster.tenancy.limits import Ledger, Report, Share
+from cluster.tenancy.limits import Ledger, TenantReport, TenantShare
 
 _ANSWER_S = 2.0  # so long may the ledger take; then replicas enforce limits alone
 
@@ -25,7 +25,9 @@ class LimitLedger:
         log_no_calls()
         self._ledger = Ledger()
 
-    async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+    async def settle(
+        self, replica: str, reports: Mapping[str, TenantReport]
+    ) -> dict[str, TenantShare]:
         """See :meth:`cluster.tenancy.limits.Ledger.settle`."""
         return self._ledger.settle(replica, reports)
 
@@ -36,9 +38,11 @@ class LedgerDesk:
     def __init__(self, ledger: DeploymentHandle[Any]) -> None:
         self._ledger = ledger
 
-    async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+    async def settle(
+        self, replica: str, reports: Mapping[str, TenantReport]
+    ) -> dict[str, TenantShare]:
         """See :meth:`cluster.tenancy.limits.Desk.settle`."""
-        answer: dict[str, Share] = await asyncio.wait_for(
+        answer: dict[str, TenantShare] = await asyncio.wait_for(
             self._ledger.settle.remote(replica, dict(reports)), _ANSWER_S
         )
         return answer

@@ -46,7 +46,7 @@ class Limits(NamedTuple):
     tokens_per_minute: int | None
 
 
-class Report(NamedTuple):
+class TenantReport(NamedTuple):
     """What one replica says of one tenant."""
 
     limits: Limits
@@ -60,7 +60,7 @@ class Report(NamedTuple):
     """Of these, tokens that the ledger has confirmed."""
 
 
-class Share(NamedTuple):
+class TenantShare(NamedTuple):
     """The ledger's answer."""
 
     slots: int
@@ -131,7 +131,7 @@ class Ledger:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
 
-    def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+    def settle(self, replica: str, reports: Mapping[str, TenantReport]) -> dict[str, TenantShare]:
         """Take one replica's reports, and say what it may use.
 
         A report replaces the replica's earlier one, and amounts are totals: one that was lost, or
@@ -144,7 +144,7 @@ class Ledger:
         now = self._clock()
         return {tenant: self._settle(replica, tenant, r, now) for tenant, r in reports.items()}
 
-    def _settle(self, replica: str, tenant: str, report: Report, now: float) -> Share:
+    def _settle(self, replica: str, tenant: str, report: TenantReport, now: float) -> TenantShare:
         account = self._accounts.setdefault(tenant, _Account())
         account.holdings = {
             name: holding
@@ -159,10 +159,10 @@ class Ledger:
             others = sum(h.slots for name, h in account.holdings.items() if name != replica)
             slots = max(report.in_use, min(slots, report.limits.requests - others))
         account.holdings[replica] = _Holding(slots, report.spent, now)
-        return Share(slots, balance)
+        return TenantShare(slots, balance)
 
     @staticmethod
-    def _spend(account: _Account, report: Report, tokens: int, now: float) -> float:
+    def _spend(account: _Account, report: TenantReport, tokens: int, now: float) -> float:
         rate = report.limits.tokens_per_minute
         if rate is None:
             account.bucket = None
@@ -177,7 +177,9 @@ class Ledger:
 class Desk(Protocol):
     """A way to the ledger."""
 
-    async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+    async def settle(
+        self, replica: str, reports: Mapping[str, TenantReport]
+    ) -> dict[str, TenantShare]:
         """See :meth:`Ledger.settle`. May raise anything: the ledger then counts as lost."""
         ...
 
@@ -188,7 +190,9 @@ class LocalDesk:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+    async def settle(
+        self, replica: str, reports: Mapping[str, TenantReport]
+    ) -> dict[str, TenantShare]:
         """See :meth:`Desk.settle`."""
         return self._ledger.settle(replica, reports)
 
@@ -310,11 +314,11 @@ class Limiter:
         if not tenants:
             return
         self._started += 1
-        reports: dict[str, Report] = {}
+        reports: dict[str, TenantReport] = {}
         for tenant in tenants:
             state = self._states[tenant]
             state.slots = state.in_use  # free slots are given up before the ledger hears of it
-            reports[tenant] = Report(
+            reports[tenant] = TenantReport(
                 state.limits, state.in_use, state.waiting, state.spent, state.told
             )
         try:

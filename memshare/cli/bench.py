@@ -17,18 +17,18 @@ from memshare.cli.options import add_sharing, count, fractions, new_file, sharin
 from memshare.core.token_map import TokenMap
 from memshare.errors import UserError
 from memshare.lab.bench import arms as known_arms
-from memshare.lab.bench.child import call
+from memshare.lab.bench.engine_process import call_in_process
 from memshare.lab.bench.estimate import Work, estimate, in_words
 from memshare.lab.bench.models import DUMMY
-from memshare.lab.bench.progress import Progress
+from memshare.lab.bench.progress import ProgressBars
 from memshare.lab.bench.workloads import GRADED, WORKLOADS
 from memshare.small_model.names import SMOLLM2
 from memshare.small_model.reasoner import NAME as REASONER
 
 if TYPE_CHECKING:
     from memshare.lab.bench.arms import Arm
-    from memshare.lab.bench.child import OnProgress
-    from memshare.lab.bench.run import Plan, Run
+    from memshare.lab.bench.engine_process import OnProgress
+    from memshare.lab.bench.run import ArmRun, BenchPlan
     from memshare.lab.bench.workloads import Task
 
 _BATCHED = 2048  # max_num_batched_tokens
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: an option cannot be used, or an engine failed.
     """
     from memshare.lab.bench.report import accuracy_table, machine, remarks, speed_table
-    from memshare.lab.bench.run import Record, Run
+    from memshare.lab.bench.run import ArmRun, BenchRecord
 
     budgets = fractions("--budget", args.budget)
     arms = list(known_arms.expand(args.arms, budgets, sharing(args)))
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
         f"{known_arms.wider(arms, plan.blocks, plan.dtype)} {_how_long(args, plan, len(arms))}\n",
         flush=True,
     )
-    progress = Progress(args.repeats * len(arms))
-    repeats: list[list[Run]] = []
+    progress = ProgressBars(args.repeats * len(arms))
+    repeats: list[list[ArmRun]] = []
     with tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder:
         path = Path(folder) / "plan.json"
         plan.save(path)
@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> int:
             repeats.append([])
             for arm in arms if repeat % 2 == 0 else arms[::-1]:
                 with progress.run(f"repeat {repeat + 1}, {arm.name}") as told:
-                    repeats[-1].append(Run.of(_measure(path, plan, arm, told)))
+                    repeats[-1].append(ArmRun.of(_measure(path, plan, arm, told)))
                 _say(repeat, repeats[-1][-1])
                 if args.json is not None:  # after every run: a long comparison may be stopped
-                    Record.of(plan, arms, repeats).save(args.json)
+                    BenchRecord.of(plan, arms, repeats).save(args.json)
     names = [arm.name for arm in arms]
     print(speed_table(names, repeats))
     for line in remarks([arm.name for arm in arms if arm.shares], names[0], repeats):
@@ -124,9 +124,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> BenchPlan:
     from memshare.lab.bench.models import resolve
-    from memshare.lab.bench.run import Plan
+    from memshare.lab.bench.run import BenchPlan
     from memshare.lab.bench.workloads import Source, build
     from memshare.small_model.names import tokenizer_of
 
@@ -140,7 +140,7 @@ def _plan(args: argparse.Namespace) -> Plan:
             f"{blocks - 1} usable KV blocks of {args.block_size} tokens cannot hold the longest "
             f"request ({longest} tokens); raise --memory or --blocks, or ask for more requests"
         )
-    return Plan(
+    return BenchPlan(
         model, args.dtype, args.block_size, blocks, longest + 1, args.max_num_seqs, _BATCHED, tasks,
         args.tensor_parallel_size, not args.compile,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _blocks(task: Task, block_size: int) -> int:
     return TokenMap(block_size).entries(task.need)
 
 
-def _how_long(args: argparse.Namespace, plan: Plan, arms: int) -> str:
+def _how_long(args: argparse.Namespace, plan: BenchPlan, arms: int) -> str:
     tokens = sum(task.expected or task.max_tokens for task in plan.tasks)
     context = sum(task.need for task in plan.tasks) / len(plan.tasks) / 2
     held = (plan.blocks - 1) * plan.block_size / (2 * context)  # requests that the memory holds
@@ -161,13 +161,15 @@ def _how_long(args: argparse.Namespace, plan: Plan, arms: int) -> str:
     )
 
 
-def _measure(path: Path, plan: Plan, arm: Arm, on_progress: OnProgress) -> Any:
+def _measure(path: Path, plan: BenchPlan, arm: Arm, on_progress: OnProgress) -> Any:
     argument = {"plan": str(path), "arm": asdict(arm)}
     name = f"the engine of {arm.name}"
-    return call("memshare.lab.bench.run:run_arm", argument, name, plan.model, on_progress)
+    return call_in_process(
+        "memshare.lab.bench.run:run_arm", argument, name, plan.model, on_progress
+    )
 
 
-def _say(repeat: int, run: Run) -> None:
+def _say(repeat: int, run: ArmRun) -> None:
     right = [outcome.right for outcome in run.outcomes if outcome.right is not None]
     logger.info(
         "repeat %d, %s: %.1f tok/s, %d steps, %d preemptions, %d blocks reclaimed%s",

@@ -20,9 +20,15 @@ from memshare.cli.options import add_sharing, count, fractions, new_file, sharin
 from memshare.errors import UserError
 from memshare.lab.bench.arms import CHOICES, Arm, expand, require_kv_types, wider
 from memshare.lab.bench.estimate import Work, estimate, in_words
-from memshare.lab.bench.progress import Progress
+from memshare.lab.bench.progress import ProgressBars
 from memshare.lab.bench.report import accuracy_cells
-from memshare.lab.evals.answers import Answer, EngineSettings, Sampling, from_engine, from_server
+from memshare.lab.evals.answers import (
+    EngineSettings,
+    ModelAnswer,
+    Sampling,
+    from_engine,
+    from_server,
+)
 from memshare.lab.evals.grading import is_right
 from memshare.lab.evals.questions import NAMES, Question, load
 from memshare.lab.markdown import table
@@ -40,11 +46,11 @@ class Graded:
     arm: str
     shares: bool
     """Whether its requests may give up blocks."""
-    answers: list[list[Answer]]
+    answers: list[list[ModelAnswer]]
     right: list[list[bool]]
 
     @property
-    def every(self) -> list[tuple[Answer, bool]]:
+    def every(self) -> list[tuple[ModelAnswer, bool]]:
         """Answers, and whether they are right, a sample after the other."""
         return list(zip(itertools.chain(*self.answers), itertools.chain(*self.right), strict=True))
 
@@ -152,7 +158,7 @@ def _ask_engines(
         f"({args.dtype}).{_memory(args, arms)} {how_long}\n",
         flush=True,
     )
-    progress = Progress(len(arms))
+    progress = ProgressBars(len(arms))
     with tempfile.TemporaryDirectory(prefix="memshare-eval-") as folder:
         for arm in arms:
             with progress.run(arm.name) as told:
@@ -201,7 +207,7 @@ def _ask_server(
         f"{args.model} at {args.url}. The bar tells how long that takes.\n",
         flush=True,
     )
-    progress = Progress(len(SERVED_ARMS), "waiting for answers")
+    progress = ProgressBars(len(SERVED_ARMS), "waiting for answers")
     for arm in SERVED_ARMS:
         with progress.run(arm) as told:
             answers = from_server(
@@ -212,7 +218,7 @@ def _ask_server(
 
 
 def _grade(
-    arm: str, shares: bool, questions: list[Question], answers: list[list[Answer]]
+    arm: str, shares: bool, questions: list[Question], answers: list[list[ModelAnswer]]
 ) -> Graded:
     right = [
         [is_right(question, answer.text) for answer in samples]

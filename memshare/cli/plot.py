@@ -16,10 +16,10 @@ from memshare.cli.options import count, fraction, new_file, whole
 from memshare.errors import UserError
 
 if TYPE_CHECKING:
-    from memshare.lab.bench.run import Run
+    from memshare.lab.bench.run import ArmRun
     from memshare.lab.plots.pareto import Point
-    from memshare.lab.replay.reading import Prefix, Reader, Reading
-    from memshare.lab.replay.traces import Trace
+    from memshare.lab.replay.prefilled import PrefilledTrace, Prefix, Reader
+    from memshare.lab.replay.traces import RecordedText
 
 _BLOCK = 32  # tokens
 
@@ -69,17 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _arms(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import Record
+    from memshare.lab.bench.run import BenchRecord
     from memshare.lab.plots.arms import plot_arms
 
-    plot_arms(Record.load(args.record), args.output)
+    plot_arms(BenchRecord.load(args.record), args.output)
 
 
 def _usage(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import Record
+    from memshare.lab.bench.run import BenchRecord
     from memshare.lab.plots.usage import plot_usage
 
-    record = Record.load(args.record)
+    record = BenchRecord.load(args.record)
     arms = args.arms.split(",") if args.arms else [run.arm for run in record.repeats[0]]
     for arm in arms:
         _run_of(record.repeats[0], arm, args.record)
@@ -87,17 +87,17 @@ def _usage(args: argparse.Namespace) -> None:
 
 
 def _waterfall(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import Record
+    from memshare.lab.bench.run import BenchRecord
     from memshare.lab.plots.waterfall import plot_waterfall
 
-    record = Record.load(args.record)
+    record = BenchRecord.load(args.record)
     run = _run_of(record.repeats[0], args.arm, args.record)
-    if not run.fates:
+    if not run.block_outcomes:
         raise UserError(f"the arm {args.arm!r} is plain vLLM: it gives up nothing")
     plot_waterfall(run, args.output)
 
 
-def _run_of(runs: list[Run], arm: str, path: Path) -> Run:
+def _run_of(runs: list[ArmRun], arm: str, path: Path) -> ArmRun:
     for run in runs:
         if run.arm == arm:
             return run
@@ -105,7 +105,7 @@ def _run_of(runs: list[Run], arm: str, path: Path) -> Run:
 
 
 def _pareto(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import Record
+    from memshare.lab.bench.run import BenchRecord
     from memshare.lab.plots.pareto import accuracy_points, plot_pareto
 
     try:
@@ -117,7 +117,7 @@ def _pareto(args: argparse.Namespace) -> None:
             raise UserError(f"{args.record} is an empty table")
         panels, gain = {"KL, nats": _damage_points(rows, args.record)}, "blocks given up, %"
     else:
-        record = Record.load(args.record)
+        record = BenchRecord.load(args.record)
         groups = accuracy_points(record)
         if not groups:
             raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
@@ -127,11 +127,11 @@ def _pareto(args: argparse.Namespace) -> None:
 
 
 def _damage_points(rows: list[dict[str, object]], path: Path) -> list[Point]:
-    from memshare.cli.replay import Row
+    from memshare.cli.replay import ReplayRow
     from memshare.lab.plots.pareto import Point
 
     try:
-        found = [Row(**row) for row in rows]  # type: ignore[arg-type]
+        found = [ReplayRow(**row) for row in rows]  # type: ignore[arg-type]
         return [
             Point(row.arm, 100 * row.freed, kl, kl - error, kl + error)
             for row in found
@@ -146,14 +146,14 @@ def _steps(args: argparse.Namespace) -> None:
     from memshare.lab.plots.style import require_format
 
     require_format(args.output)
-    reader, reading, trace = _read(args)
-    bounds = reader.steps(reading)
+    reader, prefilled, trace = _read(args)
+    bounds = reader.steps(prefilled)
     if len(bounds) < 3:
         raise UserError(f"{trace.name} has fewer than two steps in {args.tokens} tokens")
-    after = _give_up(reader, reading, args.freed)
+    after = _give_up(reader, prefilled, args.freed)
     panels = {
-        "words (cosine)": lexical(reading.tokens.tolist(), bounds),
-        "KV of the same tokens": kv(reading, bounds),
+        "words (cosine)": lexical(prefilled.tokens.tolist(), bounds),
+        "KV of the same tokens": kv(prefilled, bounds),
     }
     title = (
         f"{trace.name}, {args.tokens} tokens; outlined: {len(after.donor_of)} blocks of "
@@ -168,25 +168,25 @@ def _trace(args: argparse.Namespace) -> None:
 
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output}: a trace is drawn as a page; end it in .html")
-    reader, reading, trace = _read(args)
-    before, after = _give_up(reader, reading, 0.0), _give_up(reader, reading, args.freed)
+    reader, prefilled, trace = _read(args)
+    before, after = _give_up(reader, prefilled, 0.0), _give_up(reader, prefilled, args.freed)
     vocabulary = token_bytes(reader.tokenizer)
-    found = marks(reading, before, after, _BLOCK)
+    found = marks(prefilled, before, after, _BLOCK)
     later, earlier = with_twin(found)
     facts = {
         "model": args.model,
-        "tokens": f"{reading.prefix}, {reading.prompt} of them prompt",
+        "tokens": f"{prefilled.prefix}, {prefilled.prompt} of them prompt",
         "tokens with a twin": f"{later:.0%} that stands later, {earlier:.0%} that stands earlier",
         "blocks given up": f"{len(after.donor_of)} of {after.full}, by the policy twins",
     }
-    tokens = [vocabulary[token] for token in reading.tokens[: reading.prefix].tolist()]
+    tokens = [vocabulary[token] for token in prefilled.tokens[: prefilled.prefix].tolist()]
     write_trace(tokens, found, f"{trace.name}: what it writes more than once", facts, args.output)
 
 
-def _read(args: argparse.Namespace) -> tuple[Reader, Reading, Trace]:
+def _read(args: argparse.Namespace) -> tuple[Reader, PrefilledTrace, RecordedText]:
     from memshare.lab.bench.models import resolve
     from memshare.lab.bench.workloads import Source
-    from memshare.lab.replay.reading import Reader
+    from memshare.lab.replay.prefilled import Reader
     from memshare.lab.replay.traces import load_traces
 
     texts = list(load_traces(args.traces))
@@ -205,7 +205,7 @@ def _read(args: argparse.Namespace) -> tuple[Reader, Reading, Trace]:
     return reader, reader.read(prompt, text, args.tokens), trace
 
 
-def _give_up(reader: Reader, reading: Reading, fraction: float) -> Prefix:
+def _give_up(reader: Reader, prefilled: PrefilledTrace, fraction: float) -> Prefix:
     from memshare.mechanisms.twins.params import TwinsParams
 
-    return reader.give_up(reading, TwinsParams(name="twins"), fraction)
+    return reader.give_up(prefilled, TwinsParams(name="twins"), fraction)

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from memshare.cli.options import count, fractions, new_file, whole
 from memshare.errors import UserError
 from memshare.lab.bench.arms import DENSE, POLICIES, Arm
-from memshare.lab.bench.child import OnProgress, call
+from memshare.lab.bench.engine_process import OnProgress, call_in_process
 from memshare.lab.bench.estimate import Work, estimate, in_words
-from memshare.lab.bench.progress import Progress
+from memshare.lab.bench.progress import ProgressBars
 from memshare.lab.markdown import table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _SIZES = (8, 16, 32, 64)  # tokens of a block
 logger = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
+class ReplayRow(NamedTuple):
     """One line of the table."""
 
     arm: str
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.arms} at {args.freed} given up: {runs} runs. {_how_long(plan, runs)}\n",
             flush=True,
         )
-        progress = Progress(runs)
+        progress = ProgressBars(runs)
         with progress.run(DENSE.name) as told:
             _measure(plan, DENSE, told)
         rows = []
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _observe(args: argparse.Namespace, folder: str) -> int:
     """Print what could be given up, and what that means."""
-    from memshare.lab.replay.opportunity import Sighting, mean_opportunity, report
+    from memshare.lab.replay.opportunity import ObservedCoverage, mean_opportunity, report
 
     sizes = [size for size in _SIZES if 2 * size <= args.prefix]
     if not sizes:
@@ -131,15 +131,15 @@ def _observe(args: argparse.Namespace, folder: str) -> int:
     if args.text_only:
         return 0
     call_for = {"plan": f"{folder}/plan.json"}
-    with Progress(1).run("observe") as told:
-        seen = call(
+    with ProgressBars(1).run("observe") as told:
+        seen = call_in_process(
             "memshare.lab.replay.run:observe_plan",
             call_for,
             "the observing engine",
             plan.model,
             told,
         )
-    print(f"\n{report([Sighting(*one) for one in seen], args.block_size)}")
+    print(f"\n{report([ObservedCoverage(*one) for one in seen], args.block_size)}")
     return 0
 
 
@@ -190,23 +190,25 @@ def _how_long(plan: ReplayPlan, runs: int) -> str:
     )
 
 
-def _row(plan: ReplayPlan, arm: str, fraction: float, on_progress: OnProgress) -> Row:
+def _row(plan: ReplayPlan, arm: str, fraction: float, on_progress: OnProgress) -> ReplayRow:
     options = POLICIES[arm] | {
         "trigger": {"kind": "eager"},
         "budget": {"max_shared_fraction": fraction},
         "protect": {"recent_tokens": plan.recent},
     }
     result = _measure(plan, Arm(f"{arm}-{fraction}", options), on_progress)
-    return Row(arm, fraction, result["freed"], [tuple(cell) for cell in result["cells"]])
+    return ReplayRow(arm, fraction, result["freed"], [tuple(cell) for cell in result["cells"]])
 
 
 def _measure(plan: ReplayPlan, arm: Arm, on_progress: OnProgress) -> Any:
     argument = {"plan": f"{plan.folder}/plan.json", "arm": asdict(arm)}
     name = f"the engine of {arm.name}"
-    return call("memshare.lab.replay.run:run_arm", argument, name, plan.model, on_progress)
+    return call_in_process(
+        "memshare.lab.replay.run:run_arm", argument, name, plan.model, on_progress
+    )
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[ReplayRow]) -> str:
     heads = ("policy", "blocks given up", "KL", "late KL", "change of NLL", "same top token")
     return table(
         heads,

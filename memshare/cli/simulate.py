@@ -23,9 +23,9 @@ from memshare.errors import UserError
 from memshare.lab.markdown import table_head, table_row
 
 if TYPE_CHECKING:
-    from memshare.lab.bench.run import Record, Run
+    from memshare.lab.bench.run import ArmRun, BenchRecord
     from memshare.lab.simulate.costs import Deployment, StepCosts, StepWork
-    from memshare.lab.simulate.run import Job, Prediction
+    from memshare.lab.simulate.run import Prediction, SimulatedJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +112,9 @@ def _accelerators(text: str | None) -> list[int]:
     return counts
 
 
-def _arms(args: argparse.Namespace, jobs: list[Job]) -> dict[str, tuple[list[Job], float]]:
+def _arms(
+    args: argparse.Namespace, jobs: list[SimulatedJob]
+) -> dict[str, tuple[list[SimulatedJob], float]]:
     """Jobs and budget of each arm, by its name in the table."""
     arms = {
         f"up to {100 * fraction:g}% given up": (jobs, fraction)
@@ -129,9 +131,9 @@ def _arms(args: argparse.Namespace, jobs: list[Job]) -> dict[str, tuple[list[Job
 
 def _opportunity(path: Path, arm: str) -> list[float]:
     """Fractions of their blocks that the requests of a measured arm gave up."""
-    from memshare.lab.bench.run import Record
+    from memshare.lab.bench.run import BenchRecord
 
-    runs = Record.load(path).runs
+    runs = BenchRecord.load(path).runs
     if arm not in runs:
         raise UserError(f"--arm {arm}: {path} has none; it has {', '.join(runs)}")
     return [outcome.repointed for run in runs[arm] for outcome in run.outcomes]
@@ -139,18 +141,18 @@ def _opportunity(path: Path, arm: str) -> list[float]:
 
 def _rows(
     deployment: Deployment,
-    jobs: list[Job],
-    arms: dict[str, tuple[list[Job], float]],
+    jobs: list[SimulatedJob],
+    arms: dict[str, tuple[list[SimulatedJob], float]],
     args: argparse.Namespace,
 ) -> Iterator[str]:
     """Lines of the table for one number of accelerators."""
     from memshare.lab.simulate.costs import DoesNotFitError
-    from memshare.lab.simulate.run import Engine, by_age, simulate
+    from memshare.lab.simulate.run import PredictedEngine, by_age, simulate
 
     number = str(deployment.accelerators)
     try:
         blocks = deployment.blocks
-        engine = Engine(
+        engine = PredictedEngine(
             blocks, deployment.block_size, args.max_num_seqs, args.max_num_batched_tokens,
             deployment.costs,
         )  # fmt: skip
@@ -185,15 +187,15 @@ def _read(path: Path) -> Deployment:
         raise UserError(explain(error, Deployment, [str(path)])) from None
 
 
-def _jobs(args: argparse.Namespace) -> list[Job]:
-    from memshare.lab.simulate.run import Job
+def _jobs(args: argparse.Namespace) -> list[SimulatedJob]:
+    from memshare.lab.simulate.run import SimulatedJob
 
     draw, arrival, jobs = random.Random(args.seed), 0.0, []
     lengths = (_lengths if args.traces is None else _recorded_lengths)(args)
     for _, (prompt, output) in zip(range(args.requests), lengths, strict=False):
         if args.rate is not None:
             arrival += draw.expovariate(args.rate)
-        jobs.append(Job(arrival, prompt, output))
+        jobs.append(SimulatedJob(arrival, prompt, output))
     return jobs
 
 
@@ -243,10 +245,10 @@ def _row(machine: list[str], arm: str, found: Prediction, dense: Prediction) -> 
 
 
 def _measured(paths: list[Path]) -> int:
-    from memshare.lab.bench.run import Record
+    from memshare.lab.bench.run import BenchRecord
     from memshare.lab.simulate.costs import fit
 
-    records = [Record.load(path) for path in paths]
+    records = [BenchRecord.load(path) for path in paths]
     try:
         costs = fit([step for runs in records[0].repeats for run in runs for step in _steps(run)])
     except ValueError as error:
@@ -264,7 +266,7 @@ def _measured(paths: list[Path]) -> int:
     return 0
 
 
-def _steps(run: Run) -> list[tuple[StepWork, float]]:
+def _steps(run: ArmRun) -> list[tuple[StepWork, float]]:
     from memshare.lab.simulate.costs import StepWork
 
     return [
@@ -274,9 +276,9 @@ def _steps(run: Run) -> list[tuple[StepWork, float]]:
     ]
 
 
-def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
+def _compare(name: str, record: BenchRecord, costs: StepCosts) -> list[str]:
     """Predict every arm of a record; lines of the table."""
-    from memshare.lab.simulate.run import Engine, by_age, simulate
+    from memshare.lab.simulate.run import PredictedEngine, by_age, simulate
 
     runs = record.runs
     if "dense" not in runs:
@@ -285,7 +287,7 @@ def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
     found = {}
     for arm, options in record.arms.items():
         if arm in ratios:
-            engine = Engine(
+            engine = PredictedEngine(
                 runs[arm][0].blocks, record.block_size, record.max_num_seqs,
                 record.max_num_batched_tokens, costs,
             )  # fmt: skip
@@ -301,14 +303,14 @@ def _compare(name: str, record: Record, costs: StepCosts) -> list[str]:
     return lines
 
 
-def _jobs_of(record: Record, arm: str) -> list[Job]:
+def _jobs_of(record: BenchRecord, arm: str) -> list[SimulatedJob]:
     """What an arm ran; a policy that compares found as much as it gave up, the others take any."""
-    from memshare.lab.simulate.run import Job
+    from memshare.lab.simulate.run import SimulatedJob
 
     runs = record.runs[arm]
     policy = (record.arms[arm] or {}).get("policy", {}).get("name")
     return [
-        Job(
+        SimulatedJob(
             0.0,
             prompt,
             outcomes[0].tokens,

@@ -47,7 +47,7 @@ class SamplingOptions(Protocol):
         ...
 
 
-class Adapter(Protocol):
+class LoraAdapter(Protocol):
     """A LoRA adapter."""
 
     @property
@@ -120,7 +120,7 @@ class EngineRequest(Protocol):
         ...
 
     @property
-    def lora_request(self) -> Adapter | None:
+    def lora_request(self) -> LoraAdapter | None:
         """The adapter that it runs with."""
         ...
 

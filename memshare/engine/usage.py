@@ -14,7 +14,7 @@ from memshare.core.requests import RequestState
 from memshare.request_options import USAGE
 
 
-class Usage(TypedDict):
+class RequestUsage(TypedDict):
     """What one request cost."""
 
     blocks_shared: int
@@ -29,7 +29,7 @@ class Usage(TypedDict):
 class ReturnedUsage(TypedDict):
     """The form in which it is returned."""
 
-    memshare: Usage
+    memshare: RequestUsage
 
 
 def returned_usage(

@@ -15,7 +15,7 @@ from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import cast
 
-from memshare.search.evaluate import Answer, CandidateSource, EvaluatorError, NewSteps
+from memshare.search.evaluate import CandidateSource, EvaluatorAnswer, EvaluatorError, NewSteps
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class EvaluatorBridge:
         self._inbox: SimpleQueue[list[NewSteps] | _Forget | None] = SimpleQueue()
         self._is_open = False
         self._poll_s = _POLL_S
-        self._outbox: SimpleQueue[Answer | EvaluatorError] = SimpleQueue()
+        self._outbox: SimpleQueue[EvaluatorAnswer | EvaluatorError] = SimpleQueue()
         self._complaints = _RateLimitedLog(every_s=30.0)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memshare-bridge", daemon=True)
@@ -69,9 +69,9 @@ class EvaluatorBridge:
         if self._is_open:
             self._inbox.put(_Forget(history, request_id))
 
-    def drain(self) -> list[Answer | EvaluatorError]:
+    def drain(self) -> list[EvaluatorAnswer | EvaluatorError]:
         """Take the answers and faults that have come in. Does not block."""
-        items: list[Answer | EvaluatorError] = []
+        items: list[EvaluatorAnswer | EvaluatorError] = []
         while not self._outbox.empty():
             items.append(self._outbox.get_nowait())
         return items
@@ -142,7 +142,7 @@ class EvaluatorBridge:
         # An evaluator that is slow is asked less often: each look takes the interpreter.
         self._poll_s = _POLL_S if answers or items else min(2 * self._poll_s, _MAX_POLL_S)
         for item in answers:
-            sound = isinstance(item, EvaluatorError) or Answer.is_sound(item)
+            sound = isinstance(item, EvaluatorError) or EvaluatorAnswer.is_sound(item)
             self._outbox.put(item if sound else EvaluatorError("garbage", repr(item)[:200]))
 
     def _guard(self, action: Callable[[], None]) -> bool:

@@ -84,7 +84,7 @@ class TwinLinks(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EvaluatorAnswer:
     """An evaluator's answer to one batch of :class:`NewSteps`."""
 
     matches: tuple[StepMatch, ...]
@@ -97,7 +97,7 @@ class Answer:
         batch: Sequence[NewSteps],
         matches: tuple[StepMatch, ...] = (),
         links: tuple[TwinLinks, ...] = (),
-    ) -> Answer:
+    ) -> EvaluatorAnswer:
         """What was found in a batch; its lag is that of the oldest steps in it."""
         return cls(matches, min((new.sent_at for new in batch), default=0.0), links)
 
@@ -105,7 +105,7 @@ class Answer:
     def is_sound(thing: object) -> bool:
         """Whether ``thing`` has this shape. Answers cross processes: they are not trusted."""
         return (
-            isinstance(thing, Answer)
+            isinstance(thing, EvaluatorAnswer)
             and _fits((thing.matches, thing.sent_at, thing.links), (tuple, float, tuple))
             and isfinite(thing.sent_at)
             and all(_is_sound_match(match) for match in thing.matches)
@@ -169,7 +169,7 @@ class CandidateSource(Protocol):
         """
         ...
 
-    def collect(self) -> list[Answer | EvaluatorError]:
+    def collect(self) -> list[EvaluatorAnswer | EvaluatorError]:
         """Return, without blocking, what has been answered since the last call."""
         ...
 
@@ -185,7 +185,7 @@ class CandidateSource(Protocol):
 class StageOne(Protocol):
     """What an evaluator computes."""
 
-    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+    def evaluate(self, batch: Sequence[NewSteps]) -> EvaluatorAnswer:
         """Compare every new step with its history, then add it to the history."""
         ...
 
@@ -239,7 +239,7 @@ class LexicalEvaluator:
             lambda: StepIndex(steps.max_history), max_requests
         )
 
-    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+    def evaluate(self, batch: Sequence[NewSteps]) -> EvaluatorAnswer:
         """See :meth:`StageOne.evaluate`."""
         matches: list[StepMatch] = []
         for new in batch:
@@ -252,7 +252,7 @@ class LexicalEvaluator:
                     new.tokens[first:last], span, new.threshold, self._steps.max_matches
                 )
                 matches.extend(StepMatch(span, earlier, score) for earlier, score in found)
-        return Answer.to(batch, matches=tuple(matches))
+        return EvaluatorAnswer.to(batch, matches=tuple(matches))
 
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """See :meth:`CandidateSource.forget`."""
@@ -268,7 +268,7 @@ class InProcessSource:
 
     def __init__(self, config: MemShareConfig) -> None:
         self._evaluator = open_stage_one(config)
-        self._answers: deque[Answer | EvaluatorError] = deque()
+        self._answers: deque[EvaluatorAnswer | EvaluatorError] = deque()
 
     @property
     def pending(self) -> int:
@@ -279,7 +279,7 @@ class InProcessSource:
         """See :meth:`CandidateSource.submit`."""
         self._answers.append(self._evaluator.evaluate(batch))
 
-    def collect(self) -> list[Answer | EvaluatorError]:
+    def collect(self) -> list[EvaluatorAnswer | EvaluatorError]:
         """See :meth:`CandidateSource.collect`."""
         answers = list(self._answers)
         self._answers.clear()

@@ -8,7 +8,7 @@ from time import monotonic
 from memshare.config import MemShareConfig
 from memshare.core.requests import RequestState
 from memshare.search.bridge import EvaluatorBridge
-from memshare.search.evaluate import Answer, EvaluatorError, NewSteps
+from memshare.search.evaluate import EvaluatorAnswer, EvaluatorError, NewSteps
 from memshare.search.steps import DelimiterAutomaton, StepSegmenter
 from memshare.telemetry.recorder import Recorder
 
@@ -118,7 +118,7 @@ class StepFeeder:
         self._progress.pop(state.request_id, None)
         self._bridge.forget(state.history, state.request_id)
 
-    def answers(self) -> Iterator[Answer]:
+    def answers(self) -> Iterator[EvaluatorAnswer]:
         """What evaluators have answered since the last call; their faults are counted."""
         for item in self._bridge.drain():
             if isinstance(item, EvaluatorError):

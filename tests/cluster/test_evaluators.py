@@ -18,7 +18,7 @@ import ray
 from cluster.evaluator_pool import EvaluatorPool, RayCandidateSource, actor_name
 from memshare.config import MemShareConfig, load_config
 from memshare.search.bridge import EvaluatorBridge
-from memshare.search.evaluate import Answer, EvaluatorError, NewSteps
+from memshare.search.evaluate import EvaluatorAnswer, EvaluatorError, NewSteps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_address")]
 
@@ -48,9 +48,9 @@ def steps(history: str, tokens: range = range(20), position: int = 0) -> NewStep
 
 def wait_for(
     source: RayCandidateSource, count: int = 1, timeout_s: float = WAIT_S
-) -> list[Answer | EvaluatorError]:
+) -> list[EvaluatorAnswer | EvaluatorError]:
     """What ``collect`` has returned when it has returned ``count`` items."""
-    items: list[Answer | EvaluatorError] = []
+    items: list[EvaluatorAnswer | EvaluatorError] = []
     end = time.monotonic() + timeout_s
     while len(items) < count and time.monotonic() < end:
         items += source.collect()
@@ -69,7 +69,7 @@ def resume(source: RayCandidateSource, history: str) -> list[str]:
     while time.monotonic() < end:
         source.submit([steps(history)])
         for item in wait_for(source):
-            if isinstance(item, Answer):
+            if isinstance(item, EvaluatorAnswer):
                 return reasons
             reasons.append(item.reason)
         time.sleep(0.05)
@@ -121,8 +121,8 @@ def test_similar_steps_are_found(source: RayCandidateSource) -> None:
     source.submit([steps("a"), steps("b", range(100, 120))])
     source.submit([steps("a", position=20), steps("b", range(200, 220), position=20)])
     answers = wait_for(source, 4 if actor_of(source, "a") != actor_of(source, "b") else 2)
-    assert all(isinstance(a, Answer) for a in answers)
-    matches = [m for a in answers if isinstance(a, Answer) for m in a.matches]
+    assert all(isinstance(a, EvaluatorAnswer) for a in answers)
+    matches = [m for a in answers if isinstance(a, EvaluatorAnswer) for m in a.matches]
     assert [(m.later.request_id, m.later.start, m.earlier.start) for m in matches] == [("a", 20, 0)]
     assert source.pending == 0
 
@@ -132,7 +132,7 @@ def test_a_history_stays_with_one_actor(source: RayCandidateSource) -> None:
     assert len({actor_of(source, h) for h in histories}) == 2, "both actors should have work"
     for position in (0, 20):
         source.submit([steps(h, position=position) for h in histories])
-    matches = [m for a in wait_for(source, 4) if isinstance(a, Answer) for m in a.matches]
+    matches = [m for a in wait_for(source, 4) if isinstance(a, EvaluatorAnswer) for m in a.matches]
     assert sorted(m.later.request_id for m in matches) == sorted(histories)
 
 
@@ -143,7 +143,9 @@ def test_engines_do_not_see_the_steps_of_each_other(
     for position in (0, 20):
         for engine in (source, other):
             engine.submit([steps("tenant", position=position)])
-            matches = [m for a in wait_for(engine) if isinstance(a, Answer) for m in a.matches]
+            matches = [
+                m for a in wait_for(engine) if isinstance(a, EvaluatorAnswer) for m in a.matches
+            ]
             assert len(matches) == (1 if position else 0)
     other.close()
 
@@ -153,7 +155,7 @@ def test_forgotten_histories_match_nothing(source: RayCandidateSource) -> None:
     wait_for(source)
     source.forget(["a"], ["another request"])
     source.submit([steps("a", position=20)])
-    assert [a.matches for a in wait_for(source) if isinstance(a, Answer)] == [()]
+    assert [a.matches for a in wait_for(source) if isinstance(a, EvaluatorAnswer)] == [()]
 
 
 def test_a_crashed_actor_comes_back(source: RayCandidateSource, config: MemShareConfig) -> None:
@@ -211,7 +213,7 @@ def test_a_silent_actor_times_out_and_is_left_alone(impostor: Impostor) -> None:
     assert source.pending == 0
 
 
-@pytest.mark.parametrize("garbage", [None, 7, "text", Answer((("no", "match"),), 0.0)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("garbage", [None, 7, "text", EvaluatorAnswer((("no", "match"),), 0.0)])  # type: ignore[arg-type]
 def test_garbage_is_not_taken_for_an_answer(impostor: Impostor, garbage: object) -> None:
     config = make_config(actors=1)
     impostor(config, lambda batch: garbage)
@@ -265,7 +267,7 @@ def test_the_engine_side_never_waits_and_sees_sharing_resume() -> None:
         items = bridge.drain()
         slowest = max(slowest, time.perf_counter() - began)
         reasons.update(i.reason for i in items if isinstance(i, EvaluatorError))
-        return sum(isinstance(i, Answer) for i in items)
+        return sum(isinstance(i, EvaluatorAnswer) for i in items)
 
     def run_until_answered(answers: int) -> None:
         end = time.monotonic() + WAIT_S

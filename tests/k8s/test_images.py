@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import memshare
-from tools.kubernetes.images import Recipe, recipe_of, recipes
+from tools.kubernetes.images import ImageRecipe, recipe_of, recipes
 from tools.kubernetes.layout import ROOT
 
 HADOLINT = Path(sys.executable).parent / "hadolint"
@@ -18,32 +18,34 @@ HADOLINT = Path(sys.executable).parent / "hadolint"
 
 @pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
 class TestRecipes:
-    def test_hadolint_has_nothing_to_say(self, recipe: Recipe) -> None:
+    def test_hadolint_has_nothing_to_say(self, recipe: ImageRecipe) -> None:
         done = subprocess.run([HADOLINT, recipe.path], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, "")
 
-    def test_bases_are_pinned(self, recipe: Recipe) -> None:
+    def test_bases_are_pinned(self, recipe: ImageRecipe) -> None:
         for base in recipe.bases:
             version = base.partition(":")[2]
             assert version.count(".") >= 2, f"{base} can change under the same name"
 
-    def test_runs_unprivileged_with_a_health_check(self, recipe: Recipe) -> None:
+    def test_runs_unprivileged_with_a_health_check(self, recipe: ImageRecipe) -> None:
         assert recipe.user >= 1000
         assert "/-/healthz" in recipe.final("HEALTHCHECK")[0]
 
-    def test_everything_that_is_copied_exists_and_reaches_the_build(self, recipe: Recipe) -> None:
+    def test_everything_that_is_copied_exists_and_reaches_the_build(
+        self, recipe: ImageRecipe
+    ) -> None:
         ignored = (recipe.path.parent / f"{recipe.path.name}.dockerignore").read_text()
         for source in recipe.copied:
             assert (ROOT / source).exists(), source
             assert f"!{source.split('/')[0]}" in ignored, source
 
-    def test_what_it_starts_is_in_it(self, recipe: Recipe) -> None:
+    def test_what_it_starts_is_in_it(self, recipe: ImageRecipe) -> None:
         command = json.loads(recipe.final("CMD")[0])
         assert list(recipe.misses(command)) == []
         assert list(recipe.misses(["serve", "run", "/opt/memshare/configs/none.yaml"])) != []
         assert list(recipe.misses(["curl"])) != []
 
-    def test_packages_are_constrained(self, recipe: Recipe) -> None:
+    def test_packages_are_constrained(self, recipe: ImageRecipe) -> None:
         installs = [
             i.value for i in recipe.instructions if i.name == "RUN" and "pip install" in i.value
         ]

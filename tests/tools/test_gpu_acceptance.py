@@ -10,12 +10,21 @@ import pytest
 from memshare.cli import main as cli
 from memshare.errors import UserError
 from memshare.lab.bench import exactness
-from memshare.lab.bench.exactness import COPIES, Engine, Written
+from memshare.lab.bench.exactness import COPIES, ExactnessEngine, Written
 from tools import gpu_acceptance
-from tools.gpu_acceptance import RUN, SCALES, SECTIONS, Request, main, measure, report, require
+from tools.gpu_acceptance import (
+    RUN,
+    SCALES,
+    SECTIONS,
+    AcceptancePlan,
+    main,
+    measure,
+    report,
+    require,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUEST = Request(SCALES["cpu"], "cpu", 1, Path("math500.jsonl"))
+REQUEST = AcceptancePlan(SCALES["cpu"], "cpu", 1, Path("math500.jsonl"))
 
 
 def test_a_machine_without_gpus_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +60,7 @@ def test_sections_use_options_that_exist(
         return 0
 
     monkeypatch.setattr(gpu_acceptance.cli, "main", parse)
-    text = RUN[section](Request(SCALES[scale], scale, 2, None))
+    text = RUN[section](AcceptancePlan(SCALES[scale], scale, 2, None))
     (words,) = seen
     assert text == f"`memshare {' '.join(words)}`\n\n| a table |"
     assert words[words.index("--tensor-parallel-size") + 1] == "2"
@@ -69,7 +78,7 @@ def test_a_report_has_all_that_figures_depend_on() -> None:
 def test_a_section_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(request: Request) -> str:
+    def fail(request: AcceptancePlan) -> str:
         raise UserError("the engine of dense failed: no memory")
 
     monkeypatch.setitem(RUN, "overhead", fail)
@@ -82,8 +91,8 @@ def test_a_section_that_fails_leaves_the_others(
     assert measure(REQUEST, ["memory"], file)
 
 
-def engine(ranks: int = 1) -> Engine:
-    return Engine("model", "float32", ranks, True, False)
+def engine(ranks: int = 1) -> ExactnessEngine:
+    return ExactnessEngine("model", "float32", ranks, True, False)
 
 
 def answers(
@@ -91,7 +100,9 @@ def answers(
 ) -> None:
     """Stand-in engines: what plain vLLM writes is ``[1]``, something else is ``[2]``."""
 
-    def ask(_: Engine, memshare: dict[str, object] | None, forget: bool = False) -> Written:
+    def ask(
+        _: ExactnessEngine, memshare: dict[str, object] | None, forget: bool = False
+    ) -> Written:
         outputs = [[1]] * COPIES
         if forget:
             outputs = [[2]] * wrong + [[1]] * (COPIES - wrong)

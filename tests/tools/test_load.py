@@ -15,9 +15,19 @@ import pytest
 from aiohttp import web
 
 from tools.bench import soak
-from tools.bench.load import Load, Outcome, http_streams, summarize
+from tools.bench.load import StreamLoad, StreamOutcome, http_streams, summarize
 from tools.bench.local_cluster import Killed, Server
-from tools.bench.soak import COUNTED, Fault, Record, Sample, excused, growth, judge, render, write
+from tools.bench.soak import (
+    COUNTED,
+    ClusterSample,
+    Fault,
+    SoakRecord,
+    excused,
+    growth,
+    judge,
+    render,
+    write,
+)
 
 Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -50,7 +60,7 @@ async def error(request: web.Request, answer: web.StreamResponse) -> None:
 
 async def ask(
     status: int, say: Answer | None, at_once: int = 2, requests: int = 4
-) -> list[Outcome]:
+) -> list[StreamOutcome]:
     """Run a load against a server that answers like this."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -70,7 +80,7 @@ async def ask(
     await site.start()
     port = runner.addresses[0][1]
     url = f"http://127.0.0.1:{port}/"
-    load = Load(lambda: http_streams(url, lambda index: {"n": index}), at_once)
+    load = StreamLoad(lambda: http_streams(url, lambda index: {"n": index}), at_once)
     try:
         await load.run(requests)
     finally:
@@ -191,8 +201,8 @@ async def test_a_soak_run_breaks_rests_and_reports(monkeypatch: pytest.MonkeyPat
     assert "| engine |" in render(run, checks)
 
 
-def outcome(sent: float, ended: float, ending: Any = "failed") -> Outcome:
-    return Outcome(1, sent, ended, ending, first_token=sent + 0.1, chunks=2)
+def outcome(sent: float, ended: float, ending: Any = "failed") -> StreamOutcome:
+    return StreamOutcome(1, sent, ended, ending, first_token=sent + 0.1, chunks=2)
 
 
 def test_only_what_a_fault_touched_is_excused() -> None:
@@ -209,18 +219,20 @@ def test_growth_leaves_out_the_warm_up() -> None:
     assert growth([1.0, 2.0, 3.0]) == 0.0
 
 
-def record(**changes: Any) -> Record:
-    sample = Sample(0.0, True, {"engine 7": 1 << 30, "raylet 8": 1 << 20}, 1 << 30, 9, 1, 5, 0.0)
+def record(**changes: Any) -> SoakRecord:
+    sample = ClusterSample(
+        0.0, True, {"engine 7": 1 << 30, "raylet 8": 1 << 20}, 1 << 30, 9, 1, 5, 0.0
+    )
     samples = [replace(sample, at=float(i)) for i in range(12)]
     fields: dict[str, Any] = {
         "seconds": 600.0, "faults": [Fault("engine", 100.0, 140.0)], "samples": samples,
         "outcomes": [outcome(90, 101), outcome(200, 201, "whole")],
         "probes": [(0.0, ["a"]), (1.0, ["a"])],
     }  # fmt: skip
-    return Record("--hours 1", "a machine", **fields | changes)
+    return SoakRecord("--hours 1", "a machine", **fields | changes)
 
 
-def failed(run: Record) -> set[str]:
+def failed(run: SoakRecord) -> set[str]:
     return {check.name for check in judge(run, graded=False) if not check.passed}
 
 
@@ -242,7 +254,7 @@ def test_each_check_can_fail() -> None:
     base = record()
     last = base.samples[-1]
 
-    def ends_with(**changes: Any) -> Record:
+    def ends_with(**changes: Any) -> SoakRecord:
         return record(samples=[*base.samples[:-1], replace(last, **changes)])
 
     bad = {

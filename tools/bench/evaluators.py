@@ -58,7 +58,7 @@ class Pace:
 
 
 @dataclass
-class Report:
+class ReplicaLags:
     """What one replica saw.
 
     Attributes:
@@ -77,7 +77,7 @@ class Report:
 
 
 @dataclass
-class Arm:
+class StageOneArm:
     """A way of stage one, and what was seen of it.
 
     Attributes:
@@ -89,7 +89,7 @@ class Arm:
 
     config: MemShareConfig | None
     evaluators: list[psutil.Process] = field(default_factory=list)
-    reports: list[Report] = field(default_factory=list)
+    reports: list[ReplicaLags] = field(default_factory=list)
     pool_cpu_s: float = 0.0
 
 
@@ -105,7 +105,7 @@ def replica(
     streams = [_Stream(f"r{i}", texts[(number + i) % len(texts)], i) for i in range(pace.requests)]
     unit_s = _unit_s()
     ready.wait()
-    report = Report()
+    report = ReplicaLags()
     cpu_began, next_step = time.process_time(), time.monotonic()
     end = next_step + pace.seconds
     while time.monotonic() < end:
@@ -195,7 +195,7 @@ def _unit_s() -> float:
 
 def run(
     config: MemShareConfig | None, replicas: int, texts: list[Steps], pace: Pace
-) -> list[Report]:
+) -> list[ReplicaLags]:
     """All replicas at once."""
     context = multiprocessing.get_context("spawn")
     ready, out = context.Barrier(replicas + 1), context.Queue()
@@ -212,7 +212,7 @@ def run(
     return reports
 
 
-class Pool:
+class EvaluatorCluster:
     """A Ray cluster with a pool of evaluators."""
 
     def __init__(self) -> None:
@@ -293,12 +293,15 @@ def main() -> None:
     tokens = options.replicas * pace.requests / pace.step_s
     print(f"{options.replicas} replicas, {tokens:,.0f} tokens/s together, {options.policy}\n")
     sizes = [int(size) for size in options.evaluators.split(",") if size]
-    arms: dict[str, Arm] = {"none": Arm(None), "in process": Arm(_config(options.policy))}
-    pool = Pool() if sizes else None
+    arms: dict[str, StageOneArm] = {
+        "none": StageOneArm(None),
+        "in process": StageOneArm(_config(options.policy)),
+    }
+    pool = EvaluatorCluster() if sizes else None
     try:
         for size in sizes:
             assert pool is not None
-            arms[f"{size} evaluators"] = Arm(*pool.make(options.policy, size))
+            arms[f"{size} evaluators"] = StageOneArm(*pool.make(options.policy, size))
         for _ in range(options.rounds):  # in alternation: the machine changes
             for arm in arms.values():
                 before = _cpu_s(arm.evaluators)
@@ -312,7 +315,7 @@ def main() -> None:
             pool.end()
 
 
-def _cells(name: str, arm: Arm, without: Arm, pace: Pace, rounds: int) -> list[str]:
+def _cells(name: str, arm: StageOneArm, without: StageOneArm, pace: Pace, rounds: int) -> list[str]:
     reports, seconds = arm.reports, rounds * pace.seconds
     work = [value for report in reports for value in report.work]
     lags = [value for report in reports for value in report.lags]
@@ -332,7 +335,7 @@ def _cells(name: str, arm: Arm, without: Arm, pace: Pace, rounds: int) -> list[s
     ]
 
 
-def _mean_cpu_s(reports: Sequence[Report]) -> float:
+def _mean_cpu_s(reports: Sequence[ReplicaLags]) -> float:
     return sum(report.cpu_s for report in reports) / len(reports)
 
 

@@ -62,7 +62,7 @@ class Phase:
         return ordered[int(0.99 * (len(ordered) - 1))]
 
 
-class Pool:
+class EvaluatorFaults:
     """Breaks evaluators."""
 
     def __init__(self, namespace: str) -> None:
@@ -162,7 +162,7 @@ def _phases(options: argparse.Namespace) -> list[tuple[Phase, Phase]]:
         **plug_in(OPTIONS),
     )  # fmt: skip
     side = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler_side
-    pool = Pool("memshare")
+    pool = EvaluatorFaults("memshare")
 
     def run(name: str, share: bool, meddle: Callable[[int], None] = lambda step: None) -> Phase:
         side.reclaimer.enabled = share

@@ -24,7 +24,7 @@ _WAIT_S = 1.0  # before the next try, where the server does not say how long
 
 
 @dataclass(slots=True)
-class Outcome:
+class StreamOutcome:
     """What became of one request.
 
     Attributes:
@@ -54,7 +54,7 @@ class Outcome:
         return self.first_token - self.sent
 
 
-Send = Callable[[int], Awaitable[Outcome]]
+Send = Callable[[int], Awaitable[StreamOutcome]]
 """Sends the request of a number and reads its stream to the end; never raises for a failure."""
 
 
@@ -81,8 +81,8 @@ async def grpc_streams(
         yield lambda index: _grpc(client, prompt(index), tokens, index)
 
 
-async def _grpc(client: AsyncClient, prompt: str, tokens: int, index: int) -> Outcome:
-    outcome = Outcome(index, time.monotonic())
+async def _grpc(client: AsyncClient, prompt: str, tokens: int, index: int) -> StreamOutcome:
+    outcome = StreamOutcome(index, time.monotonic())
     sampling = Sampling(max_tokens=tokens, ignore_eos=True)
     pieces = []
     try:
@@ -103,8 +103,8 @@ async def _grpc(client: AsyncClient, prompt: str, tokens: int, index: int) -> Ou
     return outcome
 
 
-async def _http(session: aiohttp.ClientSession, url: str, body: Body, index: int) -> Outcome:
-    outcome = Outcome(index, time.monotonic())
+async def _http(session: aiohttp.ClientSession, url: str, body: Body, index: int) -> StreamOutcome:
+    outcome = StreamOutcome(index, time.monotonic())
     try:
         async with session.post(url, json={**body, "stream": True}) as answer:
             if answer.status in _REFUSALS:
@@ -120,7 +120,7 @@ async def _http(session: aiohttp.ClientSession, url: str, body: Body, index: int
     return outcome
 
 
-async def _read(answer: aiohttp.ClientResponse, outcome: Outcome) -> None:
+async def _read(answer: aiohttp.ClientResponse, outcome: StreamOutcome) -> None:
     """Read server-sent events. Whole is only what names a reason for its end."""
     pieces = []
     async for line in answer.content:
@@ -144,7 +144,7 @@ async def _read(answer: aiohttp.ClientResponse, outcome: Outcome) -> None:
 
 
 @dataclass
-class Load:
+class StreamLoad:
     """Streams that run until they are told to stop, a fixed number at once.
 
     Attributes:
@@ -158,7 +158,7 @@ class Load:
     at_once: int
 
     def __post_init__(self) -> None:
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[StreamOutcome] = []
         self.paused = False
         self._next = 0
         self._stopping = False
@@ -215,7 +215,7 @@ class Summary:
     between_tokens_p50: float
 
 
-def summarize(outcomes: Sequence[Outcome]) -> Summary:
+def summarize(outcomes: Sequence[StreamOutcome]) -> Summary:
     """Sum up; zeros where nothing ended whole."""
     endings = dict(Counter(outcome.ending for outcome in outcomes))
     whole = [o for o in outcomes if o.ending == "whole" and o.first_token is not None]

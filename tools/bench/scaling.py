@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from memshare.lab.markdown import table_head, table_row
-from tools.bench.load import Load, http_streams
+from tools.bench.load import StreamLoad, http_streams
 from tools.bench.local_cluster import Server, cluster_file, local_ray, replica_states, start, stop
 
 WAIT_S = 600.0
@@ -65,7 +65,7 @@ class Scaling:
     def __init__(self, server: Server, args: argparse.Namespace) -> None:
         self._server = server
         self._args = args
-        self._load = Load(
+        self._load = StreamLoad(
             lambda: http_streams(f"{server.url}/v1/completions", self._body), args.streams
         )
 

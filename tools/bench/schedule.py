@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Job:
+class ScheduledRequest:
     """A request.
 
     Attributes:
@@ -60,17 +60,17 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Workload:
+class ScheduleWorkload:
     """Requests, in the order of their arrivals, and KV memory for them."""
 
     name: str
-    jobs: list[Job]
+    jobs: list[ScheduledRequest]
     blocks: int
     """Usable KV blocks."""
 
 
 @dataclass(frozen=True)
-class Counts:
+class ScheduleCounts:
     """What one run did."""
 
     steps: int
@@ -82,7 +82,7 @@ class Counts:
     """Fraction of each request's full blocks when it ended, mean."""
 
 
-def of_lengths() -> Iterator[Workload]:
+def of_lengths() -> Iterator[ScheduleWorkload]:
     """Yield workloads with memory for a third of the requests, or of 32 of them."""
     rng = random.Random(1)
     mixed = [rng.randrange(200, 1400) for _ in range(64)]
@@ -95,10 +95,12 @@ def of_lengths() -> Iterator[Workload]:
     ):
         draw = random.Random(0)
         prompts = ([draw.randrange(200) for _ in range(PROMPT)] for _ in lengths)
-        yield Workload(name, list(map(Job, prompts, lengths, arrivals)), blocks)
+        yield ScheduleWorkload(
+            name, list(map(ScheduledRequest, prompts, lengths, arrivals)), blocks
+        )
 
 
-def of_texts(model: Path, options: argparse.Namespace) -> Workload:
+def of_texts(model: Path, options: argparse.Namespace) -> ScheduleWorkload:
     """A workload of texts; memory for some of the requests at full length."""
     from transformers import AutoTokenizer
 
@@ -111,9 +113,9 @@ def of_texts(model: Path, options: argparse.Namespace) -> Workload:
     tasks = build(options.texts, source)
     entries = TokenMap(BLOCK).entries
     blocks = int(sum(entries(task.need) for task in tasks) * options.fit / len(tasks))
-    return Workload(
+    return ScheduleWorkload(
         f"{len(tasks)} x {options.texts} of up to {options.tokens} tokens, all at once",
-        [Job(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],
+        [ScheduledRequest(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],
         blocks,
     )
 
@@ -151,7 +153,7 @@ def main() -> None:
     show(reasoner, of_texts(reasoner, options), arms)
 
 
-def show(model: Path, work: Workload, arms: dict[str, dict[str, Any]]) -> None:
+def show(model: Path, work: ScheduleWorkload, arms: dict[str, dict[str, Any]]) -> None:
     """Run dense and all arms, and print them."""
     print(f"\n{work.name}; {work.blocks} usable blocks:\n")
     print(table_head(HEADS))
@@ -161,7 +163,7 @@ def show(model: Path, work: Workload, arms: dict[str, dict[str, Any]]) -> None:
         print(_row(arm, run(model, work, options), base), flush=True)
 
 
-def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
+def run(model: Path, work: ScheduleWorkload, options: dict[str, Any]) -> ScheduleCounts:
     """Run a workload to its end."""
     from memshare.lab.simulate.costs import Recomputation
     from memshare.lab.simulate.harness import SchedulerHarness
@@ -191,10 +193,10 @@ def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
     rig.close()
     tokens = sum(job.length for job in work.jobs)
     mean = sum(given_up.values()) / len(work.jobs)
-    return Counts(steps, tokens, preemptions, again.tokens, remaps, mean)
+    return ScheduleCounts(steps, tokens, preemptions, again.tokens, remaps, mean)
 
 
-def _row(arm: str, mine: Counts, base: Counts) -> str:
+def _row(arm: str, mine: ScheduleCounts, base: ScheduleCounts) -> str:
     speed = mine.tokens / mine.steps
     return table_row(
         (

@@ -42,8 +42,8 @@ from memshare.lab.bench.report import machine
 from memshare.lab.markdown import table
 from memshare.small_model.names import resolve_model
 from tools.bench.load import (
-    Load,
     Send,
+    StreamLoad,
     Summary,
     grpc_streams,
     http_streams,
@@ -64,7 +64,7 @@ NAME = "smollm2"
 
 
 @dataclass
-class Arm:
+class ServerArm:
     """One server.
 
     Attributes:
@@ -162,7 +162,7 @@ def main() -> None:
         parser.error("arm rival needs --rival-python")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and the servers with it
     with ExitStack() as servers:
-        found: dict[str, Arm] = {}
+        found: dict[str, ServerArm] = {}
         if "bare" in names:
             found["bare"] = servers.enter_context(_bare())
         if "rival" in names:
@@ -177,7 +177,7 @@ def main() -> None:
                 addresses["direct-http"] = f"http://127.0.0.1:{ports[_HTTP_PORT]}"
                 addresses["direct-grpc"] = f"127.0.0.1:{ports[_GRPC_PORT]}"
             for name, address in addresses.items():
-                found[name] = Arm(name, address, server.process.pid)
+                found[name] = ServerArm(name, address, server.process.pid)
         arms = [found[name] for name in names]
         for arm in arms:  # every code path once, and prefix caches filled alike
             _ask(arm, 4, 8, 8)
@@ -198,7 +198,7 @@ def main() -> None:
     print(render_cpu(arms, args.requests * args.tokens))
 
 
-def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
+def _round(arm: ServerArm, arms: list[ServerArm], args: argparse.Namespace) -> Round:
     alone = _ask(arm, 1, 24, 8)
     others = list({other.pid: other for other in arms if other.pid != arm.pid}.values())
     idle, used, began = _cpu(others), arm.cpu_seconds(), time.monotonic()
@@ -208,11 +208,11 @@ def _round(arm: Arm, arms: list[Arm], args: argparse.Namespace) -> Round:
     return Round(alone, busy, spent, (_cpu(others) - idle) / seconds)
 
 
-def _cpu(arms: list[Arm]) -> float:
+def _cpu(arms: list[ServerArm]) -> float:
     return sum(arm.cpu_seconds().total() for arm in arms)
 
 
-def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
+def _ask(arm: ServerArm, streams: int, requests: int, tokens: int) -> Summary:
     def prompt(index: int) -> str:
         return PROMPT.format(index=index)
 
@@ -225,7 +225,7 @@ def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
             return grpc_streams(arm.address, prompt, tokens)
         return http_streams(f"{arm.address}/v1/completions", body)
 
-    load = Load(senders, streams)
+    load = StreamLoad(senders, streams)
     asyncio.run(load.run(requests))
     found = summarize(load.outcomes)
     if found.endings != {"whole": requests}:
@@ -234,11 +234,11 @@ def _ask(arm: Arm, streams: int, requests: int, tokens: int) -> Summary:
     return found
 
 
-def render(arms: list[Arm]) -> str:
+def render(arms: list[ServerArm]) -> str:
     """A table of medians; ratios and differences are within a round, against the first arm."""
     first = arms[0]
 
-    def row(arm: Arm) -> list[str]:
+    def row(arm: ServerArm) -> list[str]:
         pairs = list(zip(arm.rounds, first.rounds, strict=True))
         ratios = [mine.busy.requests_per_s / its.busy.requests_per_s for mine, its in pairs]
         later = [1e3 * (m.alone.first_token_p50 - i.alone.first_token_p50) for m, i in pairs]
@@ -265,11 +265,11 @@ def render(arms: list[Arm]) -> str:
     return table(heads, map(row, arms))
 
 
-def render_cpu(arms: list[Arm], tokens: int) -> str:
+def render_cpu(arms: list[ServerArm], tokens: int) -> str:
     """Where the CPU time goes, by part of the server; medians of rounds of ``tokens`` tokens."""
     parts = sorted({part for arm in arms for round_ in arm.rounds for part in round_.cpu})
 
-    def row(arm: Arm) -> list[str]:
+    def row(arm: ServerArm) -> list[str]:
         found = {p: statistics.median(r.cpu.get(p, 0.0) for r in arm.rounds) for p in parts}
         return [arm.name, *(f"{1e3 * found[part] / tokens:.2f}" for part in parts)]
 
@@ -293,7 +293,7 @@ def _direct_ports() -> dict[str, str]:
 
 
 @contextmanager
-def _bare() -> Iterator[Arm]:
+def _bare() -> Iterator[ServerArm]:
     port = free_port()
     options = [
         f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
@@ -309,7 +309,7 @@ def _bare() -> Iterator[Arm]:
 
 
 @contextmanager
-def _rival(python: str) -> Iterator[Arm]:
+def _rival(python: str) -> Iterator[ServerArm]:
     port = free_port()
     command = [python, str(ROOT / "tools" / "rival_serve_llm.py"), "--port", str(port)]
     command += ["--model", resolve_model("smollm2-135m"), "--name", NAME]
@@ -344,7 +344,7 @@ def _engine_env() -> dict[str, str]:
 
 
 @contextmanager
-def _child(name: str, command: list[str], env: Mapping[str, str], port: int) -> Iterator[Arm]:
+def _child(name: str, command: list[str], env: Mapping[str, str], port: int) -> Iterator[ServerArm]:
     with tempfile.NamedTemporaryFile(prefix=f"memshare-{name}-", suffix=".log") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -352,7 +352,7 @@ def _child(name: str, command: list[str], env: Mapping[str, str], port: int) -> 
         url = f"http://127.0.0.1:{port}"
         try:
             _await(process, url, Path(log.name))
-            yield Arm(name, url, process.pid)
+            yield ServerArm(name, url, process.pid)
         finally:
             os.killpg(process.pid, signal.SIGINT)
             try:
@@ -375,7 +375,7 @@ def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise SystemExit(f"no server at {url}:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def _profile(arm: Arm, args: argparse.Namespace) -> None:
+def _profile(arm: ServerArm, args: argparse.Namespace) -> None:
     """Record what Python of proxy, replica and engine does while busy: py-spy's raw stacks."""
     args.profile.mkdir(parents=True, exist_ok=True)
     wanted = ("ray::ProxyActor", "ray::ServeReplica:memshare:Engine", "VLLM::EngineCore")

@@ -21,8 +21,15 @@ from random import Random
 from cluster.config import RoutingConfig, ScalingConfig
 from cluster.routing.choice import Routing
 from cluster.routing.load import Load
-from cluster.simulation.engine import Machine
-from cluster.simulation.world import Cluster, Outcome, Workload, World, deviation, imbalance
+from cluster.simulation.engine import SimulatedMachine
+from cluster.simulation.world import (
+    ChatWorkload,
+    Cluster,
+    SimulatedOutcome,
+    World,
+    deviation,
+    imbalance,
+)
 from memshare.lab.markdown import table_head, table_row
 
 ROUTINGS = {
@@ -55,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     print(table_head(HEADS))
     for replicas in map(int, options.replicas.split(",")):
-        workload = Workload(
+        workload = ChatWorkload(
             options.sessions * replicas,
             duration_s=options.duration,
             documents=options.documents,
@@ -66,7 +73,7 @@ def main() -> None:
                     max(1, replicas // 4) if options.scaling else replicas,
                     routing=routing,
                     scaling=ScalingConfig(max_replicas=replicas) if options.scaling else None,
-                    machine=Machine(kv_tokens=options.kv_tokens),
+                    machine=SimulatedMachine(kv_tokens=options.kv_tokens),
                     proxies=options.proxies,
                     evaluators=max(1, options.evaluators * replicas // 100),
                 )
@@ -78,7 +85,11 @@ def main() -> None:
 
 
 def _cells(
-    replicas: int, name: str, routing: RoutingConfig, outcome: Outcome, workload: Workload
+    replicas: int,
+    name: str,
+    routing: RoutingConfig,
+    outcome: SimulatedOutcome,
+    workload: ChatWorkload,
 ) -> list[str]:
     size, one_more_s = _router_costs(replicas, routing)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

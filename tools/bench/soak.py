@@ -38,7 +38,7 @@ from cluster.processes.workers import shared_memory
 from memshare.lab.bench.report import machine, wilson
 from memshare.lab.markdown import table
 from memshare.lab.problems import generate, read_answer
-from tools.bench.load import Load, Outcome, http_streams, summarize
+from tools.bench.load import StreamLoad, StreamOutcome, http_streams, summarize
 from tools.bench.local_cluster import (
     ROLES,
     Server,
@@ -83,7 +83,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ClusterSample:
     """What the cluster holds at one moment.
 
     Attributes:
@@ -118,7 +118,7 @@ class Check:
 
 
 @dataclass
-class Record:
+class SoakRecord:
     """Everything that was seen; ``cut_short`` says what ended the run before its time."""
 
     command: str
@@ -126,8 +126,8 @@ class Record:
     seconds: float = 0.0
     cut_short: str = ""
     faults: list[Fault] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    outcomes: list[StreamOutcome] = field(default_factory=list)
+    samples: list[ClusterSample] = field(default_factory=list)
     probes: list[tuple[float, list[str]]] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
@@ -138,12 +138,12 @@ class Soak:
     def __init__(self, server: Server, args: argparse.Namespace) -> None:
         self.server = server
         self.args = args
-        self.record = Record(" ".join(sys.argv[1:]), machine())
+        self.record = SoakRecord(" ".join(sys.argv[1:]), machine())
         self.began = time.monotonic()
         body = _short if args.load else _problem
         route = "completions" if args.load else "chat/completions"
         url = f"{server.url}/v1/{route}"
-        self.load = Load(lambda: http_streams(url, body), args.streams)
+        self.load = StreamLoad(lambda: http_streams(url, body), args.streams)
         self.random = random.Random(args.seed)
         self.turns: list[str] = []
         self._over = asyncio.Event()
@@ -154,7 +154,7 @@ class Soak:
         """Seconds since the start."""
         return time.monotonic() - self.began
 
-    async def run(self) -> Record:
+    async def run(self) -> SoakRecord:
         """Run for as long as was asked, or until Ctrl-C."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt, loop)
@@ -225,7 +225,7 @@ class Soak:
             await asyncio.sleep(SAMPLE_S)
             self.record.samples.append(await asyncio.to_thread(self._sample, False))
 
-    def _sample(self, quiet: bool) -> Sample:
+    def _sample(self, quiet: bool) -> ClusterSample:
         memory: dict[str, int] = {}
         # Ray keeps a few idle workers, more or fewer of them.
         idle = {process.pid for process in processes("ray::IDLE")}
@@ -241,7 +241,7 @@ class Soak:
                 continue
         # Ray Serve chooses which replica answers: asked often, each does.
         usages = [self._metrics() for _ in range(1 if self.args.replicas == 1 else SCRAPES)]
-        return Sample(
+        return ClusterSample(
             self.now, quiet, memory, sum(memory.values()), len(ours),
             sum(path.exists() for path in self._segments), ports, max(usages),
         )  # fmt: skip
@@ -265,7 +265,7 @@ class Soak:
                     )
         return usage
 
-    def _since_start(self, outcome: Outcome) -> Outcome:
+    def _since_start(self, outcome: StreamOutcome) -> StreamOutcome:
         outcome.sent -= self.began
         outcome.ended -= self.began
         if outcome.first_token is not None:
@@ -305,12 +305,12 @@ def _short(index: int) -> dict[str, Any]:
     return {"model": NAME, "prompt": prompt, "max_tokens": 16, "ignore_eos": True}
 
 
-def _is_right(outcome: Outcome) -> bool:
+def _is_right(outcome: StreamOutcome) -> bool:
     problem = generate("chain" if outcome.index % 2 else "recall", 10_000 + outcome.index)
     return read_answer(outcome.text) == problem.answer
 
 
-def judge(record: Record, graded: bool) -> Iterator[Check]:
+def judge(record: SoakRecord, graded: bool) -> Iterator[Check]:
     """The checks of a run."""
     yield Check("the run went to its end", not record.cut_short, record.cut_short or "yes")
     bad = [o for o in record.outcomes if o.ending == "failed" and not excused(o, record.faults)]
@@ -352,7 +352,7 @@ def judge(record: Record, graded: bool) -> Iterator[Check]:
         yield _accuracy(record)
 
 
-def _accuracy(record: Record) -> Check:
+def _accuracy(record: SoakRecord) -> Check:
     whole = [o for o in record.outcomes if o.ending == "whole"]
     halves = whole[: len(whole) // 2], whole[len(whole) // 2 :]
     right = [sum(map(_is_right, half)) for half in halves]
@@ -364,7 +364,7 @@ def _accuracy(record: Record) -> Check:
     return Check("accuracy does not drift", bounds[1][1] >= bounds[0][0], f"{shown} right")
 
 
-def excused(outcome: Outcome, faults: Sequence[Fault]) -> bool:
+def excused(outcome: StreamOutcome, faults: Sequence[Fault]) -> bool:
     """Whether a request was under way while something was broken."""
     return any(
         outcome.sent <= fault.whole_at + AFTERMATH_S and outcome.ended >= fault.at
@@ -384,7 +384,7 @@ def growth(values: Sequence[float]) -> float:
     return after / before - 1 if before else 0.0
 
 
-def render(record: Record, checks: Sequence[Check]) -> str:
+def render(record: SoakRecord, checks: Sequence[Check]) -> str:
     """The report, in Markdown."""
     summary = summarize(record.outcomes)
     lines = [
@@ -428,7 +428,7 @@ def render(record: Record, checks: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
-def _fault_row(role: str, record: Record) -> list[str]:
+def _fault_row(role: str, record: SoakRecord) -> list[str]:
     mine = [fault for fault in record.faults if fault.role == role]
     taken = [fault.whole_at - fault.at for fault in mine]
     failed = sum(o.ending == "failed" and excused(o, mine) for o in record.outcomes)
@@ -440,7 +440,7 @@ def _fault_row(role: str, record: Record) -> list[str]:
     return [role, str(len(mine)), times, str(failed), str(answered)]
 
 
-def _memory_rows(samples: Sequence[Sample]) -> Iterator[list[str]]:
+def _memory_rows(samples: Sequence[ClusterSample]) -> Iterator[list[str]]:
     """A row for each process that was there all the time after warm-up, and one for all."""
     warm = samples[len(samples) // 4 :]
     if len(warm) < 4:
@@ -523,7 +523,7 @@ def main() -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def write(folder: Path, record: Record, checks: Sequence[Check]) -> None:
+def write(folder: Path, record: SoakRecord, checks: Sequence[Check]) -> None:
     """Print the report, and leave it in ``folder`` with everything that was seen."""
     report = render(record, checks)
     (folder / "report.md").write_text(report + "\n")

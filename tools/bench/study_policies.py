@@ -1,7 +1,7 @@
 """What giving up blocks does to a model's next-token distribution, policy by policy, on real texts.
 
-As ``memshare replay``, but without an engine (memshare/lab/replay/reading.py), so that an arm takes
-seconds a text: for trying policies out.
+As ``memshare replay``, but without an engine (memshare/lab/replay/prefilled.py), so that an arm
+takes seconds a text: for trying policies out.
 
     python -m tools.bench.study_policies --traces FOLDER
 
@@ -27,8 +27,8 @@ from memshare.lab.bench.models import resolve
 from memshare.lab.bench.workloads import Source
 from memshare.lab.markdown import table_head, table_row
 from memshare.lab.problems import FAMILIES, generate
-from memshare.lab.replay.damage import Damage
-from memshare.lab.replay.reading import Reader, Reading
+from memshare.lab.replay.divergence import Divergence
+from memshare.lab.replay.prefilled import PrefilledTrace, Reader
 from memshare.lab.replay.traces import load_traces
 from memshare.small_model.reasoner import NAME as REASONER
 
@@ -53,7 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def traces(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
+def traces(reader: Reader, options: argparse.Namespace) -> Iterator[PrefilledTrace]:
     """Yield the recorded texts that are long enough."""
     source = Source(reader.tokenizer, options.limit, options.continuation)
     length = options.prefix + options.continuation
@@ -64,7 +64,7 @@ def traces(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
             yield reader.read(prompt, tokens[len(prompt) :], options.prefix)
 
 
-def solutions(reader: Reader, options: argparse.Namespace) -> Iterator[Reading]:
+def solutions(reader: Reader, options: argparse.Namespace) -> Iterator[PrefilledTrace]:
     """Yield worked solutions; the prefix ends with the block in which the last part begins."""
     source = Source(reader.tokenizer, options.limit, options.continuation)
     token_map = TokenMap(options.block_size)
@@ -106,12 +106,12 @@ def main() -> None:
     gone: dict[tuple[float, str], list[float]] = {}
     read = 0
     for exact in (traces if options.family is None else solutions)(reader, options):
-        reading = exact if options.kv == "float32" else reader.in_fp8(exact)
+        prefilled = exact if options.kv == "float32" else reader.in_fp8(exact)
         for fraction in fractions:
             for arm in arms:
                 params = MemShareConfig.model_validate({"policy": ARMS[arm]}).policy
-                prefix = reader.give_up(reading, params, fraction)
-                damage = reader.judge(reading, prefix.donor_of)
+                prefix = reader.give_up(prefilled, params, fraction)
+                damage = reader.judge(prefilled, prefix.donor_of)
                 measured.setdefault((fraction, arm), []).append(damage)
                 gone.setdefault((fraction, arm), []).append(len(prefix.donor_of) / prefix.full)
         read += 1
@@ -122,7 +122,7 @@ def main() -> None:
         print(f"\n{read} texts, up to {fraction:.0%} of the blocks given up:\n")
         print(table_head(HEADS))
         for arm in arms:
-            damage = Damage.of(measured[fraction, arm])
+            damage = Divergence.of(measured[fraction, arm])
             cells = (damage.kl, damage.late_kl, damage.delta_nll, damage.same_top)
             same = sum(bool((text[:, 2] == 1).all()) for text in measured[fraction, arm])
             shown = [f"{mean:.4f} ± {error:.4f}" for mean, error in cells]

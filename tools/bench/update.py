@@ -22,7 +22,7 @@ from typing import Any
 
 from memshare.lab.bench.report import machine
 from memshare.lab.markdown import table
-from tools.bench.load import Load, Outcome, grpc_streams, http_streams, summarize
+from tools.bench.load import StreamLoad, StreamOutcome, grpc_streams, http_streams, summarize
 from tools.bench.local_cluster import cluster_file, free_port, local_ray
 from tools.runtime_env import runtime_env
 
@@ -64,12 +64,12 @@ async def _run(options: argparse.Namespace) -> int:
     print(f"first start: {took:.0f} s", flush=True)
 
     url = f"http://127.0.0.1:{port}/v1/completions"
-    by_http = Load(lambda: http_streams(url, _body(options.tokens)), options.clients // 2)
-    by_grpc = Load(
+    by_http = StreamLoad(lambda: http_streams(url, _body(options.tokens)), options.clients // 2)
+    by_grpc = StreamLoad(
         lambda: grpc_streams(f"127.0.0.1:{grpc_port}", lambda index: PROMPT, options.tokens),
         options.clients - options.clients // 2,
     )
-    long = Load(lambda: http_streams(url, _body(options.long)), 1)
+    long = StreamLoad(lambda: http_streams(url, _body(options.long)), 1)
     running = asyncio.gather(by_http.run(), by_grpc.run(), long.run(requests=1))
     await asyncio.sleep(AROUND_S)
     args["engine"]["max_num_seqs"] = 16
@@ -100,7 +100,7 @@ async def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _row(name: str, outcomes: Sequence[Outcome], began: float, ended: float) -> list[str]:
+def _row(name: str, outcomes: Sequence[StreamOutcome], began: float, ended: float) -> list[str]:
     during = [o for o in outcomes if o.ended > began and o.sent < ended and o.first_token]
     before = summarize([o for o in outcomes if o.ended <= began])
     return [

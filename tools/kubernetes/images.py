@@ -30,7 +30,7 @@ class Instruction:
     stage: int
 
 
-class Recipe:
+class ImageRecipe:
     """One Dockerfile."""
 
     def __init__(self, path: Path) -> None:
@@ -108,15 +108,15 @@ class Recipe:
 
 
 @cache
-def recipes() -> dict[str, Recipe]:
+def recipes() -> dict[str, ImageRecipe]:
     """All recipes, by the name of their image."""
     return {
-        f"memshare-{path.name.removesuffix('.Dockerfile')}": Recipe(path)
+        f"memshare-{path.name.removesuffix('.Dockerfile')}": ImageRecipe(path)
         for path in sorted(RECIPES.glob("*.Dockerfile"))
     }
 
 
-def recipe_of(image: str) -> Recipe | None:
+def recipe_of(image: str) -> ImageRecipe | None:
     """The recipe of an image, whatever its registry and version."""
     name = re.sub(r"(@.*|:[^/]*)$", "", image).rpartition("/")[2]
     return recipes().get(name)

@@ -3,8 +3,8 @@
 - ``arms``: what is compared
 - ``workloads``: what the engines are asked to do
 - ``run``: one engine, one workload, and what is measured
-- ``child``: every engine in its own process
-- ``fates``: what became of a request's blocks
+- ``engine_process``: every engine in its own process
+- ``block_outcomes``: what became of a request's blocks
 - ``report``: tables of ratios within a repeat
 - ``models``: what ``--model`` names
 - ``exactness``: what must not change a token

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from memshare.errors import UserError
-from memshare.lab.bench.child import call
+from memshare.lab.bench.engine_process import call_in_process
 
 _START_S = 15.0  # of an engine, without its weights: mostly imports
 _LOAD_BYTES_S = 3e8
@@ -74,7 +74,9 @@ class Speed:
 def estimate(work: Work) -> float | None:
     """Seconds that ``work`` will take; None where the model has no shape that is known here."""
     try:
-        found = call(f"{__name__}:measure", asdict(work), "a probe of this machine", work.model)
+        found = call_in_process(
+            f"{__name__}:measure", asdict(work), "a probe of this machine", work.model
+        )
     except UserError:
         return None  # the engine will say what is wrong with the model, at length
     return Speed(**found).seconds(work)
@@ -98,7 +100,7 @@ def in_words(seconds: float | None, shorter: str) -> str:
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
-    """Measure :class:`Speed` in this process (see :mod:`memshare.lab.bench.child`)."""
+    """Measure :class:`Speed` in this process (see :mod:`memshare.lab.bench.engine_process`)."""
     import torch
     from transformers import AutoConfig
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memshare.lab.bench.child import call
+from memshare.lab.bench.engine_process import call_in_process
 
 if TYPE_CHECKING:
     from memshare.engine.messages import SchedulerMessage
@@ -40,7 +40,7 @@ IDENTICAL_ONLY: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class ExactnessEngine:
     """The engine that is asked.
 
     Attributes:
@@ -90,7 +90,7 @@ class Verdict(NamedTuple):
     seen: str
 
 
-def check(engine: Engine) -> list[Verdict]:
+def check(engine: ExactnessEngine) -> list[Verdict]:
     """Run all arms, each in a process of its own.
 
     Raises:
@@ -140,7 +140,7 @@ def _same(outputs: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -
     return sum(list(a) == list(b) for a, b in zip(outputs, expected, strict=True))
 
 
-def ask(engine: Engine, memshare: dict[str, Any] | None, forget: bool = False) -> Written:
+def ask(engine: ExactnessEngine, memshare: dict[str, Any] | None, forget: bool = False) -> Written:
     """Run one arm in a process of its own.
 
     Args:
@@ -153,12 +153,14 @@ def ask(engine: Engine, memshare: dict[str, Any] | None, forget: bool = False) -
     """
     argument = {"engine": asdict(engine), "memshare": memshare, "forget": forget}
     name = "plain vLLM" if memshare is None else f"MemShare with {memshare}"
-    return Written(*call(f"{__name__}:write", argument, f"the engine of {name}", engine.model))
+    return Written(
+        *call_in_process(f"{__name__}:write", argument, f"the engine of {name}", engine.model)
+    )
 
 
 def write(argument: dict[str, Any]) -> Written:
-    """Run one arm in this process (see :mod:`memshare.lab.bench.child`)."""
-    engine = Engine(**argument["engine"])
+    """Run one arm in this process (see :mod:`memshare.lab.bench.engine_process`)."""
+    engine = ExactnessEngine(**argument["engine"])
     if engine.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
 

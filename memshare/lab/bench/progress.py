@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from memshare.lab.bench.child import OnProgress, Teller
+from memshare.lab.bench.engine_process import OnProgress, ProgressTeller
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -42,7 +42,7 @@ def follow(engine: Any, likely: int | None = None) -> None:
     llm_engine: LLMEngine = engine
     core: Any = llm_engine.engine_core
     count = _Count(core.engine_core.scheduler.requests, likely)
-    teller = Teller()
+    teller = ProgressTeller()
     step = llm_engine.step
 
     def told() -> Any:
@@ -88,7 +88,7 @@ class _Count:
         return max(request.num_output_tokens, min(usual, request.max_tokens))
 
 
-class Progress:
+class ProgressBars:
     """Two bars: over all runs of a comparison, and over the tokens of the one that runs.
 
     Where standard error is no terminal, the log has a line every half minute instead.

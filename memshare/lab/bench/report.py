@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from memshare.lab.bench.run import Run
+from memshare.lab.bench.run import ArmRun
 from memshare.lab.markdown import table
 
 _Z = 1.96  # of a 95 % interval
@@ -19,7 +19,7 @@ Samples = Sequence[bool]
 """Whether each of several answers to one question is right."""
 
 
-def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
+def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[ArmRun]]) -> str:
     """Return a Markdown table with a line an arm; ratios are to the first arm.
 
     A ratio comes with its spread over the repeats, or, where there is one repeat, not at all: two
@@ -29,7 +29,7 @@ def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str:
         arms: their names, in the order of the lines.
         repeats: the runs of each repeat, one an arm, in any order.
     """
-    columns: tuple[tuple[str, Callable[[Run], float], int], ...] = (
+    columns: tuple[tuple[str, Callable[[ArmRun], float], int], ...] = (
         ("tokens per step", lambda run: run.tokens_per_step, 2),
         ("steps", lambda run: run.steps, 0),
         ("preemptions", lambda run: run.preemptions, 0),
@@ -67,7 +67,7 @@ def _ratio(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def remarks(sharing: Sequence[str], base: str, repeats: Sequence[Sequence[Run]]) -> list[str]:
+def remarks(sharing: Sequence[str], base: str, repeats: Sequence[Sequence[ArmRun]]) -> list[str]:
     """Return what has to be known to read the table of speeds; one sentence or two each.
 
     Args:
@@ -95,7 +95,7 @@ def remarks(sharing: Sequence[str], base: str, repeats: Sequence[Sequence[Run]])
     return found
 
 
-def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str | None:
+def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[ArmRun]]) -> str | None:
     """Return a Markdown table of correct answers by group; None if no task has an answer.
 
     The interval is that of :func:`interval`. ``change`` is against the first arm, problem by
@@ -128,7 +128,7 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[Run]]) -> str
     return table(heads, rows)
 
 
-def right_answers(runs: Sequence[Run], group: str) -> list[Samples]:
+def right_answers(runs: Sequence[ArmRun], group: str) -> list[Samples]:
     """Whether each problem of a group was answered rightly, in every run of one arm."""
     answers = [[bool(o.right) for o in run.outcomes if o.group == group] for run in runs]
     return list(zip(*answers, strict=True))
@@ -194,7 +194,7 @@ def machine() -> str:
     return f"{os.cpu_count()} x {name}"
 
 
-def _of(arm: str, runs: Sequence[Run]) -> Run:
+def _of(arm: str, runs: Sequence[ArmRun]) -> ArmRun:
     return next(run for run in runs if run.arm == arm)
 
 

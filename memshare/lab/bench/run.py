@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from memshare.errors import UserError
 from memshare.lab.bench.arms import Arm
-from memshare.lab.bench.fates import Fate, fates
+from memshare.lab.bench.block_outcomes import BlockOutcome, count_outcomes
 from memshare.lab.bench.models import load_format
 from memshare.lab.bench.progress import follow
 from memshare.lab.bench.workloads import Task
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """What every arm runs.
 
     Attributes:
@@ -66,13 +66,13 @@ class Plan:
         path.write_text(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path) -> BenchPlan:
         """Read what :meth:`save` wrote."""
         found = json.loads(path.read_text())
         return cls(**found | {"tasks": [Task(*task) for task in found["tasks"]]})
 
 
-class Moment(NamedTuple):
+class StepMeasurement(NamedTuple):
     """One engine step.
 
     Attributes:
@@ -96,7 +96,7 @@ class Moment(NamedTuple):
     remaps: int
 
 
-class Outcome(NamedTuple):
+class TaskOutcome(NamedTuple):
     """What became of one task.
 
     Attributes:
@@ -115,7 +115,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ArmRun:
     """What one run measured. Seconds are of wall-clock time unless they say otherwise."""
 
     arm: str
@@ -139,11 +139,11 @@ class Run:
     """Seconds from the start to a request's first token, median and 99th percentile."""
     between_tokens: tuple[float, float]
     """Seconds between two tokens of a request, median and 99th percentile."""
-    outcomes: list[Outcome]
-    fates: dict[str, int]
-    """Blocks of all requests when they ended, by :data:`memshare.lab.bench.fates.Fate`; empty for
-    plain vLLM."""
-    timeline: list[Moment]
+    outcomes: list[TaskOutcome]
+    block_outcomes: dict[str, int]
+    """What became of the blocks of all requests, by
+    :data:`memshare.lab.bench.block_outcomes.BlockOutcome`; empty for plain vLLM."""
+    timeline: list[StepMeasurement]
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,13 +156,13 @@ class Run:
         return self.tokens / self.steps
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> Run:
+    def of(cls, found: dict[str, Any]) -> ArmRun:
         """Read one back from JSON."""
         return cls(
             **found
             | {
-                "outcomes": [Outcome(*outcome) for outcome in found["outcomes"]],
-                "timeline": [Moment(*moment) for moment in found["timeline"]],
+                "outcomes": [TaskOutcome(*outcome) for outcome in found["outcomes"]],
+                "timeline": [StepMeasurement(*step) for step in found["timeline"]],
                 "first_token": tuple(found["first_token"]),
                 "between_tokens": tuple(found["between_tokens"]),
             }
@@ -170,11 +170,12 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class BenchRecord:
     """A comparison on disk.
 
     Attributes:
-        block_size: tokens; ``max_num_seqs`` and ``max_num_batched_tokens`` as in :class:`Plan`.
+        block_size: tokens; ``max_num_seqs`` and ``max_num_batched_tokens`` as in
+            :class:`BenchPlan`.
         prompts: tokens of each task's prompt.
         arms: MemShare's options by arm; None is plain vLLM.
         repeats: the runs of each repeat.
@@ -185,10 +186,10 @@ class Record:
     max_num_batched_tokens: int
     prompts: list[int]
     arms: dict[str, dict[str, Any] | None]
-    repeats: list[list[Run]]
+    repeats: list[list[ArmRun]]
 
     @classmethod
-    def of(cls, plan: Plan, arms: Sequence[Arm], repeats: list[list[Run]]) -> Record:
+    def of(cls, plan: BenchPlan, arms: Sequence[Arm], repeats: list[list[ArmRun]]) -> BenchRecord:
         """Put together what is kept."""
         return cls(
             plan.block_size,
@@ -204,7 +205,7 @@ class Record:
         path.write_text(json.dumps(dataclasses.asdict(self)))
 
     @property
-    def runs(self) -> dict[str, list[Run]]:
+    def runs(self) -> dict[str, list[ArmRun]]:
         """All runs by arm, without arms that have none: a comparison may have been stopped."""
         found = {
             arm: [run for repeat in self.repeats for run in repeat if run.arm == arm]
@@ -223,7 +224,7 @@ class Record:
         return found
 
     @classmethod
-    def load(cls, path: Path) -> Record:
+    def load(cls, path: Path) -> BenchRecord:
         """Read what :meth:`save` wrote.
 
         Raises:
@@ -231,19 +232,19 @@ class Record:
         """
         try:
             found = json.loads(path.read_text())
-            repeats = [[Run.of(run) for run in runs] for runs in found["repeats"]]
+            repeats = [[ArmRun.of(run) for run in runs] for runs in found["repeats"]]
             return cls(**found | {"repeats": repeats})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no record of `memshare bench --json`: {error!r}") from None
 
 
 def run_arm(argument: dict[str, Any]) -> dict[str, Any]:
-    """Run one arm of a plan in this process (see :mod:`memshare.lab.bench.child`)."""
-    plan = Plan.load(Path(argument["plan"]))
+    """Run one arm of a plan in this process (see :mod:`memshare.lab.bench.engine_process`)."""
+    plan = BenchPlan.load(Path(argument["plan"]))
     return dataclasses.asdict(measure(plan, Arm(**argument["arm"])))
 
 
-def measure(plan: Plan, arm: Arm) -> Run:
+def measure(plan: BenchPlan, arm: Arm) -> ArmRun:
     """Start an engine, let it do all tasks at once, and measure it."""
     llm = _start(plan, arm)
     watch = _Watch(llm)
@@ -255,11 +256,11 @@ def measure(plan: Plan, arm: Arm) -> Run:
         llm.llm_engine.add_request(str(i), prompt, _sampling(task))
     while llm.llm_engine.has_unfinished_requests():
         watch.step(start)
-    seconds, cpu = watch.moments[-1].seconds, time.process_time() - cpu
+    seconds, cpu = watch.step_log[-1].seconds, time.process_time() - cpu
     return watch.run(plan, arm.name, seconds, cpu)
 
 
-def _start(plan: Plan, arm: Arm) -> LLM:
+def _start(plan: BenchPlan, arm: Arm) -> LLM:
     from vllm import LLM, SamplingParams
 
     from memshare.lab.replay.forced import ForcedDecoding
@@ -314,12 +315,12 @@ class _Watch:
         self._again = Recomputation()
         self._preemptions = 0
         self._repointed: dict[str, float] = {}
-        self._fates: Counter[Fate] = Counter()
+        self._block_outcomes: Counter[BlockOutcome] = Counter()
         if self._side is not None:
             self._watch_ends(self._side)
         self._arrivals: dict[str, list[float]] = {}
         self._texts: dict[str, tuple[str, int]] = {}
-        self.moments: list[Moment] = []
+        self.step_log: list[StepMeasurement] = []
 
     def _watched(self, *args: Any) -> Any:
         output = self._schedule(*args)
@@ -343,7 +344,7 @@ class _Watch:
             self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
             part = cast("RemapPart", side.part)
             view = part.view(state)
-            self._fates += fates(view, partial(part.objection, state, view))
+            self._block_outcomes += count_outcomes(view, partial(part.objection, state, view))
 
     def step(self, start: float) -> None:
         """One engine step."""
@@ -356,8 +357,8 @@ class _Watch:
             if output.finished:
                 self._texts[output.request_id] = (generated.text, len(generated.token_ids))
         pool = self._scheduler.kv_cache_manager.block_pool
-        self.moments.append(
-            Moment(
+        self.step_log.append(
+            StepMeasurement(
                 round(now, 4),
                 *self._work,
                 pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
@@ -367,11 +368,11 @@ class _Watch:
             )
         )
 
-    def run(self, plan: Plan, arm: str, seconds: float, cpu_seconds: float) -> Run:
+    def run(self, plan: BenchPlan, arm: str, seconds: float, cpu_seconds: float) -> ArmRun:
         """All that was seen."""
         tasks = {str(i): task for i, task in enumerate(plan.tasks)}
         outcomes = [
-            Outcome(
+            TaskOutcome(
                 task.group,
                 self._texts[name][1],
                 None if task.answer is None else read_answer(self._texts[name][0]) == task.answer,
@@ -386,24 +387,24 @@ class _Watch:
             for arrivals in self._arrivals.values()
             for earlier, later in pairwise(arrivals)
         ]
-        return Run(
+        return ArmRun(
             arm=arm,
             blocks=self._scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
-            steps=len(self.moments),
+            steps=len(self.step_log),
             tokens=generated,
             preemptions=self._preemptions,
             recomputed=self._again.tokens,
-            running=statistics.fmean(moment.requests for moment in self.moments),
-            peak=max(moment.requests for moment in self.moments),
+            running=statistics.fmean(step.requests for step in self.step_log),
+            peak=max(step.requests for step in self.step_log),
             remaps=self._total("applied"),
             reclaimed=self._total("blocks_reclaimed"),
             first_token=_percentiles([arrivals[0] for arrivals in self._arrivals.values()]),
             between_tokens=_percentiles(gaps),
             outcomes=outcomes,
-            fates={str(fate): count for fate, count in self._fates.items()},
-            timeline=self.moments,
+            block_outcomes={str(name): count for name, count in self._block_outcomes.items()},
+            timeline=self.step_log,
         )
 
     def _repointed_of(self, name: str) -> float:

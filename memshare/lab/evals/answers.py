@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.errors import UserError
 from memshare.lab.bench.arms import Arm
-from memshare.lab.bench.child import OnProgress, call
+from memshare.lab.bench.engine_process import OnProgress, call_in_process
 from memshare.lab.bench.progress import follow
 from memshare.request_options import USAGE
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _ASK_USAGE = {USAGE: "on"}
 
 
-class Answer(NamedTuple):
+class ModelAnswer(NamedTuple):
     """One sample.
 
     Attributes:
@@ -82,7 +82,7 @@ class EngineSettings:
 def from_engine(
     prompts: Sequence[str], sampling: Sampling, engine: EngineSettings, arm: Arm, folder: Path,
     on_progress: OnProgress,
-) -> list[list[Answer]]:  # fmt: skip
+) -> list[list[ModelAnswer]]:  # fmt: skip
     """Return ``samples`` answers to each prompt; ``on_progress`` is told how far they are.
 
     Raises:
@@ -95,12 +95,12 @@ def from_engine(
         "arm": asdict(arm),
     }  # fmt: skip
     name = f"the engine of {arm.name}"
-    found = call(f"{__name__}:run_engine", argument, name, engine.model, on_progress)
-    return [[Answer(*answer) for answer in answers] for answers in found]
+    found = call_in_process(f"{__name__}:run_engine", argument, name, engine.model, on_progress)
+    return [[ModelAnswer(*answer) for answer in answers] for answers in found]
 
 
-def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
-    """Answer all prompts in this process (see :mod:`memshare.lab.bench.child`)."""
+def run_engine(argument: dict[str, Any]) -> list[list[ModelAnswer]]:
+    """Answer all prompts in this process (see :mod:`memshare.lab.bench.engine_process`)."""
     from vllm import LLM, SamplingParams
 
     from memshare.plug_in import plug_in
@@ -132,7 +132,7 @@ def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
     chats: Any = [[{"role": "user", "content": prompt}] for prompt in prompts for _ in params]
     outputs = llm.chat(chats, params * len(prompts), use_tqdm=False)
     answers = [
-        Answer(
+        ModelAnswer(
             output.outputs[0].text,
             len(output.outputs[0].token_ids),
             output.outputs[0].finish_reason == "length",
@@ -146,7 +146,7 @@ def run_engine(argument: dict[str, Any]) -> list[list[Answer]]:
 def from_server(
     prompts: Sequence[str], sampling: Sampling, url: str, model: str, key: str, at_once: int,
     share: bool, on_progress: OnProgress,
-) -> list[list[Answer]]:  # fmt: skip
+) -> list[list[ModelAnswer]]:  # fmt: skip
     """Return ``samples`` answers to each prompt from an OpenAI-compatible server.
 
     Args:
@@ -168,14 +168,14 @@ def from_server(
 async def _ask(
     prompts: Sequence[str], sampling: Sampling, url: str, model: str, key: str, at_once: int,
     share: bool, on_progress: OnProgress,
-) -> list[list[Answer]]:  # fmt: skip
+) -> list[list[ModelAnswer]]:  # fmt: skip
     from openai import AsyncOpenAI, OpenAIError
 
     gate = asyncio.Semaphore(at_once)
     count = len(prompts) * sampling.samples
     lengths: list[int] = []
 
-    async def told(asked: Coroutine[Any, Any, Answer]) -> Answer:
+    async def told(asked: Coroutine[Any, Any, ModelAnswer]) -> ModelAnswer:
         answer = await asked
         lengths.append(answer.tokens)
         written, ended = sum(lengths), len(lengths)
@@ -199,7 +199,7 @@ async def _ask(
 async def _ask_once(
     client: AsyncOpenAI, gate: asyncio.Semaphore, prompt: str, sampling: Sampling, model: str,
     seed: int, share: bool,
-) -> Answer:  # fmt: skip
+) -> ModelAnswer:  # fmt: skip
     asked = _ASK_USAGE if share else _ASK_USAGE | {"memshare": "off"}
     async with gate:
         completion = await client.chat.completions.create(
@@ -213,7 +213,7 @@ async def _ask_once(
         )
     usage, choice = completion.usage, completion.choices[0]
     tokens = usage.completion_tokens if usage is not None else 0
-    return Answer(
+    return ModelAnswer(
         choice.message.content or "",
         tokens,
         choice.finish_reason == "length",
@@ -226,5 +226,5 @@ def _given_up(returned: Mapping[str, Any] | None) -> int:
     return int((returned or {}).get("memshare", {}).get("blocks_shared", 0))
 
 
-def _by_prompt(answers: Sequence[Answer], samples: int) -> list[list[Answer]]:
+def _by_prompt(answers: Sequence[ModelAnswer], samples: int) -> list[list[ModelAnswer]]:
     return [list(answers[i : i + samples]) for i in range(0, len(answers), samples)]

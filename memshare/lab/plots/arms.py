@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memshare.lab.bench.report import interval, right_answers
-from memshare.lab.bench.run import Record, Run
+from memshare.lab.bench.run import ArmRun, BenchRecord
 from memshare.lab.plots.style import colour, figure
 
 
@@ -30,14 +30,14 @@ class Bar(NamedTuple):
     label: str
 
 
-_COUNTS: tuple[tuple[str, Callable[[Run], float], str], ...] = (
+_COUNTS: tuple[tuple[str, Callable[[ArmRun], float], str], ...] = (
     ("preemptions", lambda run: run.preemptions, ".0f"),
     ("recomputed tokens", lambda run: run.recomputed, ",.0f"),
     ("tokens per engine step", lambda run: run.tokens_per_step, ".1f"),
 )
 
 
-def panels(record: Record) -> dict[str, list[Bar]]:
+def panels(record: BenchRecord) -> dict[str, list[Bar]]:
     """Bars by title of their panel: correct answers of every group, then the scheduler's counts.
 
     Answers have Wilson's 95 % interval, over all repeats; counts the medians of repeats. Arms that
@@ -55,7 +55,7 @@ def panels(record: Record) -> dict[str, list[Bar]]:
     return found
 
 
-def _answers(arm: str, runs: Sequence[Run], group: str) -> Bar:
+def _answers(arm: str, runs: Sequence[ArmRun], group: str) -> Bar:
     right = right_answers(runs, group)
     low, high = interval(right)
     every = list(itertools.chain(*right))
@@ -68,7 +68,7 @@ def _count(arm: str, values: Sequence[float], digits: str) -> Bar:
     return Bar(arm, middle, min(values), max(values), f"{middle:{digits}}")
 
 
-def plot_arms(record: Record, path: Path) -> None:
+def plot_arms(record: BenchRecord, path: Path) -> None:
     """Draw a record of ``memshare bench``.
 
     Args:

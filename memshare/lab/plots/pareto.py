@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memshare.lab.bench.report import interval, right_answers
-from memshare.lab.bench.run import Record
+from memshare.lab.bench.run import BenchRecord
 from memshare.lab.plots.style import colour, figure
 
 
@@ -30,7 +30,7 @@ class Point(NamedTuple):
     high: float
 
 
-def accuracy_points(record: Record) -> dict[str, list[Point]]:
+def accuracy_points(record: BenchRecord) -> dict[str, list[Point]]:
     """Right answers in percent, by group of tasks, against tokens a second.
 
     Groups are kept apart: one that no arm ever fails would hide what the others lose. Answers have

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.lab.plots.style import figure
-from memshare.lab.replay.reading import Reading
+from memshare.lab.replay.prefilled import PrefilledTrace
 
 _Matrix = npt.NDArray[np.float32]
 
@@ -30,13 +30,13 @@ def lexical(tokens: Sequence[int], bounds: Sequence[int]) -> _Matrix:
     return cosines
 
 
-def kv(reading: Reading, bounds: Sequence[int]) -> _Matrix:
+def kv(prefilled: PrefilledTrace, bounds: Sequence[int]) -> _Matrix:
     """``[steps, steps]``: how much of the row's step stands in the column's, too.
 
     Mean over the row's tokens of the similarity of K and V to the same token in the column's step,
     the last one if it occurs more than once there; 0 where it does not occur.
     """
-    tokens = reading.tokens.tolist()
+    tokens = prefilled.tokens.tolist()
     places: list[dict[int, int]] = [
         {tokens[position]: position for position in range(first, last)}
         for first, last in pairwise(bounds)
@@ -48,7 +48,7 @@ def kv(reading: Reading, bounds: Sequence[int]) -> _Matrix:
             twins = np.array([there.get(tokens[p], -1) for p in own.tolist()], np.int32)
             found = twins >= 0
             if found.any():
-                similar = reading.similarity(own[found], twins[found])
+                similar = prefilled.similarity(own[found], twins[found])
                 matrix[row, column] = np.maximum(similar, 0).sum() / len(own)
     return matrix
 

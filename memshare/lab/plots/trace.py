@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from memshare.core.token_map import TokenMap
-from memshare.lab.replay.reading import Prefix, Reading
+from memshare.lab.replay.prefilled import PrefilledTrace, Prefix
 
 Kind = Literal["prompt", "plain", "twin", "gone"]
 
@@ -32,7 +32,7 @@ class Mark(NamedTuple):
     similarity: float
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """Tokens ``[start, end)`` that look the same, whose twins stand side by side as well."""
 
     start: int
@@ -42,11 +42,11 @@ class Run(NamedTuple):
     similarity: float
 
 
-def marks(reading: Reading, before: Prefix, after: Prefix, block_size: int) -> list[Mark]:
+def marks(prefilled: PrefilledTrace, before: Prefix, after: Prefix, block_size: int) -> list[Mark]:
     """One mark for each token of the prefix.
 
     Args:
-        reading: the text.
+        prefilled: the text.
         before: the prefix with nothing given up: its twins are the first ones.
         after: the same with blocks given up.
         block_size: tokens.
@@ -56,12 +56,12 @@ def marks(reading: Reading, before: Prefix, after: Prefix, block_size: int) -> l
         raise ValueError("the policy has not looked for twins")
     twins, similarity = before.twins.best
     token_map = TokenMap(block_size)
-    for position in range(reading.prefix):
+    for position in range(prefilled.prefix):
         twin, score = int(twins[position]), float(max(similarity[position], 0.0))
         kind: Kind = "twin" if twin >= 0 else "plain"
         if token_map.entry(position) in after.donor_of:
             kind = "gone"
-        elif position < reading.prompt:
+        elif position < prefilled.prompt:
             kind = "prompt"
         found.append(Mark(kind, twin, round(score, 2)))
     return found
@@ -74,7 +74,7 @@ def with_twin(found: Sequence[Mark]) -> tuple[float, float]:
     return later / len(found), earlier / len(found)
 
 
-def runs(found: Sequence[Mark]) -> Iterator[Run]:
+def runs(found: Sequence[Mark]) -> Iterator[TokenRun]:
     """Join neighbours of one kind whose twins are neighbours."""
     start = 0
     for i in range(1, len(found) + 1):
@@ -84,7 +84,7 @@ def runs(found: Sequence[Mark]) -> Iterator[Run]:
                 continue
         scores = [mark.similarity for mark in found[start:i]]
         first = found[start]
-        yield Run(start, i, first.kind, first.twin, round(float(np.mean(scores)), 2))
+        yield TokenRun(start, i, first.kind, first.twin, round(float(np.mean(scores)), 2))
         start = i
 
 
@@ -103,7 +103,7 @@ def write_trace(
     # A run is cut where the twins of another one begin, so that an arc has an end to point at.
     whole = list(runs(found))
     ends = {run.twin for run in whole if run.twin >= 0}
-    pieces: list[Run] = []
+    pieces: list[TokenRun] = []
     for run in whole:
         cuts = [run.start, *(p for p in range(run.start + 1, run.end) if p in ends), run.end]
         for start, end in pairwise(cuts):

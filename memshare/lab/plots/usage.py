@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from memshare.lab.bench.run import Moment, Record, Run
+from memshare.lab.bench.run import ArmRun, BenchRecord, StepMeasurement
 from memshare.lab.plots.style import colour, figure
 
 
-def plot_usage(record: Record, arms: Sequence[str], path: Path) -> None:
+def plot_usage(record: BenchRecord, arms: Sequence[str], path: Path) -> None:
     """Draw the first repeat of a record of ``memshare bench``.
 
     Args:
@@ -26,7 +26,7 @@ def plot_usage(record: Record, arms: Sequence[str], path: Path) -> None:
     with figure(path, rows=len(arms)) as panels:
         for panel, arm in zip(panels, arms, strict=True):
             run = runs[arm]
-            seconds = [moment.seconds for moment in run.timeline]
+            seconds = [step.seconds for step in run.timeline]
             used = in_use(run)
             panel.fill_between(seconds, used, color=colour(arm), alpha=0.25, linewidth=0)
             panel.plot(seconds, used, color=colour(arm), linewidth=0.8)
@@ -39,22 +39,22 @@ def plot_usage(record: Record, arms: Sequence[str], path: Path) -> None:
         panels[-1].set_xlabel("seconds;  | a step that preempts   · one that re-points blocks")
 
 
-def in_use(run: Run) -> list[float]:
+def in_use(run: ArmRun) -> list[float]:
     """Percent of the engine's KV blocks that are in use, step by step."""
-    return [100 * moment.used / run.blocks for moment in run.timeline]
+    return [100 * step.used / run.blocks for step in run.timeline]
 
 
-def rises(timeline: Sequence[Moment], name: str) -> list[float]:
+def rises(timeline: Sequence[StepMeasurement], name: str) -> list[float]:
     """When the count ``name`` went up, from 0 before the first step."""
-    counts = [0, *(getattr(moment, name) for moment in timeline)]
+    counts = [0, *(getattr(step, name) for step in timeline)]
     return [
-        moment.seconds
-        for moment, (earlier, later) in zip(timeline, pairwise(counts), strict=True)
+        step.seconds
+        for step, (earlier, later) in zip(timeline, pairwise(counts), strict=True)
         if later > earlier
     ]
 
 
-def _title(run: Run) -> str:
+def _title(run: ArmRun) -> str:
     return (
         f"{run.arm}: {run.tokens_per_second:.0f} tok/s, {run.preemptions} preemptions, "
         f"{run.recomputed} recomputed tokens, {run.running:.1f} requests at once"

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from memshare.lab.replay.damage import COLUMNS, measure
+from memshare.lab.replay.divergence import COLUMNS, measure
 
 EXTRA_ARG = "replay"
 

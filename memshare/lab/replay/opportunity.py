@@ -70,7 +70,7 @@ def mean_opportunity(texts: Sequence[Sequence[int]], block_size: int) -> Opportu
     return Opportunity(*found.mean(axis=0).tolist())
 
 
-class Sighting(NamedTuple):
+class ObservedCoverage(NamedTuple):
     """What ``mode: observe`` has seen of one request.
 
     Attributes:
@@ -82,7 +82,7 @@ class Sighting(NamedTuple):
     coverage: list[float]
 
 
-def report(seen: Sequence[Sighting], block_size: int) -> str:
+def report(seen: Sequence[ObservedCoverage], block_size: int) -> str:
     """Say what could be given up, and what that means; Markdown."""
     total = sum(one.blocks for one in seen)
     coverage = np.array([value for one in seen for value in one.coverage])

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from memshare.core.token_map import TokenMap
 from memshare.lab.bench.arms import Arm
 from memshare.lab.bench.progress import follow
-from memshare.lab.replay.damage import COLUMNS, Damage
+from memshare.lab.replay.divergence import COLUMNS, Divergence
 from memshare.lab.replay.forced import ForcedDecoding, Measurement, forced
-from memshare.lab.replay.opportunity import Sighting
+from memshare.lab.replay.opportunity import ObservedCoverage
 from memshare.plug_in import plug_in
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
     return list(freed.values()) or [0.0] * len(plan.prompts)
 
 
-def observe(plan: ReplayPlan) -> list[Sighting]:
+def observe(plan: ReplayPlan) -> list[ObservedCoverage]:
     """Let the engine write the prefixes of all texts, and look at what could be given up.
 
     Returns:
@@ -123,14 +123,14 @@ def observe(plan: ReplayPlan) -> list[Sighting]:
     follow(engine)
     _, side = _scheduler_of(engine)
     assert side is not None, "an engine with MemShare has one"
-    found: dict[str, Sighting] = {}
+    found: dict[str, ObservedCoverage] = {}
     while engine.has_unfinished_requests():
         for state in side.tracker:
             # Its last steps: what has been written before has been compared by then.
             if len(state.request.output_token_ids) >= plan.prefix - 2:
                 view = cast("RemapPart", side.part).view(state)
                 coverage = view.coverage[view.first : view.end].tolist()
-                found[state.request_id] = Sighting(view.full, coverage)
+                found[state.request_id] = ObservedCoverage(view.full, coverage)
         engine.step()
     if len(found) < len(plan.prompts):
         raise RuntimeError(f"only {len(found)} of {len(plan.prompts)} texts were seen")
@@ -173,16 +173,16 @@ def measurements(plan: ReplayPlan, arm: str) -> Sequence[npt.NDArray[np.float32]
 
 
 def run_arm(argument: dict[str, Any]) -> dict[str, Any]:
-    """Run one arm of a plan in this process (see :mod:`memshare.lab.bench.child`)."""
+    """Run one arm of a plan in this process (see :mod:`memshare.lab.bench.engine_process`)."""
     plan, arm = ReplayPlan.load(Path(argument["plan"])), Arm(**argument["arm"])
     freed = replay(plan, arm.memshare, arm.name)
     cells: list[tuple[float, float]] = []
     if arm.memshare is not None:
-        damage = Damage.of(measurements(plan, arm.name))
+        damage = Divergence.of(measurements(plan, arm.name))
         cells = [damage.kl, damage.late_kl, damage.delta_nll, damage.same_top]
     return {"freed": sum(freed) / len(freed), "cells": cells}
 
 
-def observe_plan(argument: dict[str, Any]) -> list[Sighting]:
-    """Observe a plan in this process (see :mod:`memshare.lab.bench.child`)."""
+def observe_plan(argument: dict[str, Any]) -> list[ObservedCoverage]:
+    """Observe a plan in this process (see :mod:`memshare.lab.bench.engine_process`)."""
     return observe(ReplayPlan.load(Path(argument["plan"])))

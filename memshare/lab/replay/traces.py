@@ -15,7 +15,7 @@ _FIELDS = (("problem", "reasoning"), ("prompt", "completion"))
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RecordedText:
     """A problem and what a model wrote about it."""
 
     name: str
@@ -23,7 +23,7 @@ class Trace:
     reasoning: str
 
 
-def load_traces(folder: Path) -> Iterator[Trace]:
+def load_traces(folder: Path) -> Iterator[RecordedText]:
     """Read every recorded text below a folder, file by file in order of their names.
 
     - ``*.json``: one object with the texts ``problem`` and ``reasoning``, or ``prompt`` and
@@ -44,9 +44,9 @@ def load_traces(folder: Path) -> Iterator[Trace]:
             raise UserError(f"{path}: {error}") from None
 
 
-def _texts(path: Path) -> Iterator[Trace]:
+def _texts(path: Path) -> Iterator[RecordedText]:
     if path.suffix == ".txt":
-        yield Trace(path.stem, "", path.read_text(encoding="utf-8"))
+        yield RecordedText(path.stem, "", path.read_text(encoding="utf-8"))
     elif path.suffix == ".json":
         yield _parse(path.read_text(encoding="utf-8"), path.stem, str(path))
     else:
@@ -56,7 +56,7 @@ def _texts(path: Path) -> Iterator[Trace]:
                     yield _parse(line, f"{path.stem}:{number}", f"{path}, line {number}")
 
 
-def _parse(text: str, name: str, place: str) -> Trace:
+def _parse(text: str, name: str, place: str) -> RecordedText:
     """Read one object; ``place`` says in messages where it stands."""
     try:
         found = json.loads(text)
@@ -67,7 +67,7 @@ def _parse(text: str, name: str, place: str) -> Trace:
             found.get(field) if isinstance(found, dict) else None for field in fields
         )
         if isinstance(problem, str) and isinstance(reasoning, str):
-            return Trace(name, problem, reasoning)
+            return RecordedText(name, problem, reasoning)
     raise UserError(
         f"{place}: wants one object with the texts 'problem' and 'reasoning' (or 'prompt' and "
         "'completion')"

@@ -21,7 +21,7 @@ from memshare.core.rank_reducer import JobResult, RankReducer
 from memshare.engine.messages import SchedulerMessage, WorkerMessage
 from memshare.mechanisms.remap.messages import Batch, RemapCommands, RemapResults
 from memshare.plug_in import plug_in
-from memshare.search.evaluate import Answer, EvaluatorError, InProcessSource, NewSteps
+from memshare.search.evaluate import EvaluatorAnswer, EvaluatorError, InProcessSource, NewSteps
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -166,7 +166,7 @@ class SynchronousBridge:
         else:
             self._source.forget([], [request_id])
 
-    def drain(self) -> list[Answer | EvaluatorError]:
+    def drain(self) -> list[EvaluatorAnswer | EvaluatorError]:
         """See ``EvaluatorBridge.drain``."""
         return self._source.collect()
 

@@ -23,7 +23,7 @@ _MODEL = {
 }  # fmt: skip
 
 
-class Job(NamedTuple):
+class SimulatedJob(NamedTuple):
     """One request.
 
     Attributes:
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class PredictedEngine:
     """A simulated engine.
 
     Attributes:
@@ -88,7 +88,9 @@ def by_age(memshare: dict[str, Any]) -> dict[str, Any]:
     return memshare | {"policy": {"name": "oldest"}}
 
 
-def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | None) -> Prediction:
+def simulate(
+    engine: PredictedEngine, jobs: Sequence[SimulatedJob], memshare: dict[str, Any] | None
+) -> Prediction:
     """Run all jobs to their ends.
 
     Args:
@@ -121,7 +123,9 @@ def simulate(engine: Engine, jobs: Sequence[Job], memshare: dict[str, Any] | Non
             rig.close()
 
 
-def _run(rig: SchedulerHarness, engine: Engine, jobs: Sequence[Job]) -> Prediction:
+def _run(
+    rig: SchedulerHarness, engine: PredictedEngine, jobs: Sequence[SimulatedJob]
+) -> Prediction:
     draw = random.Random(0)
     seconds = 0.0
     steps = added = preemptions = requests = 0

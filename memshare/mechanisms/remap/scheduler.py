@@ -13,7 +13,7 @@ from memshare.mechanisms.remap.messages import Batch, RemapCommands, RemapResult
 from memshare.mechanisms.remap.pairs import Candidate, PairRecorder
 from memshare.mechanisms.remap.remapper import Remapper
 from memshare.mechanisms.remap.view import TableView
-from memshare.search.evaluate import Answer
+from memshare.search.evaluate import EvaluatorAnswer
 from memshare.search.step_feeder import StepFeeder
 from memshare.telemetry.explain import Cause
 from memshare.telemetry.stats import DropReason
@@ -32,7 +32,7 @@ class PairVerifier(Protocol):
         """Pairs that the workers have not answered yet."""
         ...
 
-    def propose(self, answer: Answer) -> None:
+    def propose(self, answer: EvaluatorAnswer) -> None:
         """Take candidate pairs from an evaluator. It is not trusted."""
         ...
 

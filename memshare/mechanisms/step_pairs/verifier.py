@@ -12,7 +12,7 @@ from memshare.mechanisms.contract import SchedulerContext
 from memshare.mechanisms.remap.pairs import Candidate, Entry, PairRecorder, own_entry
 from memshare.mechanisms.step_pairs.messages import BlockAt, JobBatch, PairJob
 from memshare.mechanisms.step_pairs.policy import BlockRef, PairProposal, PairProposer
-from memshare.search.evaluate import Answer, StepMatch
+from memshare.search.evaluate import EvaluatorAnswer, StepMatch
 
 _SAMPLE_BLOCKS = 8  # random blocks of a request that scale its distances (kv/similarity.py)
 
@@ -57,7 +57,7 @@ class BlockPairVerifier:
         """See :attr:`PairVerifier.running`."""
         return len(self._running)
 
-    def propose(self, answer: Answer) -> None:
+    def propose(self, answer: EvaluatorAnswer) -> None:
         """See :meth:`PairVerifier.propose`."""
         for match in answer.matches:
             if not self._may_pair(match):

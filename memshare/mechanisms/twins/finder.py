@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from memshare.mechanisms.twins.index import TwinIndex
-from memshare.search.evaluate import Answer, Histories, NewSteps, TwinLinks
+from memshare.search.evaluate import EvaluatorAnswer, Histories, NewSteps, TwinLinks
 
 
 class TwinFinder:
@@ -17,7 +17,7 @@ class TwinFinder:
             lambda: TwinIndex(shortest_run), max_requests
         )
 
-    def evaluate(self, batch: Sequence[NewSteps]) -> Answer:
+    def evaluate(self, batch: Sequence[NewSteps]) -> EvaluatorAnswer:
         """See :meth:`StageOne.evaluate`."""
         links: list[TwinLinks] = []
         for new in batch:
@@ -25,7 +25,7 @@ class TwinFinder:
             for first, last in pairwise(new.bounds):
                 earlier, later = index.add(new.tokens[first:last], new.position + first)
                 links.append(TwinLinks(new.request_id, new.generation, earlier, later))
-        return Answer.to(batch, links=tuple(links))
+        return EvaluatorAnswer.to(batch, links=tuple(links))
 
     def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """See :meth:`CandidateSource.forget`. A history is one request's: there are no others."""

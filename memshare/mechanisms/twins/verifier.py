@@ -18,7 +18,7 @@ from memshare.core.requests import RequestState
 from memshare.mechanisms.contract import SchedulerContext
 from memshare.mechanisms.twins.copies import TokenCopies
 from memshare.mechanisms.twins.messages import TwinBatch
-from memshare.search.evaluate import Answer, Positions, TwinLinks
+from memshare.search.evaluate import EvaluatorAnswer, Positions, TwinLinks
 from memshare.telemetry.stats import DropReason
 
 
@@ -71,7 +71,7 @@ class TokenPairVerifier:
         known.grow(state.full)
         return known
 
-    def propose(self, answer: Answer) -> None:
+    def propose(self, answer: EvaluatorAnswer) -> None:
         """See :meth:`PairVerifier.propose`."""
         for links in answer.links:
             self._counters.add("candidates", len(links.earlier))

@@ -20,7 +20,7 @@ from cluster.check.machine import (
     check_machine,
     needs_of,
 )
-from cluster.check.report import GIB, Capacity, Finding, Memory, Report
+from cluster.check.report import GIB, Capacity, CheckFinding, CheckReport, Memory
 from cluster.check.setup import read_setup
 from cluster.config import parse_cluster_args
 from memshare.config import ConfigError
@@ -101,9 +101,12 @@ def test_installed_packages_are_those_that_were_tested() -> None:
 
 def test_a_report_for_people_and_for_programs() -> None:
     shared = Concurrency(48, 42, 80)
-    report = Report(
+    report = CheckReport(
         "configs/x.yaml",
-        (Finding("versions", "ok", "fine"), Finding("machine", "warn", "small\nvery", "grow")),
+        (
+            CheckFinding("versions", "ok", "fine"),
+            CheckFinding("machine", "warn", "small\nvery", "grow"),
+        ),
         MEMORY,
         Capacity(200, 800, 0.25, 64, Concurrency(63, 32, 60), shared),
     )
@@ -116,7 +119,7 @@ def test_a_report_for_people_and_for_programs() -> None:
     assert value["works"] is True
     assert value["memory"]["blocks"] == 2048
     assert value["capacity"]["shared"]["at_full_length"] == 42
-    bad = replace(report, findings=(*report.findings, Finding("model", "fail", "no", "yes")))
+    bad = replace(report, findings=(*report.findings, CheckFinding("model", "fail", "no", "yes")))
     assert bad.as_text().endswith("Will not work: 1 of these must be put right; 1 warning.")
     assert json.loads(bad.as_json())["works"] is False
 

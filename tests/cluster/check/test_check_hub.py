@@ -16,7 +16,7 @@ from threading import Thread
 import pytest
 
 from cluster.check.hub import ask, is_on_hub, look_at_hub
-from cluster.check.progress import Progress
+from cluster.check.progress import CheckProgress
 
 MODEL = "some-owner/some-model-that-is-nowhere"
 
@@ -139,7 +139,7 @@ class Terminal(io.StringIO):
 
 def test_progress_is_one_live_line_on_a_terminal() -> None:
     stream = Terminal()
-    with Progress(stream) as progress:
+    with CheckProgress(stream) as progress:
         progress.say("the model")
         end = time.monotonic() + 30
         while not re.search(r"\r\x1b\[Klooking at the model \(\d+ s\)", stream.getvalue()):
@@ -153,7 +153,7 @@ def test_progress_is_one_live_line_on_a_terminal() -> None:
 
 def test_progress_is_lines_elsewhere() -> None:
     stream = io.StringIO()
-    with Progress(stream) as progress:
+    with CheckProgress(stream) as progress:
         progress.say("the model")
         progress.say("")
         progress.say("the ports")

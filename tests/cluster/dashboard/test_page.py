@@ -11,7 +11,7 @@ import pytest
 
 import cluster.dashboard
 from cluster.config import PageConfig
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Reuse
 from memshare.telemetry.metrics import BLOCKS
 from tests.cluster.dashboard.page.serving import PageServer, serve_page
 
@@ -23,11 +23,11 @@ ARGUMENTS: dict[str, object] = {
 }
 
 
-def report(*samples: Sample) -> Report:
-    return Report("replica-1", "node", 5.0, 50, list(samples), {"free": 50}, [])
+def report(*samples: ReplicaSample) -> ReplicaReport:
+    return ReplicaReport("replica-1", "node", 5.0, 50, list(samples), {"free": 50}, [])
 
 
-SAMPLE = Sample(9.0, 0.5, 1, 0, 3, 0, 0, 0, 0, 0, None)
+SAMPLE = ReplicaSample(9.0, 0.5, 1, 0, 3, 0, 0, 0, 0, 0, None)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_files_need_nothing_from_elsewhere(server: PageServer) -> None:
 def test_state_and_what_is_new_since(server: PageServer) -> None:
     server.report(report(SAMPLE))
     first = get(server, "api/state").json()
-    assert first["fields"] == list(Sample._fields)
+    assert first["fields"] == list(ReplicaSample._fields)
     (replica,) = first["replicas"]
     assert replica["samples"][-1] == list(SAMPLE)
     again = get(server, f"api/state?board={first['board']}&after={first['number']}").json()
@@ -71,7 +71,7 @@ def test_secrets_are_masked(server: PageServer) -> None:
 
 
 def test_a_trace(server: PageServer) -> None:
-    trace = Trace("a", True, 4, 6, 16, [Reuse(1, 2, None, 5.0)], [7.0], ["<b>", "x"])
+    trace = BlockTrace("a", True, 4, 6, 16, [Reuse(1, 2, None, 5.0)], [7.0], ["<b>", "x"])
     server.traces["replica-1", "a"] = trace
     server.report(report())
     with httpx.Client(timeout=20) as client:

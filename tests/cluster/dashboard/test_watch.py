@@ -13,7 +13,7 @@ import pytest
 from cluster.config import PageConfig
 from cluster.dashboard.engine_sampler import EngineSampler
 from cluster.dashboard.hub import DashboardHub
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Reuse
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import (
     Payload,
@@ -55,10 +55,10 @@ class Rig:
         step = StepSample(usage=0.5, running=2, waiting=1, tokens=2, preempted=0, payload=payload)
         self.watch.record(step if not changes else StepSample(**{**vars(step), **changes}))
 
-    def trace(self, request: str) -> Trace | None:
+    def trace(self, request: str) -> BlockTrace | None:
         return asyncio.run(self.watch.trace(request))
 
-    def next_sample(self) -> Sample:
+    def next_sample(self) -> ReplicaSample:
         self.now += 1
         self.watch.sample()
         return self.watch.report().samples[-1]
@@ -86,7 +86,7 @@ def test_a_sample_adds_up_an_interval_and_keeps_the_last_state(rig: Rig) -> None
     rig.step(payload(counters={"blocks_reclaimed": 2}, lags=[0.5, 0.1], gauges={"queue_length": 9}))
     rig.step(payload(counters={"blocks_reclaimed": 1, "preemptions_avoided": 1}))
     rig.step(usage=0.75, running=3, preempted=1)
-    assert rig.next_sample() == Sample(
+    assert rig.next_sample() == ReplicaSample(
         time=1001.0, usage=0.75, running=3, waiting=1, tokens=6, preempted=1, reclaimed=3,
         avoided=1, shared=0, queued=9, lag=0.5,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def test_a_trace_says_which_blocks_were_given_up_and_where_they_point(
 ) -> None:
     rig.requests["b"] = Request([1])
     rig.step(payload(remaps=[remap(2, 3), remap(1, 0, other="b")]))
-    assert rig.trace("a") == Trace(
+    assert rig.trace("a") == BlockTrace(
         request="a", live=True, block_size=4, prompt_tokens=6, tokens=16,
         reused=[Reuse(1, 0, "b", 5.0), Reuse(2, 3, None, 5.0)], preempted=[], texts=None,
     )  # fmt: skip
@@ -196,9 +196,9 @@ def test_samples_wait_for_a_board_that_is_away_but_not_without_bound(rig: Rig) -
 # ---- the board ----
 
 
-def report(name: str = "r", times: Sequence[float] = (1.0,), started: float = 0.0) -> Report:
-    samples = [Sample(t, 0.5, 1, 0, 3, 0, 0, 0, 0, 0, None) for t in times]
-    return Report(name, "node", started, 50, samples, {}, [])
+def report(name: str = "r", times: Sequence[float] = (1.0,), started: float = 0.0) -> ReplicaReport:
+    samples = [ReplicaSample(t, 0.5, 1, 0, 3, 0, 0, 0, 0, 0, None) for t in times]
+    return ReplicaReport(name, "node", started, 50, samples, {}, [])
 
 
 def times(state: dict[str, object]) -> dict[str, list[float]]:
@@ -235,7 +235,7 @@ async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:
 async def test_a_trace_is_asked_for_with_the_next_report() -> None:
     board = DashboardHub(PageConfig())
     assert await board.report(report("x")) == []
-    trace = Trace("a", True, 4, 6, 16, [Reuse(1, 2, None, 5.0)], [], None)
+    trace = BlockTrace("a", True, 4, 6, 16, [Reuse(1, 2, None, 5.0)], [], None)
     browsers = [asyncio.create_task(board.trace("x", "a")) for _ in range(2)]
     await asyncio.sleep(0)
     assert await board.report(report("y")) == []

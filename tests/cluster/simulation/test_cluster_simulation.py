@@ -11,19 +11,28 @@ from hypothesis import strategies as st
 
 from cluster.config import RoutingConfig, ScalingConfig
 from cluster.evaluator_pool import seat_of
-from cluster.simulation.engine import Machine, Request, SimulatedEngine
-from cluster.simulation.world import Cluster, Outcome, Workload, World, deviation, imbalance
+from cluster.simulation.engine import SimulatedEngine, SimulatedMachine, SimulatedRequest
+from cluster.simulation.world import (
+    ChatWorkload,
+    Cluster,
+    SimulatedOutcome,
+    World,
+    deviation,
+    imbalance,
+)
 
-WORKLOAD = Workload(sessions=600, duration_s=120.0, output=600.0, longest=4096)
-MACHINE = Machine(kv_tokens=20_000, slots=64)
+WORKLOAD = ChatWorkload(sessions=600, duration_s=120.0, output=600.0, longest=4096)
+MACHINE = SimulatedMachine(kv_tokens=20_000, slots=64)
 
 
-def outcome(seed: int = 0, workload: Workload = WORKLOAD, **cluster: object) -> Outcome:
+def outcome(
+    seed: int = 0, workload: ChatWorkload = WORKLOAD, **cluster: object
+) -> SimulatedOutcome:
     made: dict[str, object] = {"replicas": 8, "machine": MACHINE, "evaluators": 4, **cluster}
     return World(Cluster(**made), workload, seed).run()  # type: ignore[arg-type]
 
 
-def finish(engine: SimulatedEngine, now: float = 0.0) -> list[tuple[float, Request]]:
+def finish(engine: SimulatedEngine, now: float = 0.0) -> list[tuple[float, SimulatedRequest]]:
     """Run until empty: when each request ended."""
     ended = []
     for _ in range(100_000):
@@ -36,15 +45,15 @@ def finish(engine: SimulatedEngine, now: float = 0.0) -> list[tuple[float, Reque
     raise AssertionError("it never ends")
 
 
-def request(output: int, prompt: int = 100, session: int = 0) -> Request:
-    return Request(session, prompt, cached=0, output=output, arrived=0.0)
+def request(output: int, prompt: int = 100, session: int = 0) -> SimulatedRequest:
+    return SimulatedRequest(session, prompt, cached=0, output=output, arrived=0.0)
 
 
 # ---- one engine ----
 
 
 def test_one_request_takes_its_prompt_and_its_steps() -> None:
-    machine = Machine(step_s=0.01, step_per_request_s=0.0, prefill_per_s=1000)
+    machine = SimulatedMachine(step_s=0.01, step_per_request_s=0.0, prefill_per_s=1000)
     engine = SimulatedEngine(machine, 0.0)
     engine.add(request(output=50), 0.0)
     ((at, _),) = finish(engine)
@@ -52,7 +61,7 @@ def test_one_request_takes_its_prompt_and_its_steps() -> None:
 
 
 def test_a_full_cache_preempts_the_latest_and_all_end() -> None:
-    engine = SimulatedEngine(Machine(kv_tokens=1000), 0.0)
+    engine = SimulatedEngine(SimulatedMachine(kv_tokens=1000), 0.0)
     for number in range(4):
         engine.add(request(output=300, session=number), 0.0)
     ended = finish(engine)
@@ -68,7 +77,7 @@ def test_a_full_cache_preempts_the_latest_and_all_end() -> None:
     st.integers(1, 8),
 )
 def test_an_engine_loses_nothing(jobs: list[tuple[int, int, float]], slots: int) -> None:
-    engine = SimulatedEngine(Machine(kv_tokens=1000, slots=slots), 0.0)
+    engine = SimulatedEngine(SimulatedMachine(kv_tokens=1000, slots=slots), 0.0)
     jobs = sorted(jobs, key=lambda job: job[2])
     now, ended = 0.0, 0
     for prompt, output, at in jobs:
@@ -87,7 +96,7 @@ def test_an_engine_loses_nothing(jobs: list[tuple[int, int, float]], slots: int)
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
-    def visible(run: Outcome) -> tuple[object, ...]:
+    def visible(run: SimulatedOutcome) -> tuple[object, ...]:
         return run.events, run.latencies, run.per_replica, run.per_evaluator, run.preemptions
 
     assert visible(outcome(seed=3)) == visible(outcome(seed=3))
@@ -95,7 +104,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 
 def test_sessions_come_home_and_their_prompts_are_cached() -> None:
-    roomy = Machine(kv_tokens=100_000)
+    roomy = SimulatedMachine(kv_tokens=100_000)
     home = outcome(routing=RoutingConfig(load="requests"), machine=roomy)
     away = outcome(routing=RoutingConfig(sessions=False), machine=roomy)
     assert home.requests == away.requests

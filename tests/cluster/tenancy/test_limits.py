@@ -23,8 +23,8 @@ from cluster.tenancy.limits import (
     LimitReachedError,
     Limits,
     LocalDesk,
-    Report,
-    Share,
+    TenantReport,
+    TenantShare,
 )
 
 ACME = "acme"
@@ -118,7 +118,9 @@ async def test_many_that_wait_ask_together() -> None:
     calls: list[int] = []
 
     class SlowDesk(LocalDesk):
-        async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+        async def settle(
+            self, replica: str, reports: Mapping[str, TenantReport]
+        ) -> dict[str, TenantShare]:
             calls.append(reports[ACME].wanted)
             await asyncio.sleep(0.001)
             return await super().settle(replica, reports)
@@ -136,7 +138,9 @@ async def test_a_replica_without_ledger_enforces_the_limits_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Broken:
-        async def settle(self, replica: str, reports: Mapping[str, Report]) -> dict[str, Share]:
+        async def settle(
+            self, replica: str, reports: Mapping[str, TenantReport]
+        ) -> dict[str, TenantShare]:
             raise ConnectionError("no ledger")
 
     limiter = Limiter(Broken(), "r0", Clock())
@@ -173,15 +177,15 @@ async def test_a_lost_ledger_learns_what_is_in_use() -> None:
     await cluster.report()
     assert await cluster.admits(1)
     assert not await cluster.admits(1)
-    share = await fresh.settle("r9", {ACME: Report(cluster.limits, 0, 0, 0, 0)})
+    share = await fresh.settle("r9", {ACME: TenantReport(cluster.limits, 0, 0, 0, 0)})
     assert share[ACME].balance == 59, "what the old one knew is not paid twice"
 
 
 def test_a_report_that_comes_twice_is_paid_once() -> None:
     ledger = Ledger(Clock())
-    report = Report(Limits(4, 600), 1, 1, 100, 0)
-    assert ledger.settle("r0", {ACME: report}) == {ACME: Share(2, 500.0)}
-    assert ledger.settle("r0", {ACME: report}) == {ACME: Share(2, 500.0)}
+    report = TenantReport(Limits(4, 600), 1, 1, 100, 0)
+    assert ledger.settle("r0", {ACME: report}) == {ACME: TenantShare(2, 500.0)}
+    assert ledger.settle("r0", {ACME: report}) == {ACME: TenantShare(2, 500.0)}
 
 
 class Limited(RuleBasedStateMachine):
@@ -238,7 +242,7 @@ class Limited(RuleBasedStateMachine):
                 self.cluster.limiters[replica].release(ACME)
         asyncio.run(self.cluster.report())
         rate = self.cluster.limits.tokens_per_minute or 0
-        asked = {ACME: Report(self.cluster.limits, 0, 0, 0, 0)}
+        asked = {ACME: TenantReport(self.cluster.limits, 0, 0, 0, 0)}
         balance = asyncio.run(self.cluster.desk.settle("auditor", asked))[ACME].balance
         flown = (self.cluster.clock.now - self.began) * rate / 60
         assert rate - self.spent <= balance + 1e-6, "nothing is paid twice"

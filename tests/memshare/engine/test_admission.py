@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from memshare.lab.simulate.harness import SchedulerHarness
-from tools.bench.schedule import DENSE, SHARE, UNHELD, Job, Workload, of_lengths, run
+from tools.bench.schedule import (
+    DENSE,
+    SHARE,
+    UNHELD,
+    ScheduledRequest,
+    ScheduleWorkload,
+    of_lengths,
+    run,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -96,11 +104,15 @@ def test_what_a_text_repeats_is_given_up_and_counts_do_not_depend_on_the_machine
     for _ in range(8):
         steps = [[rng.randrange(200) for _ in range(30)] for _ in range(10)]
         text = [token for step in steps for token in (*step, *step)]
-        jobs.append(Job([rng.randrange(200) for _ in range(45)], len(text), forced=text))
-    work = Workload("written twice", jobs, 60)
+        jobs.append(
+            ScheduledRequest([rng.randrange(200) for _ in range(45)], len(text), forced=text)
+        )
+    work = ScheduleWorkload("written twice", jobs, 60)
     twins = {"policy": {"name": "twins"}, "steps": {"min_tokens": 4, "max_tokens": 32}}
     first, again = (run(folder, work, twins) for _ in range(2))
     assert first == again
     assert first.remaps > 10
-    once = Workload("random", [Job(job.prompt, job.length) for job in jobs], 60)
+    once = ScheduleWorkload(
+        "random", [ScheduledRequest(job.prompt, job.length) for job in jobs], 60
+    )
     assert run(folder, once, twins).remaps == 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from memshare.cli.main import main
-from memshare.lab.bench.run import Record
+from memshare.lab.bench.run import BenchRecord
 from memshare.lab.simulate.costs import StepCosts
-from memshare.lab.simulate.run import Engine, Job, simulate
+from memshare.lab.simulate.run import PredictedEngine, SimulatedJob, simulate
 from tests.machine import DTYPE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -31,7 +31,7 @@ def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
         ]
     )  # fmt: skip
     assert status == 0
-    dense, twins = Record.load(file).repeats[0]
+    dense, twins = BenchRecord.load(file).repeats[0]
     assert sum(bool(outcome.right) for outcome in dense.outcomes) >= 7
     assert [o[:3] for o in twins.outcomes] == [o[:3] for o in dense.outcomes]
     assert twins.remaps == twins.preemptions == dense.preemptions == 0
@@ -54,7 +54,7 @@ def test_recorded_tokens_are_written_under_pressure(
         ]
     )  # fmt: skip
     assert status == 0
-    record = Record.load(file)
+    record = BenchRecord.load(file)
     dense, twins = record.repeats[0]
     assert dense.tokens == twins.tokens == 4 * 300
     assert dense.preemptions > 0
@@ -62,11 +62,11 @@ def test_recorded_tokens_are_written_under_pressure(
     assert twins.tokens_per_step > dense.tokens_per_step
     assert record.arms["dense"] is None
     # The simulator runs the same scheduler on the same lengths: it needs the same steps.
-    engine = Engine(
+    engine = PredictedEngine(
         dense.blocks, record.block_size, record.max_num_seqs, record.max_num_batched_tokens,
         StepCosts(0.01, 0.001, 0.001, 0.0),
     )  # fmt: skip
-    jobs = [Job(0.0, prompt, 300) for prompt in record.prompts]
+    jobs = [SimulatedJob(0.0, prompt, 300) for prompt in record.prompts]
     predicted = simulate(engine, jobs, None)
     assert predicted.steps == pytest.approx(dense.steps, rel=0.03)
     assert predicted.preemptions == pytest.approx(dense.preemptions, abs=2)

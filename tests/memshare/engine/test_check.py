@@ -16,8 +16,8 @@ import yaml
 
 from cluster.check.machine import Needs
 from cluster.check.model import ModelCheck, Place
-from cluster.check.report import GIB, Finding, Memory
-from cluster.check.setup import Setup
+from cluster.check.report import GIB, CheckFinding, Memory
+from cluster.check.setup import CheckedSetup
 from memshare.cli.main import main
 from memshare.config import load_config
 from tests.memshare.engine.harness import StartEngine, write_tiny_model
@@ -64,7 +64,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
 }  # fmt: skip
 
 
-Look = tuple[list[Finding], Memory | None]
+Look = tuple[list[CheckFinding], Memory | None]
 
 
 def look(
@@ -72,7 +72,7 @@ def look(
 ) -> Look:
     """Runs in the other process."""
     engine = ("--model", folder, "--max-model-len=1024", "--enforce-eager", *words)
-    setup = Setup("test", engine, load_config({"mode": mode}, {}), Needs())
+    setup = CheckedSetup("test", engine, load_config({"mode": mode}, {}), Needs())
     checking = ModelCheck(setup, place, print)
     return list(checking.findings()), checking.memory
 

@@ -59,7 +59,7 @@ def test_identical_blocks_share_exactly(
         assert totals["integrity_checks:failed"] == 0
 
     if ranks == 1:  # in a process of its own, by the code that people with GPUs run
-        asked = exactness.Engine(model, DTYPE, 1, True, False)
+        asked = exactness.ExactnessEngine(model, DTYPE, 1, True, False)
         wrong = exactness.ask(asked, IDENTICAL_ONLY, forget=True)
         assert wrong.applied >= COPIES
         assert wrong.outputs != [list(output) for output in expected], "a wrong table is not seen"

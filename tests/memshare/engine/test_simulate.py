@@ -8,7 +8,7 @@ import pytest
 
 from memshare.cli.main import main
 from memshare.lab.simulate.costs import StepCosts
-from memshare.lab.simulate.run import Engine, Job, by_age, simulate
+from memshare.lab.simulate.run import PredictedEngine, SimulatedJob, by_age, simulate
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -18,9 +18,9 @@ DEPLOYMENT = ROOT / "configs" / "simulate" / "qwq-32b-4xh100.yaml"
 
 def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
     costs = StepCosts(0.02, 0.0, 0.0001, 1e-7)
-    jobs = [Job(0.0, 45, 400)] * 24
+    jobs = [SimulatedJob(0.0, 45, 400)] * 24
     for blocks, gains in ((109, True), (400, False)):
-        engine = Engine(blocks, 32, 64, 2048, costs)
+        engine = PredictedEngine(blocks, 32, 64, 2048, costs)
         half = by_age({"budget": {"max_shared_fraction": 0.5}})
         dense, shared = simulate(engine, jobs, None), simulate(engine, jobs, half)
         assert dense.tokens == shared.tokens == 24 * 400

@@ -21,8 +21,8 @@ from memshare.cli.main import main
 from memshare.config import load_config
 from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
-from memshare.lab.bench.child import Teller, call
-from memshare.lab.bench.fates import fates
+from memshare.lab.bench.block_outcomes import count_outcomes
+from memshare.lab.bench.engine_process import ProgressTeller, call_in_process
 from memshare.lab.bench.report import (
     accuracy_cells,
     accuracy_table,
@@ -32,7 +32,7 @@ from memshare.lab.bench.report import (
     spread,
     wilson,
 )
-from memshare.lab.bench.run import Moment, Outcome, Plan, Record, Run
+from memshare.lab.bench.run import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.workloads import Source, Task, build
 from memshare.lab.problems import read_answer
 from memshare.mechanisms.remap.mechanism import demand_policy
@@ -59,16 +59,16 @@ def source(**options: Any) -> Source:
     return Source(**settings)
 
 
-def a_run(arm: str, **fields: Any) -> Run:
+def a_run(arm: str, **fields: Any) -> ArmRun:
     settings: dict[str, Any] = {
         "arm": arm, "blocks": 80, "seconds": 10.0, "cpu_seconds": 9.0, "steps": 100, "tokens": 1000,
         "preemptions": 4, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 0,
         "reclaimed": 0, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
-        "outcomes": [Outcome("recall", 300, True, 0.0), Outcome("recall", 320, False, 0.0)],
-        "fates": {},
-        "timeline": [Moment(0.1, 2, 2, 64, 3, 1, 0, 0)],
+        "outcomes": [TaskOutcome("recall", 300, True, 0.0), TaskOutcome("recall", 320, False, 0.0)],
+        "block_outcomes": {},
+        "timeline": [StepMeasurement(0.1, 2, 2, 64, 3, 1, 0, 0)],
     }  # fmt: skip
-    return Run(**settings | fields)
+    return ArmRun(**settings | fields)
 
 
 def test_every_arm_has_options_that_load() -> None:
@@ -216,7 +216,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     accuracy = accuracy_table(["dense", "twins"], repeats)
     assert accuracy is not None
     assert "| twins | 4 recall | 50.0% |" in accuracy
-    nothing = [[a_run("dense", outcomes=[Outcome("traces", 5, None, 0.0)])]]
+    nothing = [[a_run("dense", outcomes=[TaskOutcome("traces", 5, None, 0.0)])]]
     assert accuracy_table(["dense"], nothing) is None
 
 
@@ -253,19 +253,19 @@ def test_one_value_has_no_spread() -> None:
 
 
 def test_a_record_survives_the_disk(tmp_path: Path) -> None:
-    record = Record(32, 64, 2048, [10, 12], {"dense": None}, [[a_run("dense")]])
+    record = BenchRecord(32, 64, 2048, [10, 12], {"dense": None}, [[a_run("dense")]])
     record.save(tmp_path / "r.json")
-    assert Record.load(tmp_path / "r.json") == record
+    assert BenchRecord.load(tmp_path / "r.json") == record
     (tmp_path / "other.json").write_text('{"repeats": []}')
     with pytest.raises(UserError, match=r"other\.json"):
-        Record.load(tmp_path / "other.json")
+        BenchRecord.load(tmp_path / "other.json")
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     tasks = [Task("recall", [1, 2], 5, answer=3, expected=4), Task("chat", [1], 2, forced=[7, 8])]
-    plan = Plan("model", "float32", 32, 80, 100, 64, 2048, tasks, eager=False)
+    plan = BenchPlan("model", "float32", 32, 80, 100, 64, 2048, tasks, eager=False)
     plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
+    assert BenchPlan.load(tmp_path / "plan.json") == plan
     assert [(task.need, task.longest) for task in tasks] == [(6, 7), (3, 3)]
 
 
@@ -275,7 +275,7 @@ def in_child(argument: dict[str, Any]) -> dict[str, Any]:
     if argument["fail"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     print("other output")
-    teller = Teller()
+    teller = ProgressTeller()
     for written in range(3):
         teller.tell(written=written, total=3)  # one at once; the others come too soon after it
     return {"pid": os.getpid(), "environment": dict(os.environ)}
@@ -289,19 +289,19 @@ def test_a_child_is_another_process_and_its_failure_is_told(
     function = f"{Path(__file__).stem}:in_child"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     told: list[dict[str, int]] = []
-    found = call(function, {"fail": None}, "the test", "hub/model", told.append)
+    found = call_in_process(function, {"fail": None}, "the test", "hub/model", told.append)
     assert told == [{"written": 0, "total": 3}]
     assert found["pid"] != os.getpid()
     assert found["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "MEMSHARE_MODE" not in found["environment"], "arms say how MemShare is configured"
     assert found["environment"].items() >= engine_env({}).items(), "prepared for an engine"
     assert found["environment"].get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
-    local = call(function, {"fail": None}, "the test", str(Path(__file__).parent))
+    local = call_in_process(function, {"fail": None}, "the test", str(Path(__file__).parent))
     assert local["environment"]["HF_HUB_OFFLINE"] == os.environ.get("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"the test failed(.|\n)*as asked"):
-        call(function, {"fail": "raise"}, "the test", "hub/model")
+        call_in_process(function, {"fail": "raise"}, "the test", "hub/model")
     with pytest.raises(UserError, match=r"the test was ended by signal 9(.|\n)*\(nothing\)"):
-        call(function, {"fail": "die"}, "the test", "hub/model")
+        call_in_process(function, {"fail": "die"}, "the test", "hub/model")
 
 
 @pytest.mark.parametrize(
@@ -410,6 +410,6 @@ def objection_of(policy: str, view: Any) -> Callable[[int], str | None]:
 )
 def test_every_block_has_one_fate(policy: str, has_budget: bool, found: dict[str, int]) -> None:
     view: Any = Blocks(has_budget=has_budget)
-    counted = fates(view, objection_of(policy, view))
+    counted = count_outcomes(view, objection_of(policy, view))
     same = {"prompt": 1, "given up": 1, "in other tables": 1, "last copy": 1, "recent window": 1}
     assert counted == same | found

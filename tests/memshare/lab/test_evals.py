@@ -14,7 +14,7 @@ import pytest
 
 from memshare.cli.main import main
 from memshare.errors import UserError
-from memshare.lab.evals.answers import Answer, EngineSettings
+from memshare.lab.evals.answers import EngineSettings, ModelAnswer
 from memshare.lab.evals.grading import is_right
 from memshare.lab.evals.questions import Question, load
 
@@ -184,8 +184,8 @@ def test_a_comparison_in_which_nothing_was_given_up_says_so(
 def test_arms_that_cannot_share_are_compared_all_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(prompts: list[str], *_: object) -> list[list[Answer]]:
-        return [[Answer("The final answer is 1.", 6)] for _ in prompts]
+    def answer(prompts: list[str], *_: object) -> list[list[ModelAnswer]]:
+        return [[ModelAnswer("The final answer is 1.", 6)] for _ in prompts]
 
     monkeypatch.setattr("memshare.cli.eval.estimate", lambda work: 1200.0)
     monkeypatch.setattr("memshare.lab.bench.models.resolve", lambda name: name)
@@ -212,10 +212,10 @@ def test_arms_that_cannot_share_are_compared_all_the_same(
 def test_answers_are_kept_when_a_later_arm_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(prompts: list[str], *rest: Any) -> list[list[Answer]]:
+    def answer(prompts: list[str], *rest: Any) -> list[list[ModelAnswer]]:
         if rest[2].name == "twins":
             raise UserError("the engine of twins failed")
-        return [[Answer("The final answer is 1.", 6)] for _ in prompts]
+        return [[ModelAnswer("The final answer is 1.", 6)] for _ in prompts]
 
     monkeypatch.setattr("memshare.cli.eval.estimate", lambda work: 1200.0)
     monkeypatch.setattr("memshare.lab.bench.models.resolve", lambda name: name)
@@ -246,7 +246,7 @@ def test_an_engine_has_room_for_the_longest_answer(
 
     def answer(prompts: list[str], _sampling: object, engine: EngineSettings, *_: object) -> Any:
         lengths.append(engine.max_model_len)
-        return [[Answer("The final answer is 1.", 6)] for _ in prompts]
+        return [[ModelAnswer("The final answer is 1.", 6)] for _ in prompts]
 
     monkeypatch.setattr("memshare.cli.eval.estimate", lambda work: 1200.0)
     monkeypatch.setattr("memshare.lab.bench.models.resolve", lambda name: name)

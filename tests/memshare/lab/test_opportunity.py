@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memshare.lab.replay.opportunity import Sighting, mean_opportunity, opportunity, report
+from memshare.lab.replay.opportunity import ObservedCoverage, mean_opportunity, opportunity, report
 
 PASSAGE = list(range(1000, 1064))
 
@@ -65,6 +65,6 @@ def test_the_mean_is_over_texts() -> None:
     ids=["short", "unlike", "good"],
 )
 def test_the_verdict_follows_from_the_numbers(coverage: list[float], said: str) -> None:
-    shown = report([Sighting(100, coverage)], 32)
+    shown = report([ObservedCoverage(100, coverage)], 32)
     assert said in shown
     assert f"{1 - len(coverage) / 100:.0%} are prompt or recent window" in shown

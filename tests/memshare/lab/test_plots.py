@@ -13,7 +13,7 @@ from PIL import Image
 
 from memshare.cli.main import main
 from memshare.errors import UserError
-from memshare.lab.bench.run import Moment, Outcome, Record, Run
+from memshare.lab.bench.run import ArmRun, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.plots.arms import panels
 from memshare.lab.plots.pareto import Point, accuracy_points, by_policy
 from memshare.lab.plots.steps import lexical, shared_steps
@@ -24,35 +24,43 @@ from memshare.lab.plots.usage import in_use, plot_usage, rises
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def a_run(arm: str, seconds: float, right: list[bool], **fields: Any) -> Run:
-    moments = [Moment(seconds * i / 4, 3, 3, 90, 10 * i, 1, i // 2, i // 3) for i in range(5)]
+def a_run(arm: str, seconds: float, right: list[bool], **fields: Any) -> ArmRun:
+    moments = [
+        StepMeasurement(seconds * i / 4, 3, 3, 90, 10 * i, 1, i // 2, i // 3) for i in range(5)
+    ]
     settings: dict[str, Any] = {
         "arm": arm, "blocks": 40, "seconds": seconds, "cpu_seconds": 9.0, "steps": 5,
         "tokens": 1000,
         "preemptions": 2, "recomputed": 50, "running": 8.0, "peak": 10, "remaps": 1,
         "reclaimed": 1, "first_token": (0.1, 0.2), "between_tokens": (0.01, 0.02),
-        "outcomes": [Outcome("recall", 300, ok, 0.0) for ok in right], "fates": {},
+        "outcomes": [TaskOutcome("recall", 300, ok, 0.0) for ok in right], "block_outcomes": {},
         "timeline": moments,
     }  # fmt: skip
-    return Run(**settings | fields)
+    return ArmRun(**settings | fields)
 
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
     """Two repeats of two arms, as `memshare bench --json` writes them."""
-    fates = {"prompt": 30, "recent window": 20, "last copy": 10, "given up": 40}
+    block_outcomes = {"prompt": 30, "recent window": 20, "last copy": 10, "given up": 40}
     repeats = [
-        [a_run("dense", 10.0, [True] * 10), a_run("twins", 8.0, [True] * 9 + [False], fates=fates)],
-        [a_run("twins", 4.0, [True] * 9 + [False], fates=fates), a_run("dense", 10.0, [True] * 10)],
+        [
+            a_run("dense", 10.0, [True] * 10),
+            a_run("twins", 8.0, [True] * 9 + [False], block_outcomes=block_outcomes),
+        ],
+        [
+            a_run("twins", 4.0, [True] * 9 + [False], block_outcomes=block_outcomes),
+            a_run("dense", 10.0, [True] * 10),
+        ],
     ]
     arms: dict[str, dict[str, Any] | None] = {"dense": None, "twins": {"mode": "share"}}
     path = tmp_path / "record.json"
-    Record(32, 256, 2048, [10] * 10, arms, repeats).save(path)
+    BenchRecord(32, 256, 2048, [10] * 10, arms, repeats).save(path)
     return path
 
 
 def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
-    dense, twins = accuracy_points(Record.load(record))["recall"]
+    dense, twins = accuracy_points(BenchRecord.load(record))["recall"]
     assert (dense.gain, dense.cost) == (1.0, 100.0)
     assert twins.gain == pytest.approx((10 / 8 + 10 / 4) / 2)
     assert twins.cost == 90.0
@@ -60,9 +68,9 @@ def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
 
 
 def test_groups_are_not_pooled(record: Path) -> None:
-    loaded = Record.load(record)
+    loaded = BenchRecord.load(record)
     for run in (run for repeat in loaded.repeats for run in repeat):
-        run.outcomes.extend([Outcome("chain", 300, True, 0.0)] * 10)
+        run.outcomes.extend([TaskOutcome("chain", 300, True, 0.0)] * 10)
     groups = accuracy_points(loaded)
     assert list(groups) == ["chain", "recall"]
     assert [point.cost for point in groups["chain"]] == [100.0, 100.0]
@@ -70,7 +78,7 @@ def test_groups_are_not_pooled(record: Path) -> None:
 
 
 def test_a_repeat_that_was_stopped_before_the_first_arm_gives_no_ratio(record: Path) -> None:
-    loaded = Record.load(record)
+    loaded = BenchRecord.load(record)
     del loaded.repeats[1][1]
     _, twins = accuracy_points(loaded)["recall"]
     assert twins.gain == pytest.approx(10 / 8), "of the first repeat alone"
@@ -88,7 +96,7 @@ def test_panels_fill_the_picture(tmp_path: Path) -> None:
     """Also where an arm has nothing to mark: plain vLLM re-points no block."""
     quiet = [moment._replace(remaps=0) for moment in a_run("dense", 4.0, [True]).timeline]
     runs = [a_run("dense", 4.0, [True], timeline=quiet), a_run("twins", 4.0, [True])]
-    record = Record(32, 256, 2048, [10], {"dense": None, "twins": {}}, [runs])
+    record = BenchRecord(32, 256, 2048, [10], {"dense": None, "twins": {}}, [runs])
     plot_usage(record, ["dense", "twins"], tmp_path / "usage.png")
     pixels = np.asarray(Image.open(tmp_path / "usage.png").convert("L"))
     assert (pixels < 250).any(axis=1).mean() > 0.8, "rows that are not empty"
@@ -104,7 +112,7 @@ def test_budgets_of_one_policy_are_joined() -> None:
 def test_a_stopped_comparison_shows_the_arms_that_ran(
     record: Path, tmp_path: Path, kind: str
 ) -> None:
-    loaded = Record.load(record)
+    loaded = BenchRecord.load(record)
     loaded.arms["oldest"] = {"mode": "share"}
     loaded.save(record)
     assert [bar.arm for bar in panels(loaded)["preemptions"]] == ["dense", "twins"]
@@ -114,7 +122,7 @@ def test_a_stopped_comparison_shows_the_arms_that_ran(
 
 
 def test_panels_count_all_repeats(record: Path) -> None:
-    found = panels(Record.load(record))
+    found = panels(BenchRecord.load(record))
     dense, twins = found["correct answers, recall (%)"]
     assert (dense.label, dense.high) == ("20/20", 100.0)
     assert (twins.label, twins.height) == ("18/20", 90.0)

@@ -14,7 +14,7 @@ import pytest
 
 from memshare.lab.bench import progress
 from memshare.lab.bench.estimate import Speed, Work, estimate, in_words, measure
-from memshare.lab.bench.progress import Progress, follow
+from memshare.lab.bench.progress import ProgressBars, follow
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Engine:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """What engines have told, without the pause between two times."""
     found: list[dict[str, int]] = []
-    monkeypatch.setattr(progress.Teller, "tell", lambda _, **counts: found.append(counts))
+    monkeypatch.setattr(progress.ProgressTeller, "tell", lambda _, **counts: found.append(counts))
     return found
 
 
@@ -95,7 +95,7 @@ COUNTS = {"written": 50, "total": 200, "ended": 1, "requests": 4}
 def test_a_user_sees_both_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bars = Progress(2)
+    bars = ProgressBars(2)
     with bars.run("dense") as tell:
         tell(COUNTS)
         tell(COUNTS | {"written": 200})
@@ -117,7 +117,7 @@ def test_bars_move_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> No
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "_TICK", 0.01)
-    with Progress(1).run("dense"):
+    with ProgressBars(1).run("dense"):
         end = time.monotonic() + 20
         while terminal.getvalue().count("starting the engine") < 4:
             assert time.monotonic() < end, "drawn once, and frozen"
@@ -131,7 +131,7 @@ def test_a_log_gets_lines_instead(
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     caplog.set_level(logging.INFO, "memshare")
-    bars = Progress(2)
+    bars = ProgressBars(2)
     with bars.run("dense") as tell:
         tell(COUNTS)
         for written in (100, 150, 200):
@@ -145,7 +145,7 @@ def test_a_log_gets_lines_instead(
 
 def test_a_run_that_fails_takes_its_bars_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with pytest.raises(KeyboardInterrupt), Progress(2).run("dense"):
+    with pytest.raises(KeyboardInterrupt), ProgressBars(2).run("dense"):
         raise KeyboardInterrupt
     assert not progress.tqdm._instances
 

@@ -15,9 +15,9 @@ from memshare.cli.main import main
 from memshare.config import DistanceConfig
 from memshare.lab.plots.steps import kv
 from memshare.lab.plots.trace import marks
-from memshare.lab.replay.damage import COLUMNS
+from memshare.lab.replay.divergence import COLUMNS
 from memshare.lab.replay.fp8 import to_fp8
-from memshare.lab.replay.reading import Reader, Reading
+from memshare.lab.replay.prefilled import PrefilledTrace, Reader
 from memshare.mechanisms.baselines.params import OldestParams
 from memshare.mechanisms.step_pairs.params import PaperParams
 from memshare.mechanisms.twins.params import TwinsParams
@@ -52,11 +52,11 @@ def reader(model: Path) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def reading(reader: Reader) -> Reading:
+def prefilled(reader: Reader) -> PrefilledTrace:
     return read(reader, TEXT, 20 * SIZE, 80)
 
 
-def read(reader: Reader, text: str, prefix: int, rest: int) -> Reading:
+def read(reader: Reader, text: str, prefix: int, rest: int) -> PrefilledTrace:
     def ids(words: str) -> list[int]:
         return list(reader.tokenizer(words, add_special_tokens=False)["input_ids"])
 
@@ -64,63 +64,67 @@ def read(reader: Reader, text: str, prefix: int, rest: int) -> Reading:
     return reader.read(prompt, written[: prefix + rest - len(prompt)], prefix)
 
 
-def test_a_cache_of_which_nothing_was_given_up_is_exact(reader: Reader, reading: Reading) -> None:
-    exact = reader.judge(reading, {})
+def test_a_cache_of_which_nothing_was_given_up_is_exact(
+    reader: Reader, prefilled: PrefilledTrace
+) -> None:
+    exact = reader.judge(prefilled, {})
     assert exact.shape == (79, len(COLUMNS))
     assert exact[:, DAMAGE["kl"]].max() < 1e-6
     assert exact[:, DAMAGE["same_top"]].all()
-    shared = reader.judge(reading, {8: 5, 9: 6})
+    shared = reader.judge(prefilled, {8: 5, 9: 6})
     assert shared[:, DAMAGE["kl"]].mean() > 1e-6, "another block's KV must make a difference"
 
 
-def test_an_fp8_cache_costs_less_than_a_wrong_block(reader: Reader, reading: Reading) -> None:
-    narrow = reader.in_fp8(reading)
-    for rounded, exact in ((narrow.keys, reading.keys), (narrow.values, reading.values)):
+def test_an_fp8_cache_costs_less_than_a_wrong_block(
+    reader: Reader, prefilled: PrefilledTrace
+) -> None:
+    narrow = reader.in_fp8(prefilled)
+    for rounded, exact in ((narrow.keys, prefilled.keys), (narrow.values, prefilled.values)):
         assert rounded[0].equal(to_fp8(exact[0]))
         assert not rounded[1].equal(to_fp8(exact[1])), "it has read the rounded layer below"
         assert rounded[1].equal(to_fp8(rounded[1]))
 
-    def kl(read: Reading, donor_of: dict[int, int]) -> float:
+    def kl(read: PrefilledTrace, donor_of: dict[int, int]) -> float:
         return float(reader.judge(read, donor_of)[:, DAMAGE["kl"]].mean())
 
-    assert kl(reading, {}) < kl(narrow, {}) < kl(narrow, {8: 5, 9: 6})
+    assert kl(prefilled, {}) < kl(narrow, {}) < kl(narrow, {8: 5, 9: 6})
 
 
 def test_what_fp8_cannot_hold_becomes_the_largest_number() -> None:
     assert to_fp8(torch.tensor([1e4, -1e4, 0.3])).tolist() == [448.0, -448.0, 0.3125]
 
 
-def test_position_is_taken_out_of_keys(reading: Reading) -> None:
+def test_position_is_taken_out_of_keys(prefilled: PrefilledTrace) -> None:
     """In the first layer a key is its token's alone, but for its position."""
-    tokens = reading.tokens[: reading.prefix].numpy()
+    tokens = prefilled.tokens[: prefilled.prefix].numpy()
     first, last = (np.flatnonzero(tokens == ord("k") - 33)[[0, -1]]).tolist()
-    upright, _ = reading.compared[0]
+    upright, _ = prefilled.compared[0]
     assert first != last
     assert np.allclose(upright[first], upright[last], atol=1e-4)
-    rotated = reading.keys[0].transpose(0, 1)
+    rotated = prefilled.keys[0].transpose(0, 1)
     assert not np.allclose(rotated[first], rotated[last], atol=1e-2)
 
 
-def test_the_tensors_compared_are_those_asked_for(model: Path, reading: Reading) -> None:
+def test_the_tensors_compared_are_those_asked_for(model: Path, prefilled: PrefilledTrace) -> None:
     distance = DistanceConfig(layers="all", tensors="v")
     values = read(Reader(str(model), SIZE, 2 * SIZE, distance), TEXT, 20 * SIZE, 80)
-    assert len(values.compared) == len(reading.values)
-    for (tensor, _), exact in zip(values.compared, reading.values, strict=True):
+    assert len(values.compared) == len(prefilled.values)
+    for (tensor, _), exact in zip(values.compared, prefilled.values, strict=True):
         assert tensor.equal(exact.transpose(0, 1))
 
 
-def test_similarity_is_1_of_a_token_to_itself_and_less_of_others(reading: Reading) -> None:
+def test_similarity_is_1_of_a_token_to_itself_and_less_of_others(prefilled: PrefilledTrace) -> None:
     some = np.arange(70, 90, dtype=np.int32)
-    assert reading.similarity(some, some) == pytest.approx(np.ones(20), abs=1e-5)
-    others = some[reading.tokens[some] != reading.tokens[some + 100]]
-    assert reading.similarity(others, others + 100).max() < 0.5
+    assert prefilled.similarity(some, some) == pytest.approx(np.ones(20), abs=1e-5)
+    others = some[prefilled.tokens[some] != prefilled.tokens[some + 100]]
+    assert prefilled.similarity(others, others + 100).max() < 0.5
 
 
 @pytest.mark.parametrize("params", [OldestParams(name="oldest"), TwinsParams(name="twins")])
 def test_what_is_given_up_is_within_the_budget_and_never_protected(
-    reader: Reader, reading: Reading, params: OldestParams | TwinsParams
+    reader: Reader, prefilled: PrefilledTrace, params: OldestParams | TwinsParams
 ) -> None:
-    prefix = reader.give_up(reading, params, 0.25)
+    prefix = reader.give_up(prefilled, params, 0.25)
     assert (prefix.first, prefix.end, prefix.full, prefix.budget) == (2, 18, 20, 5)
     assert 0 < len(prefix.donor_of) <= prefix.budget
     for target, donor in prefix.donor_of.items():
@@ -136,39 +140,41 @@ def test_a_text_that_repeats_nothing_has_no_victims_for_twins(reader: Reader) ->
     assert reader.give_up(nothing, OldestParams(name="oldest"), 0.5).donor_of
 
 
-def test_a_policy_that_waits_for_stages_is_refused(reader: Reader, reading: Reading) -> None:
+def test_a_policy_that_waits_for_stages_is_refused(
+    reader: Reader, prefilled: PrefilledTrace
+) -> None:
     with pytest.raises(ValueError, match="'paper' chooses no victims"):
-        reader.give_up(reading, PaperParams(name="paper"), 0.5)
+        reader.give_up(prefilled, PaperParams(name="paper"), 0.5)
 
 
-def test_steps_end_with_their_delimiters(reader: Reader, reading: Reading) -> None:
-    bounds = reader.steps(reading)
-    assert bounds[0] == reading.prompt
-    written = reader.tokenizer.decode(reading.tokens[: reading.prefix])
+def test_steps_end_with_their_delimiters(reader: Reader, prefilled: PrefilledTrace) -> None:
+    bounds = reader.steps(prefilled)
+    assert bounds[0] == prefilled.prompt
+    written = reader.tokenizer.decode(prefilled.tokens[: prefilled.prefix])
     assert all(written[:bound].endswith("\n\n") for bound in bounds[1:])
 
 
 def test_kv_of_steps_is_alike_as_far_as_they_have_tokens_in_common(reader: Reader) -> None:
-    reading = read(reader, "aaaaaaaaaabbbbbbbbbbaaaaaccccc" + "z" * 100, 4 * SIZE, 2)
-    start = reading.prompt
-    matrix = kv(reading, [start, start + 10, start + 20, start + 30])
+    prefilled = read(reader, "aaaaaaaaaabbbbbbbbbbaaaaaccccc" + "z" * 100, 4 * SIZE, 2)
+    start = prefilled.prompt
+    matrix = kv(prefilled, [start, start + 10, start + 20, start + 30])
     assert matrix[1, 0] == matrix[0, 1] == 0.0, "nothing in common"
     assert 0.3 < matrix[0, 2] <= 1.0, "all of the first step stands in the third"
     assert 0.1 < matrix[2, 0] < min(0.5, matrix[0, 2]), "half of the third stands in the first"
 
 
-def test_every_token_has_its_mark(reader: Reader, reading: Reading) -> None:
+def test_every_token_has_its_mark(reader: Reader, prefilled: PrefilledTrace) -> None:
     twins = TwinsParams(name="twins")
-    before, after = reader.give_up(reading, twins, 0.0), reader.give_up(reading, twins, 0.25)
-    found = marks(reading, before, after, SIZE)
-    assert len(found) == reading.prefix
+    before, after = reader.give_up(prefilled, twins, 0.0), reader.give_up(prefilled, twins, 0.25)
+    found = marks(prefilled, before, after, SIZE)
+    assert len(found) == prefilled.prefix
     for position, mark in enumerate(found):
         gone = position // SIZE in after.donor_of
         assert (mark.kind == "gone") == gone
         if not gone:
-            assert (mark.kind == "prompt") == (position < reading.prompt)
+            assert (mark.kind == "prompt") == (position < prefilled.prompt)
         if mark.twin >= 0:
-            assert reading.tokens[mark.twin] == reading.tokens[position]
+            assert prefilled.tokens[mark.twin] == prefilled.tokens[position]
             assert mark.twin // SIZE != position // SIZE
     assert {mark.kind for mark in found} == {"prompt", "plain", "twin", "gone"}
 

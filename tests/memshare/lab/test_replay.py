@@ -12,8 +12,8 @@ import torch
 
 from memshare.cli.main import main
 from memshare.errors import UserError
-from memshare.lab.replay.damage import Damage, measure
-from memshare.lab.replay.traces import Trace, load_traces
+from memshare.lab.replay.divergence import Divergence, measure
+from memshare.lab.replay.traces import RecordedText, load_traces
 
 
 def log_probs(*rows: list[float]) -> torch.Tensor:
@@ -37,11 +37,11 @@ def test_what_has_no_weight_does_not_count() -> None:
 
 def test_damage_is_a_mean_over_traces_with_its_error() -> None:
     traces = [np.array([[k, 0, 1], [3 * k, 0, 0]], np.float32) for k in (1.0, 2.0)]
-    damage = Damage.of(traces)
+    damage = Divergence.of(traces)
     assert damage.kl == (3.0, 1.0), "means 2 and 4"
     assert damage.late_kl[0] == 4.5
     assert damage.same_top == (0.5, 0.0)
-    assert math.isnan(Damage.of(traces[:1]).kl[1]), "one trace has no spread"
+    assert math.isnan(Divergence.of(traces[:1]).kl[1]), "one trace has no spread"
 
 
 def write(folder: Path, name: str, content: object) -> None:
@@ -53,7 +53,10 @@ def test_traces_are_read_in_order_from_any_depth(tmp_path: Path) -> None:
     write(tmp_path, "b/2.json", {"problem": "p2", "reasoning": "r2", "id": 7})
     write(tmp_path, "a/1.json", {"problem": "p1", "reasoning": "r1"})
     write(tmp_path, "a/readme.md", "no trace")
-    assert list(load_traces(tmp_path)) == [Trace("1", "p1", "r1"), Trace("2", "p2", "r2")]
+    assert list(load_traces(tmp_path)) == [
+        RecordedText("1", "p1", "r1"),
+        RecordedText("2", "p2", "r2"),
+    ]
 
 
 def test_texts_and_logs_are_traces_too(tmp_path: Path) -> None:
@@ -61,8 +64,10 @@ def test_texts_and_logs_are_traces_too(tmp_path: Path) -> None:
     lines = [{"prompt": "p", "completion": "c", "model": "m"}, {"problem": "q", "reasoning": "r"}]
     write(tmp_path, "b.jsonl", "\n\n".join(json.dumps(line) for line in lines) + "\n")
     assert list(load_traces(tmp_path)) == [
-        Trace("a", "", "Wait.\n"), Trace("b:1", "p", "c"), Trace("b:3", "q", "r"),
-    ]  # fmt: skip
+        RecordedText("a", "", "Wait.\n"),
+        RecordedText("b:1", "p", "c"),
+        RecordedText("b:3", "q", "r"),
+    ]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "p", "reasoning": "r"}'])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memshare.mechanisms.twins.finder import TwinFinder
 from memshare.mechanisms.twins.index import TwinIndex
-from memshare.search.evaluate import Answer, NewSteps, TwinLinks
+from memshare.search.evaluate import EvaluatorAnswer, NewSteps, TwinLinks
 
 
 def cut(tokens: list[int], sizes: list[int]) -> list[tuple[int, list[int]]]:
@@ -150,7 +150,7 @@ def news(request: str, position: int, *steps: list[int]) -> NewSteps:
 def test_requests_do_not_see_each_other_and_can_be_forgotten() -> None:
     evaluator = TwinFinder(shortest_run=1, max_requests=2)
     answer = evaluator.evaluate([news("a", 5, [1, 2], [3, 1, 2]), news("b", 0, [1, 2])])
-    assert Answer.is_sound(answer)
+    assert EvaluatorAnswer.is_sound(answer)
     found = {(x.request_id, p, q) for x in answer.links for p, q in zip(*x[2:], strict=True)}
     assert found == {("a", 5, 8), ("a", 6, 9)}
     evaluator.forget(["a"], ())
@@ -181,5 +181,5 @@ GOOD = TwinLinks("a", 0, np.array([1, 4], np.int32), np.array([6, 9], np.int32))
     ids=repr,
 )
 def test_links_of_another_shape_are_not_sound(bad: object) -> None:
-    assert Answer.is_sound(Answer((), 0.0, (GOOD,)))
-    assert not Answer.is_sound(Answer((), 0.0, (GOOD, bad)))  # type: ignore[arg-type]
+    assert EvaluatorAnswer.is_sound(EvaluatorAnswer((), 0.0, (GOOD,)))
+    assert not EvaluatorAnswer.is_sound(EvaluatorAnswer((), 0.0, (GOOD, bad)))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from memshare.config import load_config
 from memshare.search import bridge as bridge_module
 from memshare.search.bridge import EvaluatorBridge
 from memshare.search.evaluate import (
-    Answer,
+    EvaluatorAnswer,
     EvaluatorError,
     InProcessSource,
     NewSteps,
@@ -62,7 +62,7 @@ class Source:
     def submit(self, batch: Sequence[NewSteps]) -> None:
         self.calls.append(("submit", *(s.position for s in batch)))
         self._enter("submit")
-        self.answers.append(Answer((), float(len(batch))))
+        self.answers.append(EvaluatorAnswer((), float(len(batch))))
 
     def collect(self) -> list[Any]:
         self._enter("collect")
@@ -94,8 +94,8 @@ def running(source: Any, queue_size: int = 1000) -> Iterator[EvaluatorBridge]:
         assert not bridge._thread.is_alive()
 
 
-def gather(bridge: EvaluatorBridge, count: int) -> list[Answer | EvaluatorError]:
-    items: list[Answer | EvaluatorError] = []
+def gather(bridge: EvaluatorBridge, count: int) -> list[EvaluatorAnswer | EvaluatorError]:
+    items: list[EvaluatorAnswer | EvaluatorError] = []
 
     def enough() -> bool:
         items.extend(bridge.drain())
@@ -105,7 +105,7 @@ def gather(bridge: EvaluatorBridge, count: int) -> list[Answer | EvaluatorError]
     return items
 
 
-def reasons(items: list[Answer | EvaluatorError]) -> list[str]:
+def reasons(items: list[EvaluatorAnswer | EvaluatorError]) -> list[str]:
     return [item.reason if isinstance(item, EvaluatorError) else "answer" for item in items]
 
 
@@ -117,7 +117,7 @@ def test_steps_go_in_and_matches_come_out() -> None:
 
         def enough() -> bool:
             for answer in bridge.drain():
-                assert isinstance(answer, Answer)
+                assert isinstance(answer, EvaluatorAnswer)
                 matches.extend(answer.matches)
             return len(matches) >= 7
 
@@ -192,7 +192,7 @@ def test_faults_are_reported_and_the_thread_lives_on(where: str) -> None:
     source = Source()
     source.faults[where] = [EvaluatorError("busy"), RuntimeError("broken"), SystemError("worse")]
     with running(source) as bridge:
-        items: list[Answer | EvaluatorError] = []
+        items: list[EvaluatorAnswer | EvaluatorError] = []
         for i in range(5):
             bridge.submit([steps(position=i)])
             bridge.forget("r", "r")
@@ -215,15 +215,17 @@ def test_an_error_carries_what_happened() -> None:
     assert len(str(error)) < 250
 
 
-@pytest.mark.parametrize("garbage", [None, "answer", Answer([], 0.0), Answer(((1, 2, 3),), 0.0), 7])
+@pytest.mark.parametrize(
+    "garbage", [None, "answer", EvaluatorAnswer([], 0.0), EvaluatorAnswer(((1, 2, 3),), 0.0), 7]
+)
 def test_garbage_is_reported_and_never_passed_on(garbage: object) -> None:
     source = Source()
-    source.answers = [garbage, Answer((), 3.0)]
+    source.answers = [garbage, EvaluatorAnswer((), 3.0)]
     with running(source) as bridge:
         first, second = gather(bridge, 2)
         assert isinstance(first, EvaluatorError)
         assert first.reason == "garbage"
-        assert second == Answer((), 3.0)
+        assert second == EvaluatorAnswer((), 3.0)
         bridge.submit([steps()])
         assert reasons(gather(bridge, 1)) == ["answer"]
 
@@ -240,10 +242,10 @@ def test_an_answer_is_noticed_though_nothing_comes_in() -> None:
 
         def collect(self) -> list[Any]:
             self.looks += 1
-            return [Answer((), 1.0)] if self.looks == 3 else []
+            return [EvaluatorAnswer((), 1.0)] if self.looks == 3 else []
 
     with running(Late()) as bridge:
-        assert gather(bridge, 1) == [Answer((), 1.0)]
+        assert gather(bridge, 1) == [EvaluatorAnswer((), 1.0)]
 
 
 def test_complaints_are_logged_but_not_at_every_fault(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memshare.config import EvaluatorConfig, StepConfig, load_config
 from memshare.search import evaluate
 from memshare.search.evaluate import (
-    Answer,
+    EvaluatorAnswer,
     EvaluatorError,
     InProcessSource,
     LexicalEvaluator,
@@ -95,7 +95,7 @@ def test_every_step_is_compared_with_all_earlier_ones_of_its_history(
                 ]
                 seen.append((history, span, step))
         answer = subject.evaluate(sent)
-        assert Answer.is_sound(answer)
+        assert EvaluatorAnswer.is_sound(answer)
         found = [(match.later, match.earlier) for match in answer.matches]
         assert sorted(found) == sorted(expected)
         bags = {span: step for _, span, step in seen}
@@ -159,7 +159,7 @@ def test_the_least_recently_used_history_goes_first() -> None:
 def test_an_answer_echoes_the_oldest_time() -> None:
     batch = [new_steps("a", 0, [1], sent_at=5.0), new_steps("b", 0, [1], sent_at=4.0)]
     assert evaluator().evaluate(batch).sent_at == 4.0
-    assert evaluator().evaluate([]) == Answer((), 0.0)
+    assert evaluator().evaluate([]) == EvaluatorAnswer((), 0.0)
 
 
 def test_what_is_sent_crosses_processes() -> None:
@@ -169,7 +169,7 @@ def test_what_is_sent_crosses_processes() -> None:
     subject = evaluator()
     subject.evaluate([sent])
     answer = pickle.loads(pickle.dumps(subject.evaluate([back])))
-    assert Answer.is_sound(answer)
+    assert EvaluatorAnswer.is_sound(answer)
     assert len(answer.matches) == 2
 
 
@@ -180,36 +180,42 @@ SOUND = StepMatch(LATER, EARLIER, 0.95)
 
 
 def test_sound_answers_are_sound() -> None:
-    assert Answer.is_sound(Answer((), 0.0))
-    assert Answer.is_sound(Answer((SOUND, SOUND), 1.5))
+    assert EvaluatorAnswer.is_sound(EvaluatorAnswer((), 0.0))
+    assert EvaluatorAnswer.is_sound(EvaluatorAnswer((SOUND, SOUND), 1.5))
 
 
 UNSOUND: dict[str, Any] = {
     "nothing": None,
     "text": "answer",
     "a dictionary": {"matches": (), "sent_at": 0.0},
-    "a list of matches": Answer([SOUND], 0.0),  # type: ignore[arg-type]
-    "no time": Answer((SOUND,), None),  # type: ignore[arg-type]
-    "a time of another type": Answer((), "now"),  # type: ignore[arg-type]
-    "a time that is no number": Answer((SOUND,), float("nan")),
-    "a similarity that is no number": Answer((SOUND._replace(similarity=float("nan")),), 0.0),
-    "a match that is a tuple": Answer((tuple(SOUND),), 0.0),  # type: ignore[arg-type]
-    "one bad match among good ones": Answer((SOUND, None), 0.0),  # type: ignore[arg-type]
-    "a span that is a tuple": Answer((SOUND._replace(later=tuple(LATER)),), 0.0),
-    "a similarity that is text": Answer((SOUND._replace(similarity="0.9"),), 0.0),
-    "a request that is no text": Answer((SOUND._replace(later=LATER._replace(request_id=7)),), 0.0),
-    "no generation": Answer((SOUND._replace(later=LATER._replace(generation=None)),), 0.0),
-    "a fractional start": Answer((SOUND._replace(earlier=EARLIER._replace(start=0.5)),), 0.0),
-    "a fractional end": Answer((SOUND._replace(earlier=EARLIER._replace(end=4.0)),), 0.0),
-    "a negative start": Answer((SOUND._replace(earlier=EARLIER._replace(start=-1)),), 0.0),
-    "an empty span": Answer((SOUND._replace(later=LATER._replace(end=8)),), 0.0),
-    "a span backwards": Answer((SOUND._replace(later=LATER._replace(end=7)),), 0.0),
+    "a list of matches": EvaluatorAnswer([SOUND], 0.0),  # type: ignore[arg-type]
+    "no time": EvaluatorAnswer((SOUND,), None),  # type: ignore[arg-type]
+    "a time of another type": EvaluatorAnswer((), "now"),  # type: ignore[arg-type]
+    "a time that is no number": EvaluatorAnswer((SOUND,), float("nan")),
+    "a similarity that is no number": EvaluatorAnswer(
+        (SOUND._replace(similarity=float("nan")),), 0.0
+    ),
+    "a match that is a tuple": EvaluatorAnswer((tuple(SOUND),), 0.0),  # type: ignore[arg-type]
+    "one bad match among good ones": EvaluatorAnswer((SOUND, None), 0.0),  # type: ignore[arg-type]
+    "a span that is a tuple": EvaluatorAnswer((SOUND._replace(later=tuple(LATER)),), 0.0),
+    "a similarity that is text": EvaluatorAnswer((SOUND._replace(similarity="0.9"),), 0.0),
+    "a request that is no text": EvaluatorAnswer(
+        (SOUND._replace(later=LATER._replace(request_id=7)),), 0.0
+    ),
+    "no generation": EvaluatorAnswer((SOUND._replace(later=LATER._replace(generation=None)),), 0.0),
+    "a fractional start": EvaluatorAnswer(
+        (SOUND._replace(earlier=EARLIER._replace(start=0.5)),), 0.0
+    ),
+    "a fractional end": EvaluatorAnswer((SOUND._replace(earlier=EARLIER._replace(end=4.0)),), 0.0),
+    "a negative start": EvaluatorAnswer((SOUND._replace(earlier=EARLIER._replace(start=-1)),), 0.0),
+    "an empty span": EvaluatorAnswer((SOUND._replace(later=LATER._replace(end=8)),), 0.0),
+    "a span backwards": EvaluatorAnswer((SOUND._replace(later=LATER._replace(end=7)),), 0.0),
 }
 
 
 @pytest.mark.parametrize("thing", UNSOUND.values(), ids=UNSOUND)
 def test_unsound_answers_are_seen(thing: object) -> None:
-    assert Answer.is_sound(thing) is False
+    assert EvaluatorAnswer.is_sound(thing) is False
 
 
 # ---- sources ----
@@ -224,15 +230,15 @@ def test_the_source_in_process_answers_each_batch_once() -> None:
     source.submit([new_steps("a", 2, [1, 2])])
     assert source.pending == 2
     first, second = source.collect()
-    assert isinstance(first, Answer)
-    assert isinstance(second, Answer)
+    assert isinstance(first, EvaluatorAnswer)
+    assert isinstance(second, EvaluatorAnswer)
     assert [len(first.matches), len(second.matches)] == [0, 1]
     assert source.pending == 0
     assert source.collect() == []
     source.forget(["a"], [])
     source.submit([new_steps("a", 4, [1, 2])])
     (answer,) = source.collect()
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, EvaluatorAnswer)
     assert answer.matches == ()
     source.close()
 

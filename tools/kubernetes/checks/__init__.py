@@ -31,7 +31,7 @@ CHECKS: Mapping[str, Callable[[Manifests], Iterator[tuple[str, str]]]] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class ManifestFinding:
     """Something that is wrong."""
 
     check: str
@@ -42,10 +42,10 @@ class Finding:
         return f"[{self.check}] {self.where}: {self.message}"
 
 
-def run(manifests: Manifests) -> list[Finding]:
+def run(manifests: Manifests) -> list[ManifestFinding]:
     """All findings of all checks."""
     return [
-        Finding(name, where, message)
+        ManifestFinding(name, where, message)
         for name, check in CHECKS.items()
         for where, message in check(manifests)
     ]

@@ -21,7 +21,7 @@ from starlette.routing import Mount
 
 from cluster.config import PageConfig, parse_cluster_args, without_secrets
 from cluster.dashboard.hub import DashboardHub
-from cluster.dashboard.records import Report, Trace
+from cluster.dashboard.records import BlockTrace, ReplicaReport
 from cluster.dashboard.routes import PREFIX, page_app
 
 
@@ -53,9 +53,9 @@ class PageServer:
     url: str
     handle: LocalBoard
     faults: list[str]
-    traces: dict[tuple[str, str], Trace] = field(default_factory=dict)
+    traces: dict[tuple[str, str], BlockTrace] = field(default_factory=dict)
 
-    def report(self, report: Report) -> None:
+    def report(self, report: ReplicaReport) -> None:
         """Tell the board, as a replica does, and deliver what it wants."""
 
         async def tell() -> None:

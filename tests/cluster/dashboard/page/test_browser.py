@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from cluster.config import PageConfig
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Reuse
 from tests.cluster.dashboard.page.browsing import open_browser
 from tests.cluster.dashboard.page.serving import PageServer, serve_page
 
@@ -30,24 +30,24 @@ RECORDED: dict[str, Any] = json.loads(
 ARGUMENTS: dict[str, object] = {"model": "some/model", "served_model_name": "smollm2"}
 
 
-def recorded(name: str, count: int, now: float) -> Report:
+def recorded(name: str, count: int, now: float) -> ReplicaReport:
     """The recorded replica under another name, its samples repeated as often as needed."""
     replica = RECORDED["replica"]
     shift = random.Random(name).randrange(len(replica["samples"]))
     samples = [
-        Sample(*replica["samples"][(i + shift) % len(replica["samples"])])._replace(
+        ReplicaSample(*replica["samples"][(i + shift) % len(replica["samples"])])._replace(
             time=now - count + i
         )
         for i in range(count)
     ]
-    return Report(
+    return ReplicaReport(
         name, "node", now, replica["blocks"], samples, replica["kinds"], replica["requests"], []
     )
 
 
-def quiet(count: int, now: float) -> list[Sample]:
+def quiet(count: int, now: float) -> list[ReplicaSample]:
     """Samples without any event."""
-    calm = Sample(0.0, 0.6, 4, 0, 40, 0, 0, 0, 0, 0, None)
+    calm = ReplicaSample(0.0, 0.6, 4, 0, 40, 0, 0, 0, 0, 0, None)
     return [calm._replace(time=now - count + i) for i in range(count)]
 
 
@@ -74,10 +74,10 @@ def colour_in(page: Page, name: str) -> list[int]:
     return found
 
 
-def recorded_trace() -> Trace:
+def recorded_trace() -> BlockTrace:
     trace = dict(RECORDED["trace"])
     trace["reused"] = [Reuse(*row) for row in trace["reused"]]
-    return Trace(**trace)
+    return BlockTrace(**trace)
 
 
 class Visit:
@@ -194,18 +194,18 @@ def test_a_trace_shows_what_was_given_up_and_text_stays_text(
         assert visit.errors == []
 
 
-def open_trace(page: Page, server: PageServer, trace: Trace) -> None:
+def open_trace(page: Page, server: PageServer, trace: BlockTrace) -> None:
     """Have the replica deliver ``trace``, and open it."""
     report = recorded("replica-0", 60, time.time())
     row = {**report.requests[0], "request": trace.request, "blocks": 10_000}
-    busy = Report(**{**vars(report), "requests": [row]})
+    busy = ReplicaReport(**{**vars(report), "requests": [row]})
     server.traces["replica-0", trace.request] = trace
     server.report(busy)
     page.get_by_role("button", name=f"Trace of {trace.request}").click()
     deadline = time.monotonic() + 20
     while page.locator("#trace-strip .cell").count() == 0:
         assert time.monotonic() < deadline
-        server.report(Report(**{**vars(busy), "samples": []}))
+        server.report(ReplicaReport(**{**vars(busy), "samples": []}))
         page.wait_for_timeout(50)
 
 
@@ -213,7 +213,7 @@ def test_rows_are_named_in_words_and_not_by_what_looks_like_an_event(
     browser: BrowserContext, server: PageServer
 ) -> None:
     report = recorded("replica-0", 60, time.time())
-    server.report(Report(**{**vars(report), "samples": quiet(60, time.time())}))
+    server.report(ReplicaReport(**{**vars(report), "samples": quiet(60, time.time())}))
     with visiting(browser, server) as visit:
         expect(visit.page.locator(".card canvas.usage")).to_be_visible()
         assert sum(colour_in(visit.page, "usage")) > 0, "something is drawn"
@@ -221,7 +221,7 @@ def test_rows_are_named_in_words_and_not_by_what_looks_like_an_event(
         assert sum(colour_in(visit.page, "reclaimed")) == 0, "nothing was reclaimed"
     event = quiet(60, time.time())
     event[30] = event[30]._replace(preempted=3)
-    server.report(Report(**{**vars(report), "replica": "replica-1", "samples": event}))
+    server.report(ReplicaReport(**{**vars(report), "replica": "replica-1", "samples": event}))
     with visiting(browser, server) as visit:
         expect(visit.page.locator(".card")).to_have_count(2)
         visit.page.evaluate("document.querySelector('.card').remove()")
@@ -232,7 +232,7 @@ def test_a_fresh_chart_begins_with_the_time_that_there_is(
     browser: BrowserContext, server: PageServer
 ) -> None:
     report = recorded("replica-0", 60, time.time())
-    server.report(Report(**{**vars(report), "samples": quiet(45, time.time())}))
+    server.report(ReplicaReport(**{**vars(report), "samples": quiet(45, time.time())}))
     with visiting(browser, server) as visit:
         page = visit.page
         expect(page.locator("#totals")).to_contain_text("blocks in 44 s")
@@ -251,8 +251,8 @@ def test_evaluator_lag_is_one_value(browser: BrowserContext, server: PageServer)
     stale = quiet(60, now)
     stale[5] = stale[5]._replace(lag=2.5)  # says nothing about now
     report = recorded("replica-0", 60, now)
-    server.report(Report(**{**vars(report), "samples": samples}))
-    server.report(Report(**{**vars(report), "replica": "replica-1", "samples": stale}))
+    server.report(ReplicaReport(**{**vars(report), "samples": samples}))
+    server.report(ReplicaReport(**{**vars(report), "replica": "replica-1", "samples": stale}))
     with visiting(browser, server) as visit:
         page = visit.page
         cards = page.locator(".card .lag")
@@ -322,7 +322,7 @@ def test_text_that_is_cut_says_so_and_can_be_read(
 ) -> None:
     trace = recorded_trace()
     assert trace.texts is not None
-    trace = Trace(**{**vars(trace), "texts": [text * 5 for text in trace.texts]})
+    trace = BlockTrace(**{**vars(trace), "texts": [text * 5 for text in trace.texts]})
     with visiting(browser, server) as visit:
         page = visit.page
         server.report(recorded("replica-0", 60, time.time()))

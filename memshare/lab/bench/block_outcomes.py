@@ -9,25 +9,27 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 if TYPE_CHECKING:
     from memshare.mechanisms.remap.view import TableView
 
-Fate = Literal[
+BlockOutcome = Literal[
     "prompt", "recent window", "given up", "in other tables", "last copy", "no similar block",
     "badly covered", "over budget", "not asked for",
 ]  # fmt: skip
-FATES: tuple[Fate, ...] = get_args(Fate)
+BLOCK_OUTCOMES: tuple[BlockOutcome, ...] = get_args(BlockOutcome)
 """``given up``, or why not: the first reason that holds, in this order."""
 
 
-def fates(view: TableView, objection: Callable[[int], str | None]) -> Counter[Fate]:
-    """Count the full blocks of a request by their fate.
+def count_outcomes(
+    view: TableView, objection: Callable[[int], str | None]
+) -> Counter[BlockOutcome]:
+    """Count the full blocks of a request by what became of them.
 
     Args:
         view: the request's blocks.
         objection: why the policy would not give up the block of an index; None if it would.
     """
-    return Counter(_fate(view, index, objection) for index in range(view.full))
+    return Counter(_outcome(view, index, objection) for index in range(view.full))
 
 
-def _fate(view: TableView, index: int, objection: Callable[[int], str | None]) -> Fate:
+def _outcome(view: TableView, index: int, objection: Callable[[int], str | None]) -> BlockOutcome:
     if index < view.first:
         return "prompt"
     if not view.is_own(index):
@@ -39,5 +41,5 @@ def _fate(view: TableView, index: int, objection: Callable[[int], str | None]) -
     if not view.is_target(index):
         return "last copy"
     if (reason := objection(index)) is not None:
-        return cast(Fate, reason)
+        return cast(BlockOutcome, reason)
     return "not asked for" if view.has_budget else "over budget"

@@ -23,7 +23,7 @@ from memshare.core.capacity import end_target, first_target
 from memshare.core.token_map import TokenMap
 from memshare.kv.rotary import Rotation
 from memshare.kv.similarity import TokenScale, spread_layers, token_similarity_sums
-from memshare.lab.replay.damage import measure
+from memshare.lab.replay.divergence import measure
 from memshare.mechanisms.remap.mechanism import demand_policy
 from memshare.mechanisms.twins.copies import TokenCopies
 from memshare.search.evaluate import NewSteps, Positions, open_stage_one
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PrefilledTrace:
     """One text as the model has read it.
 
     Attributes:
@@ -139,7 +139,7 @@ class Reader:
         self._steps = (steps.min_tokens, steps.max_tokens)
 
     @torch.inference_mode()
-    def read(self, prompt: Sequence[int], text: Sequence[int], prefix: int) -> Reading:
+    def read(self, prompt: Sequence[int], text: Sequence[int], prefix: int) -> PrefilledTrace:
         """Read ``text`` behind ``prompt``; the first ``prefix`` tokens of both are the prefix."""
         tokens = torch.tensor([*prompt, *text])
         cache = _new_cache(fp8=False)
@@ -147,19 +147,19 @@ class Reader:
         log_probs = self._model.lm_head(hidden[0, prefix:]).log_softmax(-1)
         keys, values = _cached(cache, prefix)
         compared = list(self._compared(keys, values))
-        return Reading(tokens, len(prompt), prefix, keys, values, log_probs, compared)
+        return PrefilledTrace(tokens, len(prompt), prefix, keys, values, log_probs, compared)
 
     @torch.inference_mode()
-    def in_fp8(self, reading: Reading) -> Reading:
+    def in_fp8(self, prefilled: PrefilledTrace) -> PrefilledTrace:
         """Read the prefix again over an fp8 cache; the exact distributions stay.
 
         What is judged of it is the damage of fp8, and of what is given up beside.
         """
         cache = _new_cache(fp8=True)
-        self._model.model(reading.tokens[None, : reading.prefix], past_key_values=cache)
-        keys, values = _cached(cache, reading.prefix)
+        self._model.model(prefilled.tokens[None, : prefilled.prefix], past_key_values=cache)
+        keys, values = _cached(cache, prefilled.prefix)
         compared = list(self._compared(keys, values))
-        return replace(reading, keys=keys, values=values, compared=compared, fp8=True)
+        return replace(prefilled, keys=keys, values=values, compared=compared, fp8=True)
 
     def _compared(self, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, TokenScale]]:
         positions = torch.arange(keys.shape[2])
@@ -177,29 +177,29 @@ class Reader:
                 yield tensors[name], scale
 
     @torch.inference_mode()
-    def judge(self, reading: Reading, donor_of: dict[int, int]) -> npt.NDArray[np.float32]:
+    def judge(self, prefilled: PrefilledTrace, donor_of: dict[int, int]) -> npt.NDArray[np.float32]:
         """Read the continuation over a cache in which some blocks are their donors'.
 
         Returns:
-            ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.damage`).
+            ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.divergence`).
         """
-        keys, values = reading.keys.clone(), reading.values.clone()
+        keys, values = prefilled.keys.clone(), prefilled.values.clone()
         for target, donor in donor_of.items():
-            for tensor, exact in ((keys, reading.keys), (values, reading.values)):
+            for tensor, exact in ((keys, prefilled.keys), (values, prefilled.values)):
                 there = self._map.positions(donor)
                 tensor[:, :, self._map.positions(target)] = exact[:, :, there]
-        cache = _new_cache(reading.fp8)
+        cache = _new_cache(prefilled.fp8)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k[None], v[None], layer)
-        rest = reading.tokens[reading.prefix :]
+        rest = prefilled.tokens[prefilled.prefix :]
         hidden = self._model.model(rest[None], past_key_values=cache).last_hidden_state
         shared = self._model.lm_head(hidden[0, :-1]).log_softmax(-1)
         measured: npt.NDArray[np.float32] = measure(
-            reading.log_probs[:-1], shared, rest[1:]
+            prefilled.log_probs[:-1], shared, rest[1:]
         ).numpy()
         return measured
 
-    def give_up(self, reading: Reading, params: PolicyParams, fraction: float) -> Prefix:
+    def give_up(self, prefilled: PrefilledTrace, params: PolicyParams, fraction: float) -> Prefix:
         """Let a policy give up ``fraction`` of the prefix's blocks, one after another.
 
         Raises:
@@ -207,10 +207,10 @@ class Reader:
         """
         policy = demand_policy(params)
         config = MemShareConfig(policy=params)
-        twins = self._twins(reading, config) if config.uses_stages else None
-        full = self._map.full(reading.prefix)
+        twins = self._twins(prefilled, config) if config.uses_stages else None
+        full = self._map.full(prefilled.prefix)
         prefix = Prefix(
-            first=first_target(reading.prompt, self._map, self._protect),
+            first=first_target(prefilled.prompt, self._map, self._protect),
             end=end_target(full, self._map, self._protect),
             full=full,
             budget=int(fraction * full),
@@ -219,32 +219,32 @@ class Reader:
         while len(prefix.donor_of) < prefix.budget and (victim := policy.choose(prefix)):
             prefix.repoint(victim.target, victim.donor)
             if twins is not None:
-                self._hand_on(reading, twins, victim.target)
+                self._hand_on(prefilled, twins, victim.target)
         return prefix
 
-    def _hand_on(self, reading: Reading, twins: TokenCopies, index: int) -> None:
+    def _hand_on(self, prefilled: PrefilledTrace, twins: TokenCopies, index: int) -> None:
         """Block ``index`` is gone: its tokens' neighbours are neighbours now."""
         earlier, later = twins.give_up(index)
-        twins.learn(earlier, later, reading.similarity(earlier, later))
+        twins.learn(earlier, later, prefilled.similarity(earlier, later))
 
-    def steps(self, reading: Reading) -> list[int]:
+    def steps(self, prefilled: PrefilledTrace) -> list[int]:
         """Bounds of the prefix's finished steps, as positions."""
-        output = reading.tokens[reading.prompt : reading.prefix].tolist()
+        output = prefilled.tokens[prefilled.prompt : prefilled.prefix].tolist()
         _, bounds = StepSegmenter(self._automaton, *self._steps).feed(output)
-        return [reading.prompt + bound for bound in bounds]
+        return [prefilled.prompt + bound for bound in bounds]
 
-    def _twins(self, reading: Reading, config: MemShareConfig) -> TokenCopies:
+    def _twins(self, prefilled: PrefilledTrace, config: MemShareConfig) -> TokenCopies:
         """Both stages over the whole prefix."""
         known = TokenCopies(self._map)
-        known.grow(self._map.entries(reading.prefix))
+        known.grow(self._map.entries(prefilled.prefix))
         stage_one = open_stage_one(config)
-        for first, last in pairwise([0, *self.steps(reading)]):
-            tokens = reading.tokens[first:last].tolist()
+        for first, last in pairwise([0, *self.steps(prefilled)]):
+            tokens = prefilled.tokens[first:last].tolist()
             step = NewSteps("", 0, "", first, tokens, (0, last - first), 0.0, 0.0)
             for links in stage_one.evaluate([step]).links:
                 apart = self._map.entry(links.earlier) != self._map.entry(links.later)
                 earlier, later = links.earlier[apart], links.later[apart]
-                known.learn(earlier, later, reading.similarity(earlier, later))
+                known.learn(earlier, later, prefilled.similarity(earlier, later))
         return known
 
 

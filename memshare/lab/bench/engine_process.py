@@ -25,10 +25,10 @@ _ENVIRONMENT = {
 }
 
 OnProgress = Callable[[dict[str, int]], None]
-"""Takes what the child has told by :class:`Teller`."""
+"""Takes what the child has told by :class:`ProgressTeller`."""
 
 
-def call(
+def call_in_process(
     function: str, argument: dict[str, Any], name: str, model: str,
     on_progress: OnProgress = lambda _: None,
 ) -> Any:  # fmt: skip
@@ -85,7 +85,7 @@ def _write(pipe: Any, text: str) -> None:
         pass  # it has ended already; why, it has said
 
 
-class Teller:
+class ProgressTeller:
     """Tells the process that called this one how far its work is, twice a second at most."""
 
     _EVERY = 0.5  # seconds

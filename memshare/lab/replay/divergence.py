@@ -36,7 +36,7 @@ def measure(exact: Tensor, shared: Tensor, token: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class Divergence:
     """Means over traces, each with its standard error; nats, and a fraction of tokens.
 
     Attributes:
@@ -52,7 +52,7 @@ class Damage:
     same_top: tuple[float, float]
 
     @classmethod
-    def of(cls, traces: Sequence[npt.NDArray[np.float32]]) -> Damage:
+    def of(cls, traces: Sequence[npt.NDArray[np.float32]]) -> Divergence:
         """Sum up ``[tokens, len(COLUMNS)]`` measurements of each trace."""
         late = [trace[len(trace) // 2 :, 0] for trace in traces]
         columns = [[trace[:, i] for trace in traces] for i in range(len(COLUMNS))]
