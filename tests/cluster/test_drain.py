@@ -13,7 +13,7 @@ from ray import serve
 
 from cluster.processes.drain import drain, replicas_on
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.complete]
 
 
 @serve.deployment(

@@ -24,7 +24,7 @@ from vllm.utils.network_utils import get_open_port
 from cluster.config import ClusterArgs
 from tests.cluster.stand_in import stand_in
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.complete]
 
 WAIT_S = 60.0
 CALM = {"used": 0.1, "running": 1, "waiting": 0, "slots": 8, "preemptions": 0}

@@ -18,6 +18,8 @@ from cluster.telemetry.step_sample import StepSample
 from cluster.telemetry.step_stats import StepFeed
 from tests.cluster.dashboard.page.serving import LocalBoard
 
+pytestmark = pytest.mark.engine  # vLLM is loaded; no engine starts
+
 STEP = StepSample(usage=0.5, running=1, waiting=0, tokens=1, preempted=0, payload=None)
 
 
