@@ -271,6 +271,7 @@ def _start(plan: BenchPlan, arm: Arm) -> LLM:
         plan.model,
         dtype=plan.dtype,  # type: ignore[arg-type]
         kv_cache_dtype=arm.kv_dtype,
+        watermark=arm.watermark,
         load_format=load_format(plan.model),
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,

@@ -95,6 +95,12 @@ def test_an_fp8_cache_has_the_bytes_of_the_others(dtype: str, blocks: int) -> No
     assert said == f" twins-fp8 has {blocks - 1} usable blocks in the same bytes."
 
 
+def test_the_watermark_arm_is_plain_vllm_with_its_own_watermark() -> None:
+    dense, watermark = expand("dense,watermark", [0.5], {})
+    assert (dense.memshare, dense.watermark) == (watermark.memshare, 0.0) == (None, 0.0)
+    assert 0 < watermark.watermark < 1
+
+
 def test_a_policy_on_an_fp8_cache_keeps_its_options() -> None:
     plain, narrow = expand("twins,twins-fp8", [0.3], {"trigger": {"kind": "eager"}})
     assert (narrow.memshare, narrow.kv_dtype) == (plain.memshare, "fp8")
