@@ -90,7 +90,7 @@ class RequestTokens(Protocol):
 class TenantCounters(Protocol):
     """Where things are counted: :class:`cluster.telemetry.metrics.ReplicaMetrics`."""
 
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         """Count ``by`` under a name and the values of its labels."""
         ...
 
@@ -323,7 +323,7 @@ class Gate:
             self._note(call)
             del self._calls[call]
             self._limiter.release(caller.tenant)
-            self._counts.add("tenant_requests", caller.tenant, call.outcome)
+            self._counts.count("tenant_requests", caller.tenant, call.outcome)
 
     def call(self) -> Call:
         """The call for which this code runs.
@@ -353,11 +353,11 @@ class Gate:
                     self._note(call)
                 await self._limiter.report()
                 faults, self._desk_faults = self._desk_faults, self._limiter.desk_faults
-                self._counts.add("limit_ledger_faults", by=self._desk_faults - faults)
+                self._counts.count("limit_ledger_faults", by=self._desk_faults - faults)
                 if self._keys is not None:
                     result = await asyncio.to_thread(self._keys.look)
                     if result is not None:
-                        self._counts.add("key_table_reloads", result)
+                        self._counts.count("key_table_reloads", result)
             except Exception:
                 # Never seen, but if this loop ended, limits would go stale and keys stay valid.
                 logger.exception("limits and keys could not be brought up to date")
@@ -369,8 +369,8 @@ class Gate:
         prompt_before, generated_before = self._calls[call]
         self._calls[call] = (prompt, generated)
         new_prompt, new_output = prompt - prompt_before, generated - generated_before
-        self._counts.add("tenant_tokens", tenant, "prompt", by=new_prompt)
-        self._counts.add("tenant_tokens", tenant, "output", by=new_output)
+        self._counts.count("tenant_tokens", tenant, "prompt", by=new_prompt)
+        self._counts.count("tenant_tokens", tenant, "output", by=new_output)
         self._limiter.spend(tenant, new_prompt + new_output)
 
     def _salt(self, tenant: str) -> str:
@@ -379,14 +379,14 @@ class Gate:
     def _refusal_within(self, call: Call, why: Why, message: str) -> RefusedError:
         """Of a call that was admitted, and will be counted when it ends."""
         call.outcome = "refused"
-        self._counts.add("tenant_refusals", call.caller.tenant, why)
+        self._counts.count("tenant_refusals", call.caller.tenant, why)
         return RefusedError(why, message)
 
     def _refusal(
         self, why: Why, message: str, tenant: str = _NOBODY, retry_after_s: int | None = None
     ) -> RefusedError:
-        self._counts.add("tenant_requests", tenant, "refused")
-        self._counts.add("tenant_refusals", tenant, why)
+        self._counts.count("tenant_requests", tenant, "refused")
+        self._counts.count("tenant_refusals", tenant, why)
         return RefusedError(why, message, retry_after_s)
 
 

@@ -173,7 +173,7 @@ class CandidateSource(Protocol):
         """Return, without blocking, what has been answered since the last call."""
         ...
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """Drop whole histories, and the steps of finished requests within shared histories."""
         ...
 
@@ -189,8 +189,8 @@ class StageOne(Protocol):
         """Compare every new step with its history, then add it to the history."""
         ...
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`."""
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`."""
         ...
 
 
@@ -254,8 +254,8 @@ class LexicalEvaluator:
                 matches.extend(StepMatch(span, earlier, score) for earlier, score in found)
         return EvaluatorAnswer.to(batch, matches=tuple(matches))
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`."""
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`."""
         self._histories.drop(histories)
         gone = set(request_ids)
         if gone:
@@ -285,9 +285,9 @@ class InProcessSource:
         self._answers.clear()
         return answers
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`."""
-        self._evaluator.forget(histories, request_ids)
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`."""
+        self._evaluator.forget_histories(histories, request_ids)
 
     def close(self) -> None:
         """See :meth:`CandidateSource.close`."""

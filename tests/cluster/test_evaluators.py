@@ -89,7 +89,7 @@ def impostor() -> Iterator[Impostor]:
             def evaluate(self, batch: object) -> object:
                 return evaluate(batch)
 
-            def forget(self, histories: object, request_ids: object) -> None:
+            def forget_histories(self, histories: object, request_ids: object) -> None:
                 pass
 
         pool = config.evaluator
@@ -153,7 +153,7 @@ def test_engines_do_not_see_the_steps_of_each_other(
 def test_forgotten_histories_match_nothing(source: RayCandidateSource) -> None:
     source.submit([steps("a")])
     wait_for(source)
-    source.forget(["a"], ["another request"])
+    source.forget_histories(["a"], ["another request"])
     source.submit([steps("a", position=20)])
     assert [a.matches for a in wait_for(source) if isinstance(a, EvaluatorAnswer)] == [()]
 

@@ -47,13 +47,13 @@ def section(page: str, heading: str) -> str:
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(), "run: python tools/make_config_docs.py"
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: python -m tools.make_config_docs"
 
 
 @pytest.mark.parametrize("name", ["cli", "grpc"])
 def test_the_generated_reference_is_up_to_date(name: str) -> None:
     page, render = GENERATED[name]
-    assert page.read_text(encoding="utf-8") == render(), f"run: python tools/make_docs.py {name}"
+    assert page.read_text(encoding="utf-8") == render(), f"run: python -m tools.make_docs {name}"
 
 
 def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None:

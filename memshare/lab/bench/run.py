@@ -326,7 +326,7 @@ class _Watch:
     def _watched(self, *args: Any) -> Any:
         output = self._schedule(*args)
         self._work = work_of(self._scheduler, output)
-        self._again.add(self._scheduler, output)
+        self._again.add_step(self._scheduler, output)
         self._preemptions += len(output.preempted_req_ids or ())
         return output
 

@@ -46,7 +46,7 @@ class Counts:
     def __init__(self) -> None:
         self.seen: Counter[tuple[str, ...]] = Counter()
 
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         for label, value in zip(REPLICA[name].labels, values, strict=True):
             assert not label.values or value in label.values
         self.seen[(name, *values)] += by

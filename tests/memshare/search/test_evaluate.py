@@ -132,7 +132,7 @@ def test_matches_are_limited_best_first() -> None:
 def test_a_history_that_is_forgotten_is_gone() -> None:
     subject = evaluator()
     subject.evaluate([new_steps("a", 0, [1, 2]), new_steps("b", 0, [1, 2])])
-    subject.forget(["a", "never seen"], [])
+    subject.forget_histories(["a", "never seen"], [])
     assert subject.evaluate([new_steps("a", 2, [1, 2])]).matches == ()
     assert len(subject.evaluate([new_steps("b", 2, [1, 2])]).matches) == 1
 
@@ -141,7 +141,7 @@ def test_a_request_is_forgotten_in_the_history_it_shares() -> None:
     subject = evaluator()
     for request in ("a", "b"):
         subject.evaluate([new_steps(request, 0, [1, 2], history="t")])
-    subject.forget([], ["a"])
+    subject.forget_histories([], ["a"])
     matches = subject.evaluate([new_steps("c", 0, [1, 2], history="t", threshold=0.0)]).matches
     assert [match.earlier.request_id for match in matches] == ["b"]
 
@@ -235,7 +235,7 @@ def test_the_source_in_process_answers_each_batch_once() -> None:
     assert [len(first.matches), len(second.matches)] == [0, 1]
     assert source.pending == 0
     assert source.collect() == []
-    source.forget(["a"], [])
+    source.forget_histories(["a"], [])
     source.submit([new_steps("a", 4, [1, 2])])
     (answer,) = source.collect()
     assert isinstance(answer, EvaluatorAnswer)
