@@ -23,6 +23,7 @@ from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.lab.bench.block_outcomes import count_outcomes
 from memshare.lab.bench.engine_process import ProgressTeller, call_in_process
+from memshare.lab.bench.records import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.report import (
     accuracy_cells,
     accuracy_table,
@@ -32,7 +33,6 @@ from memshare.lab.bench.report import (
     spread,
     wilson,
 )
-from memshare.lab.bench.run import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.workloads import Source, Task, build
 from memshare.lab.problems import read_answer
 from memshare.mechanisms.remap.mechanism import demand_policy
