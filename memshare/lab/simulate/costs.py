@@ -40,7 +40,7 @@ def work_of(scheduler: Scheduler, output: SchedulerOutput) -> StepWork:
 
 
 class Recomputation:
-    """Adds up the tokens that a scheduler has computed again: after preemptions, and not those that
+    """Adds up the tokens that a scheduler has recomputed: after preemptions, and not those that
     it found in its prefix cache."""
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ def test_a_full_cache_preempts_the_latest_and_all_end() -> None:
     assert engine.preemptions > 0
     assert [one.session for _, one in ended][:2] == [0, 1], "the first admitted are not disturbed"
     assert len(ended) == 4
-    assert engine.prefilled > 400, "preempted prompts are computed again"
+    assert engine.prefilled > 400, "preempted prompts are recomputed"
 
 
 @settings(max_examples=40)
