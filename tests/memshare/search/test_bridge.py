@@ -39,7 +39,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 class Source:
-    """A candidate source that does what it is told and notes what it is asked for."""
+    """A candidate source that does what it is told and records each call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import tomllib
 from collections.abc import Sequence
+from importlib import invalidate_caches
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -12,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.config import EvaluatorConfig, StepConfig, load_config
-from memshare.search import evaluate
 from memshare.search.evaluate import (
+    SOURCES,
     EvaluatorAnswer,
     EvaluatorError,
     InProcessSource,
@@ -23,6 +27,8 @@ from memshare.search.evaluate import (
     StepMatch,
     open_source,
 )
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def new_steps(
@@ -243,9 +249,36 @@ def test_the_source_in_process_answers_each_batch_once() -> None:
     source.close()
 
 
-def test_every_source_of_the_configuration_is_known() -> None:
+def test_every_source_of_the_configuration_is_in_the_library_or_registered() -> None:
     names = get_args(EvaluatorConfig.model_fields["source"].annotation)
-    assert set(names) == evaluate._SOURCES.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    registered = project["entry-points"][SOURCES]
+    assert set(names) == {"in_process", *registered}
+    for name, value in registered.items():
+        assert callable(EntryPoint(name, value, SOURCES).load())
+
+
+def test_a_source_is_found_by_the_name_that_its_package_registers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "memshare-0.dist-info"  # in front of the installed one
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: memshare\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[{SOURCES}]\nray = a_pool:Source\n")
+    (tmp_path / "a_pool.py").write_text(
+        "class Source:\n    def __init__(self, config): self.config = config\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = load_config({"evaluator": {"source": "ray"}}, {})
+    source: Any = open_source(config)
+    assert type(source).__module__ == "a_pool"
+    assert source.config is config
+    (info / "entry_points.txt").write_text("")
+    invalidate_caches()
+    with pytest.raises(
+        LookupError, match="'ray'; install memshare again, or set"
+    ):
+        open_source(config)
 
 
 def test_an_error_says_what_and_why() -> None:
