@@ -275,9 +275,7 @@ def test_a_source_is_found_by_the_name_that_its_package_registers(
     assert source.config is config
     (info / "entry_points.txt").write_text("")
     invalidate_caches()
-    with pytest.raises(
-        LookupError, match="'ray'; install memshare again, or set"
-    ):
+    with pytest.raises(LookupError, match="'ray'; install memshare again, or set"):
         open_source(config)
 
 
