@@ -318,7 +318,7 @@ def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_addre
         import signal, sys, time
         from cluster.evaluator_pool import RayCandidateSource
         from memshare.config import MemShareConfig
-        from memshare.search.evaluate import Answer, NewSteps
+        from memshare.search.evaluate import EvaluatorAnswer, NewSteps
 
         handler = lambda *_: sys.exit(42)
         signal.signal(signal.SIGTERM, handler)
@@ -328,7 +328,7 @@ def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_addre
         source.submit([NewSteps("a", 0, "a", 0, list(range(9)), (0, 9), 0.9, 0.0)])
         while not (answers := source.collect()):
             time.sleep(0.01)
-        assert isinstance(answers[0], Answer), answers
+        assert isinstance(answers[0], EvaluatorAnswer), answers
         print("answered", flush=True)
         time.sleep(3600)
         """
