@@ -39,7 +39,7 @@ venv: ## Create .venv and install everything (ACCELERATOR=cpu or gpu)
 	@$(PYTHON) tools/setup_env.py --accelerator $(ACCELERATOR)
 
 lock: venv ## Write constraints.txt after a change of requirements (UPGRADE=1: newest versions)
-	$(BIN)/python tools/make_constraints.py $(if $(UPGRADE),--upgrade)
+	$(BIN)/python -m tools.make_constraints $(if $(UPGRADE),--upgrade)
 
 model: venv ## Prepare the small models in the user's cache
 	@$(RUN) memshare model
@@ -59,7 +59,7 @@ lint: venv ## Check style, types, what imports what, declared dependencies and t
 	$(BIN)/python tools/check_imports.py
 	$(BIN)/deptry memshare cluster
 	$(BIN)/deptry tests tools docs --exclude '\.venv' --ignore DEP002,DEP004
-	$(BIN)/python tools/make_constraints.py --check
+	$(BIN)/python -m tools.make_constraints --check
 
 format: venv ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .

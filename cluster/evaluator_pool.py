@@ -68,9 +68,9 @@ class Evaluator:
         return self._stage_one.evaluate(batch)
 
     @ray.method
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`memshare.search.evaluate.CandidateSource.forget`."""
-        self._stage_one.forget(histories, request_ids)
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`memshare.search.evaluate.CandidateSource.forget_histories`."""
+        self._stage_one.forget_histories(histories, request_ids)
 
     @ray.method
     def ready(self) -> None:
@@ -211,8 +211,8 @@ class RayCandidateSource:
             items += [self._outcome(ref, self._calls.pop(ref).seat) for ref in answered]
         return items + self._expired()
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`memshare.search.evaluate.CandidateSource.forget`.
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`memshare.search.evaluate.CandidateSource.forget_histories`.
 
         An actor that can't be told forgets by itself: by its restart, or as least recently used.
         """
@@ -226,7 +226,7 @@ class RayCandidateSource:
             if seat.actor is None:
                 continue
             try:
-                seat.actor.forget.remote(parts.get(index, []), request_ids)
+                seat.actor.forget_histories.remote(parts.get(index, []), request_ids)
             except RayError as error:
                 self._leave_alone(seat, _fault(error, seat.name))
 

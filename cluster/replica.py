@@ -116,7 +116,7 @@ class EngineReplica(GrpcService):
 
         # Another replica takes the next try at once.
         unavailable_s = args.replica.unavailable_retry_after_s if args.most_replicas == 1 else 1
-        count_fault = partial(counts.add, "monitoring_faults")
+        count_fault = partial(counts.count, "monitoring_faults")
         feed = StepFeed(count_fault)
         with logs_kept():
             options = parse_engine_options(args, model, _on_this_machine(args.memshare))

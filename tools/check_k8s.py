@@ -1,7 +1,7 @@
 """Build every overlay of ``k8s/`` and check it, without a cluster.
 
-python tools/check_k8s.py                     # all of ours
-python tools/check_k8s.py k8s/overlays/ha     # or some, or your own
+python -m tools.check_k8s                     # all of ours
+python -m tools.check_k8s k8s/overlays/ha     # or some, or your own
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
-
-from tools.kubernetes.build import BuildError, Manifests, build  # noqa: E402
-from tools.kubernetes.checks import run  # noqa: E402
-from tools.kubernetes.layout import OVERLAYS  # noqa: E402
+from tools.kubernetes.build import BuildError, Manifests, build
+from tools.kubernetes.checks import run
+from tools.kubernetes.layout import OVERLAYS
 
 
 def main() -> int:

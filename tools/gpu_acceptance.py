@@ -24,16 +24,14 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
+from memshare import __version__
+from memshare.cli import main as cli
+from memshare.errors import UserError
+from memshare.lab.bench import exactness
+from memshare.lab.markdown import table
+from memshare.small_model.names import resolve_model
 
-from memshare import __version__  # noqa: E402
-from memshare.cli import main as cli  # noqa: E402
-from memshare.errors import UserError  # noqa: E402
-from memshare.lab.bench import exactness  # noqa: E402
-from memshare.lab.markdown import table  # noqa: E402
-from memshare.small_model.names import resolve_model  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SECTIONS = ("exactness", "overhead", "memory", "accuracy")
 

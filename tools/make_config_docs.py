@@ -1,6 +1,6 @@
 """Write ``docs/configuration.md`` from the configuration models.
 
-    python tools/make_config_docs.py
+    python -m tools.make_config_docs
 
 The models are the truth: names, types, limits, defaults and descriptions all come from them. Needs
 neither torch, vLLM nor Ray. A test fails while the page differs from what this script would write.
@@ -18,15 +18,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from cluster.config import ClusterArgs
+from cluster.tenancy.keys import Tenant
+from memshare.config import MemShareConfig, PolicyParams, registry
+from memshare.request_options import RequestOptions
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
-
-from cluster.config import ClusterArgs  # noqa: E402
-from cluster.tenancy.keys import Tenant  # noqa: E402
-from memshare.config import MemShareConfig, PolicyParams, registry  # noqa: E402
-from memshare.request_options import RequestOptions  # noqa: E402
 
 _WORDS = {
     str: "text",

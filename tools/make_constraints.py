@@ -27,11 +27,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
+from tools.setup_env import torch_sources
 
-from tools.setup_env import torch_sources  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TARGET = ROOT / "constraints.txt"
 # Ours, and what a CPU environment takes out again (tools/setup_env.py): vLLM's GPU build names the

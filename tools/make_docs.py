@@ -1,7 +1,7 @@
 """Write every generated page of the documentation.
 
-    python tools/make_docs.py             # all; loads vLLM for the HTTP reference
-    python tools/make_docs.py cli grpc    # some
+    python -m tools.make_docs             # all; loads vLLM for the HTTP reference
+    python -m tools.make_docs cli grpc    # some
 
 The pages are committed, so that they can be read without building the site. A test fails while one
 of them differs from what this script would write.
@@ -14,12 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
+from tools import make_config_docs, make_metrics_docs
+from tools.reference import cli, grpc, http
 
-from tools import make_config_docs, make_metrics_docs  # noqa: E402
-from tools.reference import cli, grpc, http  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 REFERENCE = ROOT / "docs" / "reference"
 # By name: the page, and what makes its text.

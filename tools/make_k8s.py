@@ -1,6 +1,6 @@
 """Write the generated files of ``k8s/``: Serve configurations, dashboards, alerts.
 
-    python tools/make_k8s.py
+    python -m tools.make_k8s
 
 Sources are ``configs/`` and ``tools/kubernetes/``. A test fails while a file differs from what this
 script would write.
@@ -11,12 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
+from tools.kubernetes import alerts, dashboards, serve_config
+from tools.kubernetes.layout import K8S, SERVED
 
-from tools.kubernetes import alerts, dashboards, serve_config  # noqa: E402
-from tools.kubernetes.layout import K8S, SERVED  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 OBSERVABILITY = K8S / "components" / "observability"
 

@@ -1,6 +1,6 @@
 """Write the tables of ``docs/metrics.md`` from the list of metrics.
 
-    python tools/make_metrics_docs.py
+    python -m tools.make_metrics_docs
 
 :mod:`memshare.telemetry.metrics` is the truth. The text between the tables is written by hand; each
 table stands between two comments that name it. A test fails while the page differs from what this
@@ -10,16 +10,10 @@ script would write.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "metrics.md"
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
-
-from memshare.telemetry.metrics import (  # noqa: E402
+from memshare.telemetry.metrics import (
     BLOCKS,
     COUNTERS,
     GAUGES,
@@ -29,6 +23,9 @@ from memshare.telemetry.metrics import (  # noqa: E402
     Label,
     Metric,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "metrics.md"
 
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

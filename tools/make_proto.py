@@ -1,6 +1,6 @@
 """Generate the modules of ``memshare/proto`` from ``memshare/proto/memshare.proto``.
 
-    python tools/make_proto.py
+    python -m tools.make_proto
 
 The generated code is committed, so that nobody needs a compiler to install the package. A test
 fails while it differs from what this script would write.

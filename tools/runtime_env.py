@@ -14,11 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script, from anywhere
-    sys.path.insert(0, str(ROOT))
-
-from memshare import process_env  # noqa: E402
+from memshare import process_env
 
 DEFAULTS = process_env.DEFAULTS | {
     # A proxy that has died is noticed within 2 s, instead of 10.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from memshare.engine.vllm_0_32.model_memory import ModelMemory
+    from memshare.engine.adapter import ModelMemory
 
 SECTION = "model"
 GPU_BLOCK = 16  # tokens: vLLM's block size on GPUs, where nothing else is asked for
@@ -66,8 +66,8 @@ class ModelCheck:
             if self.setup.hub.level == "fail":
                 return
         self.say("the model's configuration (loads vLLM)")
+        from memshare.engine.adapter import UNBOUNDED, vllm_adapter
         from memshare.engine.compatibility import cache_faults, config_of, setup_faults
-        from memshare.engine.vllm_0_32.model_memory import UNBOUNDED, plan_cache, read_model_memory
 
         try:
             config = self.config = vllm_config(self.setup, self.place)
@@ -82,8 +82,8 @@ class ModelCheck:
             return  # named above: has no KV cache of the kind that is counted below
         self.say("the model's layers, without weights")
         try:
-            model_memory = read_model_memory(config)
-            cache = plan_cache(config, model_memory, UNBOUNDED)
+            model_memory = vllm_adapter().read_model_memory(config)
+            cache = vllm_adapter().plan_cache(config, model_memory, UNBOUNDED)
         except Exception as error:
             yield CheckFinding(
                 SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}"
@@ -102,7 +102,7 @@ class ModelCheck:
         yield from self._memory(model_memory)
 
     def _memory(self, model_memory: ModelMemory) -> Iterator[CheckFinding]:
-        from memshare.engine.vllm_0_32.model_memory import plan_cache
+        from memshare.engine.adapter import vllm_adapter
 
         assert self.config is not None
         size, source = kv_memory(self.config, model_memory.weight_bytes, self.place)
@@ -112,7 +112,7 @@ class ModelCheck:
             yield CheckFinding(SECTION, "fail", text, fix)
             return
         try:
-            cache = plan_cache(self.config, model_memory, size)
+            cache = vllm_adapter().plan_cache(self.config, model_memory, size)
         except ValueError as error:
             yield CheckFinding(SECTION, "fail", _first_lines(error))
             return
@@ -149,7 +149,7 @@ def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int,
     """Bytes that a worker has for its KV cache, and where the number comes from."""
     cache = config.cache_config
     if cache.num_gpu_blocks_override is not None:
-        from memshare.engine.vllm_0_32.model_memory import UNBOUNDED
+        from memshare.engine.adapter import UNBOUNDED
 
         return UNBOUNDED, "as num_gpu_blocks_override wants"
     if cache.kv_cache_memory_bytes is not None:
@@ -168,16 +168,30 @@ def _memory_of(
 ) -> Memory:
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
-    block_bytes = sum(spec.page_size_bytes for spec in model_memory.layers.values())
+    # A block belongs to one group at a time, and has room for all layers of any.
+    block_bytes = max(
+        sum(model_memory.layers[name].page_size_bytes for name in group.layer_names)
+        for group in cache.kv_cache_groups
+    )
     return Memory(
         weight_bytes=model_memory.weight_bytes,
         kv_bytes=min(size, cache.num_blocks * block_bytes),
         kv_source=source,
-        block_size=cache.kv_cache_groups[0].kv_cache_spec.block_size,
+        block_size=_block_size(cache),
         block_bytes=block_bytes,
         blocks=cache.num_blocks,
         vllm_concurrency=get_max_concurrency_for_kv_cache_config(config, cache),
     )
+
+
+def _block_size(cache: KVCacheConfig) -> int:
+    """Tokens of a block of the group that mechanisms may edit; without one, the most of any."""
+    from memshare.engine.adapter import vllm_adapter
+
+    try:
+        return vllm_adapter().editable_group(cache).block_size
+    except ValueError:
+        return max(group.kv_cache_spec.block_size for group in cache.kv_cache_groups)
 
 
 def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[CheckFinding]:

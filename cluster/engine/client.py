@@ -30,7 +30,8 @@ from cluster.routing.outage import try_again
 from cluster.telemetry.load_logger import LoadLogger
 from cluster.telemetry.step_stats import StepFeed
 from cluster.telemetry.tracing import RequestSpans
-from cluster.tenancy.gate import Call, Gate, RefusedError
+from cluster.tenancy.call import Call, RefusedError
+from cluster.tenancy.gate import Gate
 from cluster.tenancy.salt import brings_salt, salted
 from memshare.request_options import RequestOptionsError, parse_request_options
 
@@ -45,7 +46,7 @@ class _EngineUsage:
         self._states = states  # one for each choice
 
     def tokens(self) -> tuple[int, int]:
-        """See :meth:`cluster.tenancy.gate.RequestTokens.tokens`."""
+        """See :meth:`cluster.tenancy.call.RequestTokens.tokens`."""
         prompt = self._states[0].prompt_len if self._states else 0
         detokenizers = [s.detokenizer for s in self._states if s.detokenizer is not None]
         return prompt, sum(d.num_output_tokens() for d in detokenizers)

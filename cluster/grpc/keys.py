@@ -7,7 +7,8 @@ from urllib.parse import unquote
 import grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cluster.tenancy.gate import Caller, Gate, key_of
+from cluster.tenancy.call import Caller
+from cluster.tenancy.gate import Gate, key_of
 
 CODES = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,

@@ -27,7 +27,8 @@ from cluster.grpc.stats import model_info, stats
 from cluster.grpc.status import StatusError, invalid, status_of, statuses
 from cluster.grpc_ingress import HEALTH, SERVICE, Malformed, too_large
 from cluster.telemetry.access_log import Line, access_line
-from cluster.tenancy.gate import Caller, Gate
+from cluster.tenancy.call import Caller
+from cluster.tenancy.gate import Gate
 from memshare.proto import memshare_pb2 as pb
 
 if TYPE_CHECKING:

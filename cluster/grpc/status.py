@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.grpc.keys import CODES
-from cluster.tenancy.gate import RefusedError
+from cluster.tenancy.call import RefusedError
 
 logger = logging.getLogger(__name__)
 

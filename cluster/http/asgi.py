@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.dashboard.routes import OPEN_PATHS as PAGE_FILES
 from cluster.telemetry.access_log import Line, access_line
-from cluster.tenancy.gate import CallOutcome, Gate, RefusedError, key_of
+from cluster.tenancy.call import CallOutcome, RefusedError
+from cluster.tenancy.gate import Gate, key_of
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 

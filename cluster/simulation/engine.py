@@ -116,7 +116,7 @@ class SimulatedEngine:
         assert load is not None
         return load
 
-    def add(self, request: SimulatedRequest, now: float) -> None:
+    def add_request(self, request: SimulatedRequest, now: float) -> None:
         """A request arrives. It must fit into an empty cache, or vLLM would refuse it."""
         assert request.prompt + request.output < self._machine.kv_tokens
         self._advance(now)

@@ -235,7 +235,7 @@ class World:
         session.history = prompt + output
         session.turns_left -= 1
         replica.requests += 1
-        replica.engine.add(
+        replica.engine.add_request(
             SimulatedRequest(number, prompt, cached, output, self._now, proxy=proxy_number),
             self._now,
         )

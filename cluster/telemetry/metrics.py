@@ -55,7 +55,7 @@ class ReplicaMetrics:
             name: _Counter(metric, most_values, registry) for name, metric in REPLICA.items()
         }
 
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         """Count.
 
         Args:
@@ -66,7 +66,7 @@ class ReplicaMetrics:
         Raises:
             ValueError: the metric has other labels, or a label no such value.
         """
-        self._counters[name].add(self._model_name, self._replica_id, values, by)
+        self._counters[name].count(self._model_name, self._replica_id, values, by)
 
 
 class _Counter:
@@ -81,7 +81,7 @@ class _Counter:
         self._ray = ray_metrics.Counter(metric.family, metric.meaning, (*names, "ReplicaId"))
         self._bounds = [BoundedLabel(most_values) for _ in metric.labels]
 
-    def add(self, model_name: str, replica_id: str, values: tuple[str, ...], by: int) -> None:
+    def count(self, model_name: str, replica_id: str, values: tuple[str, ...], by: int) -> None:
         if by == 0:
             return
         bounded = [

@@ -22,56 +22,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
+from cluster.tenancy.call import LOCAL, Call, Caller, RefusedError, Why
 from cluster.tenancy.keys import Grant, KeylessConfig, MemSharePermissions, WatchedKeys
 from cluster.tenancy.limits import REPORT_S, Limiter, LimitReachedError, Limits
 
 logger = logging.getLogger(__name__)
 
-LOCAL = "local"
-"""The tenant of a server without keys."""
-
-Why = Literal[
-    "no_key", "unknown_key", "not_local", "not_operator", "model", "memshare", "requests",
-    "tokens", "closed",
-]  # fmt: skip
-"""Why something was refused; a metric label."""
-
-CallOutcome = Literal["served", "refused", "failed", "aborted"]
-
 _NOBODY = "-"  # where the tenant is not known; no tenant can be called so
-
-
-class RefusedError(Exception):
-    """A caller may not do this, or not now. The text names the reason and the fix."""
-
-    def __init__(self, why: Why, message: str, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.why: Why = why
-        self.retry_after_s = retry_after_s
-
-    @property
-    def kind(self) -> Literal["unauthenticated", "forbidden", "limited", "unavailable"]:
-        """What a protocol turns into a status."""
-        if self.why == "closed":
-            return "unavailable"
-        if self.why in ("no_key", "unknown_key", "not_local"):
-            return "unauthenticated"
-        return "limited" if self.why in ("requests", "tokens") else "forbidden"
-
-
-class Caller(NamedTuple):
-    """Whom a key belongs to."""
-
-    tenant: str
-    limits: Limits
-    sequences_per_request: int | None
-    models: tuple[str, ...] | None
-    operator: bool
-    permissions: MemSharePermissions
-    connection: str | None = None
-    """By which a caller without a key came, and which has bounds therefore."""
 
 
 def _local_caller(bounds: KeylessConfig) -> Caller:
@@ -79,62 +38,12 @@ def _local_caller(bounds: KeylessConfig) -> Caller:
     return Caller(LOCAL, limits, sequences, None, True, MemSharePermissions())
 
 
-class RequestTokens(Protocol):
-    """One request of a call in the engine; counts rise."""
-
-    def tokens(self) -> tuple[int, int]:
-        """Tokens of the prompt, and tokens generated so far."""
-        ...
-
-
 class TenantCounters(Protocol):
     """Where things are counted: :class:`cluster.telemetry.metrics.ReplicaMetrics`."""
 
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         """Count ``by`` under a name and the values of its labels."""
         ...
-
-
-class Call:
-    """One admitted HTTP request or gRPC call."""
-
-    def __init__(self, caller: Caller, salt: str) -> None:
-        """Start with nothing used."""
-        self.caller = caller
-        self.salt = salt
-        """``cache_salt`` of everything that is computed for the tenant."""
-        self.sequences = 0
-        """Sequences that are generated for it now."""
-        self.outcome: CallOutcome = "served"
-        """How it ended."""
-        self._running: dict[str, RequestTokens] = {}
-        # Of what has ended only the sum is kept: beam search makes a request of every beam for
-        # every token.
-        self._prompt = 0
-        self._generated = 0
-
-    def began(self, request_id: str, usage: RequestTokens) -> None:
-        """A request of the call runs in the engine, under an id that no other one of it has now."""
-        self._running[request_id] = usage
-
-    def ended(self, request_id: str) -> None:
-        """It runs no more, if it ever did."""
-        usage = self._running.pop(request_id, None)
-        if usage is not None:
-            prompt, generated = usage.tokens()
-            self._prompt += prompt
-            self._generated += generated
-
-    def tokens(self) -> tuple[int, int]:
-        """Tokens of all prompts, and tokens generated so far, of all its requests."""
-        counts = [usage.tokens() for usage in self._running.values()]
-        prompt = self._prompt + sum(count[0] for count in counts)
-        return prompt, self._generated + sum(count[1] for count in counts)
-
-    def end(self, outcome: CallOutcome) -> None:
-        """Say how it ended; that it was refused has been said before, if it was."""
-        if self.outcome != "refused":
-            self.outcome = outcome
 
 
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -323,7 +232,7 @@ class Gate:
             self._note(call)
             del self._calls[call]
             self._limiter.release(caller.tenant)
-            self._counts.add("tenant_requests", caller.tenant, call.outcome)
+            self._counts.count("tenant_requests", caller.tenant, call.outcome)
 
     def call(self) -> Call:
         """The call for which this code runs.
@@ -353,11 +262,11 @@ class Gate:
                     self._note(call)
                 await self._limiter.report()
                 faults, self._desk_faults = self._desk_faults, self._limiter.desk_faults
-                self._counts.add("limit_ledger_faults", by=self._desk_faults - faults)
+                self._counts.count("limit_ledger_faults", by=self._desk_faults - faults)
                 if self._keys is not None:
                     result = await asyncio.to_thread(self._keys.look)
                     if result is not None:
-                        self._counts.add("key_table_reloads", result)
+                        self._counts.count("key_table_reloads", result)
             except Exception:
                 # Never seen, but if this loop ended, limits would go stale and keys stay valid.
                 logger.exception("limits and keys could not be brought up to date")
@@ -369,8 +278,8 @@ class Gate:
         prompt_before, generated_before = self._calls[call]
         self._calls[call] = (prompt, generated)
         new_prompt, new_output = prompt - prompt_before, generated - generated_before
-        self._counts.add("tenant_tokens", tenant, "prompt", by=new_prompt)
-        self._counts.add("tenant_tokens", tenant, "output", by=new_output)
+        self._counts.count("tenant_tokens", tenant, "prompt", by=new_prompt)
+        self._counts.count("tenant_tokens", tenant, "output", by=new_output)
         self._limiter.spend(tenant, new_prompt + new_output)
 
     def _salt(self, tenant: str) -> str:
@@ -379,14 +288,14 @@ class Gate:
     def _refusal_within(self, call: Call, why: Why, message: str) -> RefusedError:
         """Of a call that was admitted, and will be counted when it ends."""
         call.outcome = "refused"
-        self._counts.add("tenant_refusals", call.caller.tenant, why)
+        self._counts.count("tenant_refusals", call.caller.tenant, why)
         return RefusedError(why, message)
 
     def _refusal(
         self, why: Why, message: str, tenant: str = _NOBODY, retry_after_s: int | None = None
     ) -> RefusedError:
-        self._counts.add("tenant_requests", tenant, "refused")
-        self._counts.add("tenant_refusals", tenant, why)
+        self._counts.count("tenant_requests", tenant, "refused")
+        self._counts.count("tenant_refusals", tenant, why)
         return RefusedError(why, message, retry_after_s)
 
 

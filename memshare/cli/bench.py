@@ -28,7 +28,7 @@ from memshare.small_model.reasoner import NAME as REASONER
 if TYPE_CHECKING:
     from memshare.lab.bench.arms import Arm
     from memshare.lab.bench.engine_process import OnProgress
-    from memshare.lab.bench.run import ArmRun, BenchPlan
+    from memshare.lab.bench.records import ArmRun, BenchPlan
     from memshare.lab.bench.workloads import Task
 
 _BATCHED = 2048  # max_num_batched_tokens
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option cannot be used, or an engine failed.
     """
+    from memshare.lab.bench.records import ArmRun, BenchRecord
     from memshare.lab.bench.report import accuracy_table, machine, remarks, speed_table
-    from memshare.lab.bench.run import ArmRun, BenchRecord
 
     budgets = fractions("--budget", args.budget)
     arms = list(known_arms.expand(args.arms, budgets, sharing(args)))
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> BenchPlan:
     from memshare.lab.bench.models import resolve
-    from memshare.lab.bench.run import BenchPlan
+    from memshare.lab.bench.records import BenchPlan
     from memshare.lab.bench.workloads import Source, build
     from memshare.small_model.names import tokenizer_of
 

@@ -66,7 +66,7 @@ def _converse(talk: _Talk) -> None:
 
     for question in _questions():
         if question == "/new":
-            talk.forget()
+            talk.forget_conversation()
             continue
         try:
             talk.answer(question)
@@ -98,9 +98,9 @@ class _Talk:
         self._sampling = _sampling(args)
         self._memshare = _memshare(args)
         self._messages: list[ChatMessage | tuple[str, str]] = []
-        self.forget()
+        self.forget_conversation()
 
-    def forget(self) -> None:
+    def forget_conversation(self) -> None:
         """Begin anew."""
         system = self._args.system
         self._messages = [("system", system)] if system is not None else []

@@ -16,7 +16,7 @@ from memshare.cli.options import count, fraction, new_file, whole
 from memshare.errors import UserError
 
 if TYPE_CHECKING:
-    from memshare.lab.bench.run import ArmRun
+    from memshare.lab.bench.records import ArmRun
     from memshare.lab.plots.pareto import Point
     from memshare.lab.replay.prefilled import PrefilledTrace, Prefix, Reader
     from memshare.lab.replay.traces import RecordedText
@@ -69,14 +69,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _arms(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import BenchRecord
+    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.plots.arms import plot_arms
 
     plot_arms(BenchRecord.load(args.record), args.output)
 
 
 def _usage(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import BenchRecord
+    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.plots.usage import plot_usage
 
     record = BenchRecord.load(args.record)
@@ -87,7 +87,7 @@ def _usage(args: argparse.Namespace) -> None:
 
 
 def _waterfall(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import BenchRecord
+    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.plots.waterfall import plot_waterfall
 
     record = BenchRecord.load(args.record)
@@ -105,7 +105,7 @@ def _run_of(runs: list[ArmRun], arm: str, path: Path) -> ArmRun:
 
 
 def _pareto(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.run import BenchRecord
+    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.plots.pareto import accuracy_points, plot_pareto
 
     try:

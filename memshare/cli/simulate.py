@@ -23,7 +23,7 @@ from memshare.errors import UserError
 from memshare.lab.markdown import table_head, table_row
 
 if TYPE_CHECKING:
-    from memshare.lab.bench.run import ArmRun, BenchRecord
+    from memshare.lab.bench.records import ArmRun, BenchRecord
     from memshare.lab.simulate.costs import Deployment, StepCosts, StepWork
     from memshare.lab.simulate.run import Prediction, SimulatedJob
 
@@ -131,7 +131,7 @@ def _arms(
 
 def _opportunity(path: Path, arm: str) -> list[float]:
     """Fractions of their blocks that the requests of a measured arm gave up."""
-    from memshare.lab.bench.run import BenchRecord
+    from memshare.lab.bench.records import BenchRecord
 
     runs = BenchRecord.load(path).runs
     if arm not in runs:
@@ -245,7 +245,7 @@ def _row(machine: list[str], arm: str, found: Prediction, dense: Prediction) -> 
 
 
 def _measured(paths: list[Path]) -> int:
-    from memshare.lab.bench.run import BenchRecord
+    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.simulate.costs import fit
 
     records = [BenchRecord.load(path) for path in paths]

@@ -19,10 +19,28 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
+
+
+UNBOUNDED = 1 << 50
+"""Bytes: a cache that holds anything, to look at its groups and not at its size."""
+
+
+class ModelMemory(Protocol):
+    """What one worker of a model holds."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """All its weights."""
+        ...
+
+    @property
+    def layers(self) -> Mapping[str, KVCacheSpec]:
+        """The cache of each layer that has one."""
+        ...
 
 
 class Adapter(Protocol):
@@ -60,6 +78,21 @@ class Adapter(Protocol):
 
     def base_worker(self) -> type[Any]:
         """The worker class of this platform, which ours extends."""
+        ...
+
+    def read_model_memory(self, vllm_config: VllmConfig) -> ModelMemory:
+        """Build the model without weights, and see what it needs. Not in a process that is to run
+        an engine, too."""
+        ...
+
+    def plan_cache(
+        self, vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int
+    ) -> KVCacheConfig:
+        """The KV cache of one worker that has so many bytes for it; allocates nothing.
+
+        Raises:
+            ValueError: not even one request of the greatest length fits.
+        """
         ...
 
 

@@ -11,9 +11,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from queue import Empty, SimpleQueue
-from typing import cast
+from typing import Protocol, cast
 
 from memshare.search.evaluate import CandidateSource, EvaluatorAnswer, EvaluatorError, NewSteps
 
@@ -34,10 +35,31 @@ class _Forget:
         self.request_id = request_id
 
 
+class Bridge(Protocol):
+    """What takes finished steps to the evaluators, and brings their answers back."""
+
+    def submit(self, batch: list[NewSteps]) -> bool:
+        """Hand over finished steps; False if they were dropped. Does not block."""
+        ...
+
+    def forget_request(self, history: str, request_id: str) -> None:
+        """Tell the evaluators that a request is gone."""
+        ...
+
+    def drain(self) -> list[EvaluatorAnswer | EvaluatorError]:
+        """Take the answers and faults that have come in. Does not block."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds. Idempotent."""
+        ...
+
+
 class EvaluatorBridge:
     """Feeds a candidate source from a bounded queue and brings its answers back.
 
-    ``submit``, ``forget`` and ``drain`` belong to the engine thread; everything else to the bridge.
+    ``submit``, ``forget_request`` and ``drain`` belong to the engine thread; everything else to the
+    bridge.
     """
 
     def __init__(self, open_source: Callable[[], CandidateSource], queue_size: int) -> None:
@@ -60,7 +82,7 @@ class EvaluatorBridge:
         self._inbox.put(batch)
         return True
 
-    def forget(self, history: str, request_id: str) -> None:
+    def forget_request(self, history: str, request_id: str) -> None:
         """Tell the evaluators that a request is gone.
 
         Never dropped, because it is what bounds their memory; but as long as no evaluator could be
@@ -137,7 +159,8 @@ class EvaluatorBridge:
                 gone = cast("list[_Forget]", list(group))
                 private = [g.history for g in gone if g.history == g.request_id]
                 shared = [g.request_id for g in gone if g.history != g.request_id]
-                self._guard(lambda: source.forget(private, shared))  # noqa: B023 - runs at once
+                drop = partial(source.forget_histories, private, shared)
+                self._guard(drop)
         answers = source.collect()
         # An evaluator that is slow is asked less often: each look takes the interpreter.
         self._poll_s = _POLL_S if answers or items else min(2 * self._poll_s, _MAX_POLL_S)

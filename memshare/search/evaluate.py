@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.metadata import entry_points
 from itertools import pairwise
 from math import isfinite
 from typing import Generic, NamedTuple, Protocol, TypeVar, cast
@@ -173,7 +173,7 @@ class CandidateSource(Protocol):
         """Return, without blocking, what has been answered since the last call."""
         ...
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
         """Drop whole histories, and the steps of finished requests within shared histories."""
         ...
 
@@ -189,8 +189,8 @@ class StageOne(Protocol):
         """Compare every new step with its history, then add it to the history."""
         ...
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`."""
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`."""
         ...
 
 
@@ -254,8 +254,8 @@ class LexicalEvaluator:
                 matches.extend(StepMatch(span, earlier, score) for earlier, score in found)
         return EvaluatorAnswer.to(batch, matches=tuple(matches))
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`."""
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`."""
         self._histories.drop(histories)
         gone = set(request_ids)
         if gone:
@@ -285,22 +285,31 @@ class InProcessSource:
         self._answers.clear()
         return answers
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`."""
-        self._evaluator.forget(histories, request_ids)
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`."""
+        self._evaluator.forget_histories(histories, request_ids)
 
     def close(self) -> None:
         """See :meth:`CandidateSource.close`."""
 
 
-# Sources by name, imported only when chosen: the library itself never imports Ray.
-_SOURCES = {
-    "in_process": "memshare.search.evaluate:InProcessSource",
-    "ray": "cluster.evaluator_pool:RayCandidateSource",
-}
+SOURCES = "memshare.candidate_sources"
+"""The entry point group of sources outside the library, which never imports Ray itself; an entry's
+name is the value of ``evaluator.source``, its object is called with the configuration."""
 
 
 def open_source(config: MemShareConfig) -> CandidateSource:
-    """Build the candidate source that ``config.evaluator.source`` names."""
-    module, _, name = _SOURCES[config.evaluator.source].partition(":")
-    return cast(CandidateSource, getattr(import_module(module), name)(config))
+    """Build the candidate source that ``config.evaluator.source`` names.
+
+    Raises:
+        LookupError: no installed package has it.
+    """
+    name = config.evaluator.source
+    if name == "in_process":
+        return InProcessSource(config)
+    for entry in entry_points(group=SOURCES, name=name):
+        return cast(CandidateSource, entry.load()(config))
+    raise LookupError(
+        f"no installed package has the candidate source {name!r}; install memshare again, or set "
+        "evaluator.source to 'in_process'"
+    )

@@ -7,7 +7,7 @@ from time import monotonic
 
 from memshare.config import MemShareConfig
 from memshare.core.requests import RequestState
-from memshare.search.bridge import EvaluatorBridge
+from memshare.search.bridge import Bridge
 from memshare.search.evaluate import EvaluatorAnswer, EvaluatorError, NewSteps
 from memshare.search.steps import DelimiterAutomaton, StepSegmenter
 from memshare.telemetry.recorder import Recorder
@@ -36,7 +36,7 @@ class StepFeeder:
         self,
         config: MemShareConfig,
         automaton: DelimiterAutomaton,
-        bridge: EvaluatorBridge,
+        bridge: Bridge,
         recorder: Recorder,
         output_before_first: int = 0,
         with_prompt: bool = False,
@@ -59,6 +59,11 @@ class StepFeeder:
         self._with_prompt = with_prompt
         self._progress: dict[str, _Progress] = {}
         self._outgoing: list[NewSteps] = []
+
+    def replace_bridge(self, bridge: Bridge) -> None:
+        """Go on with another bridge, before anything has been fed; the old one is closed."""
+        self._bridge.close()
+        self._bridge = bridge
 
     def feed(self, state: RequestState, until: int) -> None:
         """Cut the request's output before token position ``until`` into steps."""
@@ -116,7 +121,7 @@ class StepFeeder:
     def forget_request(self, state: RequestState) -> None:
         """The request's blocks are gone, and with them the use of its steps."""
         self._progress.pop(state.request_id, None)
-        self._bridge.forget(state.history, state.request_id)
+        self._bridge.forget_request(state.history, state.request_id)
 
     def answers(self) -> Iterator[EvaluatorAnswer]:
         """What evaluators have answered since the last call; their faults are counted."""

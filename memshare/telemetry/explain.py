@@ -36,13 +36,13 @@ class Explainer:
     def reclaimed(self, request: str, blocks: int, cause: Cause) -> None:
         """A remap of ``request`` has freed this many blocks."""
         if self._every:
-            self._reclaims.add(request, blocks, _CAUSES[cause])
+            self._reclaims.add_blocks(request, blocks, _CAUSES[cause])
 
     def preempted(self, request: str, blocks: int) -> None:
         """vLLM has taken this many full blocks from ``request``."""
         if self._every:
             obstacle = self._obstacle or "it was not asked"
-            self._preemptions.add(request, blocks, f"reclaiming freed nothing: {obstacle}")
+            self._preemptions.add_blocks(request, blocks, f"reclaiming freed nothing: {obstacle}")
 
     def in_vain(self, obstacle: str) -> None:
         """Reclaiming was asked, in this step, and freed nothing; a phrase says what stood in its
@@ -98,7 +98,7 @@ class _Sum:
     def is_due(self, now: float, every: float) -> bool:
         return bool(self) and now - self._last_line >= every
 
-    def add(self, request: str, blocks: int, cause: str) -> None:
+    def add_blocks(self, request: str, blocks: int, cause: str) -> None:
         self.blocks[request] += blocks
         self.causes[cause] += 1
 

@@ -14,7 +14,7 @@ from tests.stand_in import StandIn
 class Counts:
     """Counts nothing."""
 
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         pass
 
 

@@ -89,7 +89,7 @@ def impostor() -> Iterator[Impostor]:
             def evaluate(self, batch: object) -> object:
                 return evaluate(batch)
 
-            def forget(self, histories: object, request_ids: object) -> None:
+            def forget_histories(self, histories: object, request_ids: object) -> None:
                 pass
 
         pool = config.evaluator
@@ -153,7 +153,7 @@ def test_engines_do_not_see_the_steps_of_each_other(
 def test_forgotten_histories_match_nothing(source: RayCandidateSource) -> None:
     source.submit([steps("a")])
     wait_for(source)
-    source.forget(["a"], ["another request"])
+    source.forget_histories(["a"], ["another request"])
     source.submit([steps("a", position=20)])
     assert [a.matches for a in wait_for(source) if isinstance(a, EvaluatorAnswer)] == [()]
 
@@ -324,7 +324,7 @@ def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_addre
         import signal, sys, time
         from cluster.evaluator_pool import RayCandidateSource
         from memshare.config import MemShareConfig
-        from memshare.search.evaluate import Answer, NewSteps
+        from memshare.search.evaluate import EvaluatorAnswer, NewSteps
 
         handler = lambda *_: sys.exit(42)
         signal.signal(signal.SIGTERM, handler)
@@ -334,7 +334,7 @@ def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_addre
         source.submit([NewSteps("a", 0, "a", 0, list(range(9)), (0, 9), 0.9, 0.0)])
         while not (answers := source.collect()):
             time.sleep(0.01)
-        assert isinstance(answers[0], Answer), answers
+        assert isinstance(answers[0], EvaluatorAnswer), answers
         print("answered", flush=True)
         time.sleep(3600)
         """

@@ -82,9 +82,17 @@ def flags_of_tool(file: Path, words: str) -> None:
         assert f'"{flag}"' in source, f"{file.name} has no {flag}"
 
 
+def file_of_tool(module: str) -> Path:
+    """What ``python -m`` runs."""
+    path = TOP / module.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def python(words: list[str]) -> None:
     if words[1] == "-c":
         take_options(words)
+    elif words[1] == "-m" and words[2].startswith("tools."):
+        flags_of_tool(file_of_tool(words[2]), " ".join(words[3:]))
     elif words[1] == "-m":
         # vLLM's options are parsed by vLLM, in the tests of engines.
         assert words[2] in ("vllm.entrypoints.openai.api_server", drain.__name__), words
@@ -265,6 +273,9 @@ def test_commands_in_running_text_have_the_options_that_they_name() -> None:
         elif len(words) > 1 and words[0] == "python" and words[1].startswith("tools/"):
             assert (TOP / words[1]).is_file(), (page, text)
             flags_of_tool(TOP / words[1], " ".join(words[2:]))
+            seen += 1
+        elif words[:2] == ["python", "-m"] and re.match(r"tools\.(?!bench\.NAME)", words[2]):
+            flags_of_tool(file_of_tool(words[2]), " ".join(words[3:]))
             seen += 1
         elif len(words) > 1 and words[0] == "make" and "VENV" not in text:
             make(words)

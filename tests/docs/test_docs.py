@@ -45,14 +45,26 @@ def section(page: str, heading: str) -> str:
     return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
+@pytest.mark.parametrize("walk", ["A chat request", "A remap", "A metric"])
+def test_a_walk_goes_through_files_that_exist_each_once(walk: str) -> None:
+    text = section("structure.md", walk)
+    files = re.findall(r"^\d+\. `([\w./]+)`:", text, re.MULTILINE)
+    assert len(files) == len(re.findall(r"^\d+\.", text, re.MULTILINE)) > 8
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    assert len(set(files)) == len(files)
+    named = set(re.findall(r"`(\w*[A-Z]\w*[a-z]\w*)(?:\.\w+)?`", text))  # classes
+    sources = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("[mc]*/**/*.py"))
+    assert [name for name in named if f"class {name}" not in sources] == []
+
+
 def test_the_configuration_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(), "run: python tools/make_config_docs.py"
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: python -m tools.make_config_docs"
 
 
 @pytest.mark.parametrize("name", ["cli", "grpc"])
 def test_the_generated_reference_is_up_to_date(name: str) -> None:
     page, render = GENERATED[name]
-    assert page.read_text(encoding="utf-8") == render(), f"run: python tools/make_docs.py {name}"
+    assert page.read_text(encoding="utf-8") == render(), f"run: python -m tools.make_docs {name}"
 
 
 def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None:

@@ -45,7 +45,7 @@ def test_rayservices_pass_the_whole_crd(overlays: Overlays) -> None:
 
 def test_generated_files_are_up_to_date() -> None:
     for path, text in files().items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name}: python tools/make_k8s.py"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: python -m tools.make_k8s"
 
 
 @pytest.mark.parametrize("folder", SERVED, ids=lambda folder: folder.name)

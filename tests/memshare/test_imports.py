@@ -86,3 +86,16 @@ def test_stage_one_loads_neither_torch_nor_ray_nor_vllm() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_nobody_edits_the_path_that_modules_are_found_on() -> None:
+    edit = re.compile(r"\bsys\.path(\[.*\])?(\.\w+\(| *\+?= )")
+    # Hands its own path to the interpreter that it starts, as multiprocessing does.
+    spared = {ROOT / "cluster/processes/engine_prewarm.py", Path(__file__)}
+    files = [
+        f
+        for room in ("memshare", "cluster", "tools", "tests")
+        for f in ROOT.glob(f"{room}/**/*.py")
+    ]
+    assert len(files) > 300
+    assert not [f for f in files if f not in spared and edit.search(f.read_text(encoding="utf-8"))]

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tools.bench import soak
 from tools.bench.load import StreamLoad, StreamOutcome, http_streams, summarize
 from tools.bench.local_cluster import Killed, Server
-from tools.bench.soak import (
+from tools.bench.soak import __main__ as soak
+from tools.bench.soak.report import (
     COUNTED,
     ClusterSample,
     Fault,

@@ -95,8 +95,7 @@ print("ready", flush=True)
 while len(heard) < 2: time.sleep(0.01)
 """
 _STOPPING = f"""
-import os, subprocess, sys
-sys.path[:0] = [{str(ROOT / "tools")!r}]
+import subprocess, sys
 from serve_local import stop
 child = subprocess.Popen([sys.executable, "-c", {_PATIENT!r}], stdout=subprocess.PIPE)
 child.stdout.readline()
@@ -107,7 +106,7 @@ sys.exit(child.returncode)
 
 def test_a_second_signal_is_passed_on_and_ends_the_wait() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", _STOPPING], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _STOPPING], cwd=ROOT / "tools", stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     while "shutting down" not in process.stdout.readline():

@@ -122,7 +122,7 @@ def replica(
         for stream in streams:
             if stream.ended:
                 if bridge is not None:
-                    bridge.forget(stream.request_id, stream.request_id)
+                    bridge.forget_request(stream.request_id, stream.request_id)
                 stream.again()
         began = time.perf_counter()
         _compute(round(pace.work_s / unit_s))
@@ -140,7 +140,7 @@ def _wait_for_the_first_answer(bridge: EvaluatorBridge) -> None:
     bridge.submit([NewSteps("first", 0, "first", 0, [1], (0, 1), 0.9, time.monotonic())])
     while not bridge.drain():
         time.sleep(0.01)
-    bridge.forget("first", "first")
+    bridge.forget_request("first", "first")
 
 
 class _Stream:

@@ -108,7 +108,7 @@ class EvaluatorFaults:
             def evaluate(self, batch: object) -> object:
                 return ["garbage", batch]
 
-            def forget(self, histories: object, request_ids: object) -> None:
+            def forget_histories(self, histories: object, request_ids: object) -> None:
                 pass
 
         self.kill(restart=False)

@@ -182,7 +182,7 @@ def run(model: Path, work: ScheduleWorkload, options: dict[str, Any]) -> Schedul
             rig.add(f"r{added}", job.prompt, job.length, job.forced)
             added += 1
         output = rig.scheduler.schedule()
-        again.add(rig.scheduler, output)
+        again.add_step(rig.scheduler, output)
         rig.finish_step(output)
         steps += 1
         preemptions += len(output.preempted_req_ids or ())

@@ -311,7 +311,7 @@ def _bare() -> Iterator[ServerArm]:
 @contextmanager
 def _rival(python: str) -> Iterator[ServerArm]:
     port = free_port()
-    command = [python, str(ROOT / "tools" / "rival_serve_llm.py"), "--port", str(port)]
+    command = [python, str(Path(__file__).with_name("rival_serve_llm.py")), "--port", str(port)]
     command += ["--model", resolve_model("smollm2-135m"), "--name", NAME]
     command += ["--engine", json.dumps(ENGINE)]
     env = {**_engine_env(), "PATH": f"{Path(python).parent}:{os.environ['PATH']}"}

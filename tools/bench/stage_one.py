@@ -111,7 +111,7 @@ def _reader(
         evaluator = open_stage_one(config)
         for number, (text, limits) in enumerate(zip(texts, bounds, strict=True)):
             _read(evaluator, config, str(number), text, limits)
-            evaluator.forget([str(number)], [str(number)])
+            evaluator.forget_histories([str(number)], [str(number)])
 
     return read
 

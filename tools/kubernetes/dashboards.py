@@ -128,8 +128,8 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
-            "Pairs that came to nothing",
-            "By reason; `finished` only says that memory was never short.",
+            "Dropped pairs",
+            "By reason; `finished`: the request ended before its pair was needed.",
             "ops",
             (_split(ours("dropped"), "reason"),),
         ),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from memshare.engine.vllm_0_32.model_memory import ModelMemory
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
 
@@ -25,6 +26,8 @@ __all__ = [
     "block_tables",
     "cache_refusals",
     "editable_group",
+    "plan_cache",
+    "read_model_memory",
     "read_schedule",
     "tokenizer",
     "worker_tables",
@@ -84,3 +87,17 @@ def base_worker() -> type[Any]:
     from vllm.v1.worker.gpu_worker import Worker
 
     return Worker
+
+
+def read_model_memory(vllm_config: VllmConfig) -> ModelMemory:
+    """See :meth:`Adapter.read_model_memory`."""
+    from memshare.engine.vllm_0_32 import model_memory
+
+    return model_memory.read_model_memory(vllm_config)
+
+
+def plan_cache(vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int) -> KVCacheConfig:
+    """See :meth:`Adapter.plan_cache`."""
+    from memshare.engine.vllm_0_32 import model_memory as planner
+
+    return planner.plan_cache(vllm_config, model_memory, kv_bytes)

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
-UNBOUNDED = 1 << 50
-"""Bytes: a cache that holds anything, to look at its groups and not at its size."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:

@@ -35,11 +35,14 @@ class Arm:
         name: as shown in tables.
         memshare: MemShare's options; None is plain vLLM.
         kv_dtype: vLLM's ``kv_cache_dtype``.
+        watermark: vLLM's own: the fraction of its KV blocks that stays free when it admits a
+            request, so that fewer are preempted later.
     """
 
     name: str
     memshare: dict[str, Any] | None
     kv_dtype: str = "auto"
+    watermark: float = 0.0
 
     @property
     def shares(self) -> bool:
@@ -63,6 +66,7 @@ _OTHERS = {
     "dense": DENSE,
     "off": Arm("off", {"mode": "off"}),
     "observe": Arm("observe", {"mode": "observe"} | POLICIES["twins"]),
+    "watermark": Arm("watermark", None, watermark=0.05),
     "fp8": Arm("fp8", None, kv_dtype="fp8"),
 }
 _FP8 = "-fp8"

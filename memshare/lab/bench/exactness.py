@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from memshare.lab.bench.engine_process import call_in_process
+from memshare.mechanisms.contract import WorkerPart
 
 if TYPE_CHECKING:
-    from memshare.engine.messages import SchedulerMessage
+    from memshare.core.rank_reducer import Reducible
+    from memshare.engine.connector import MemShareConnector
 
 BLOCK_SIZE = 32
 COPIES = 10
@@ -126,10 +128,19 @@ def check(engine: ExactnessEngine) -> list[Verdict]:
     return verdicts
 
 
-def _without_remaps(message: SchedulerMessage) -> SchedulerMessage:
-    commands: dict[str, Any] = message.commands
-    kept = {name: replace(each, remaps=()) for name, each in commands.items()}
-    return replace(message, commands=kept, tables=None)
+class _Uninformed(WorkerPart):
+    """A mechanism's worker part that never hears of a remap: the fault of the negative control."""
+
+    def __init__(self, part: WorkerPart) -> None:
+        self._part = part
+
+    def before_step(self, commands: Any) -> None:
+        """See :meth:`WorkerPart.before_step`."""
+        self._part.before_step(replace(commands, remaps=()))
+
+    def after_step(self) -> Reducible | None:
+        """See :meth:`WorkerPart.after_step`."""
+        return self._part.after_step()
 
 
 def _of(same: int) -> str:
@@ -176,9 +187,11 @@ def write(argument: dict[str, Any]) -> Written:
     llm = LLM(engine.model, **options, **plug_in(argument["memshare"]))
     core: Any = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     if argument["forget"]:
-        worker = core.model_executor.driver_worker.worker._memshare
-        before_step = worker.before_step
-        worker.before_step = lambda message: before_step(_without_remaps(message))
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        side = cast("MemShareConnector", get_kv_transfer_group()).worker_side
+        assert side is not None
+        side.parts.update({name: _Uninformed(part) for name, part in side.parts.items()})
     params = SamplingParams(max_tokens=engine.tokens, temperature=0, ignore_eos=True)
     found = llm.generate([PROMPT] * COPIES + OTHERS, params, use_tqdm=False)
     outputs = [list(output.outputs[0].token_ids) for output in found[:COPIES]]

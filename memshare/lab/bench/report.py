@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from memshare.lab.bench.run import ArmRun
+from memshare.lab.bench.records import ArmRun
 from memshare.lab.markdown import table
 
 _Z = 1.96  # of a 95 % interval

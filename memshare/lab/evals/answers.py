@@ -112,7 +112,7 @@ def run_engine(argument: dict[str, Any]) -> list[list[ModelAnswer]]:
         "dtype": engine.dtype, "max_model_len": engine.max_model_len,
         "block_size": engine.block_size, "num_gpu_blocks_override": blocks,
         "tensor_parallel_size": engine.tensor_parallel_size, "kv_cache_dtype": arm.kv_dtype,
-        "enforce_eager": engine.eager,
+        "enforce_eager": engine.eager, "watermark": arm.watermark,
     }  # fmt: skip
     llm = LLM(engine.model, seed=0, **options, **plug_in(arm.memshare))
     follow(llm.llm_engine)

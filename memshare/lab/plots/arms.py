@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memshare.lab.bench.records import ArmRun, BenchRecord
 from memshare.lab.bench.report import interval, right_answers
-from memshare.lab.bench.run import ArmRun, BenchRecord
 from memshare.lab.plots.style import colour, figure
 
 

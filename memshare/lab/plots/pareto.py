@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memshare.lab.bench.records import BenchRecord
 from memshare.lab.bench.report import interval, right_answers
-from memshare.lab.bench.run import BenchRecord
 from memshare.lab.plots.style import colour, figure
 
 

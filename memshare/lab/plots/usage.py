@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from memshare.lab.bench.run import ArmRun, BenchRecord, StepMeasurement
+from memshare.lab.bench.records import ArmRun, BenchRecord, StepMeasurement
 from memshare.lab.plots.style import colour, figure
 
 

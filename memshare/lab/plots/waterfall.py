@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memshare.lab.bench.block_outcomes import BLOCK_OUTCOMES
-from memshare.lab.bench.run import ArmRun
+from memshare.lab.bench.records import ArmRun
 from memshare.lab.plots.style import colour, figure
 
 

@@ -131,6 +131,6 @@ def _written_again(ids: npt.NDArray[np.int64], token_map: TokenMap) -> npt.NDArr
     found = np.zeros(len(ids), np.bool_)
     for start in range(0, len(ids), _STEP):
         earlier: Positions
-        earlier, later = index.add(ids[start : start + _STEP].tolist(), start)
+        earlier, later = index.add_tokens(ids[start : start + _STEP].tolist(), start)
         found[earlier[token_map.entry(earlier) != token_map.entry(later)]] = True
     return found

@@ -40,7 +40,7 @@ def work_of(scheduler: Scheduler, output: SchedulerOutput) -> StepWork:
 
 
 class Recomputation:
-    """Adds up the tokens that a scheduler has computed again: after preemptions, and not those that
+    """Adds up the tokens that a scheduler has recomputed: after preemptions, and not those that
     it found in its prefix cache."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Recomputation:
         self.tokens = 0
         self._reached: dict[str, int] = {}
 
-    def add(self, scheduler: Scheduler, output: SchedulerOutput) -> None:
+    def add_step(self, scheduler: Scheduler, output: SchedulerOutput) -> None:
         """Take the step that ``scheduler`` has just scheduled."""
         for name, count in output.num_scheduled_tokens.items():
             end = scheduler.requests[name].num_computed_tokens  # with those of this step

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memshare.config import MemShareConfig
-from memshare.core.rank_reducer import JobResult, RankReducer
+from memshare.core.rank_reducer import JobResult
+from memshare.engine.adapter import vllm_adapter
 from memshare.engine.messages import SchedulerMessage, WorkerMessage
 from memshare.mechanisms.remap.messages import Batch, RemapCommands, RemapResults
 from memshare.plug_in import plug_in
@@ -43,11 +44,13 @@ class FakeWorker:
             it; a difference means that somebody overwrote a block that is still in use.
         ranks: how many ranks answer a job.
         block_size: tokens.
+        group: index of the KV cache group whose tables it keeps.
     """
 
     ranks: int = 1
     block_size: int = BLOCK
     seed: int = 0
+    group: int = 0
     tables: dict[str, list[int]] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     expected: dict[str, list[int]] = field(default_factory=dict)
@@ -66,20 +69,21 @@ class FakeWorker:
             assert isinstance(commands, RemapCommands), "it fakes what remaps need, and no more"
             self._remap(commands, results.setdefault(name, RemapResults()))
         for request_id in output.finished_req_ids:
-            self._forget(request_id)
+            self._forget_request(request_id)
         for request_id in output.preempted_req_ids or ():
-            self._forget(request_id)
+            self._forget_request(request_id)
         pointed = [
-            (n.req_id, 0, n.block_ids[0], n.num_computed_tokens) for n in output.scheduled_new_reqs
+            (n.req_id, 0, n.block_ids[self.group], n.num_computed_tokens)
+            for n in output.scheduled_new_reqs
         ]
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             fresh = cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
                 assert fresh is not None
-                pointed.append((request_id, 0, fresh[0], cached.num_computed_tokens[i]))
+                pointed.append((request_id, 0, fresh[self.group], cached.num_computed_tokens[i]))
             elif fresh is not None:
-                pointed.append((request_id, len(self.tables[request_id]), fresh[0], 0))
+                pointed.append((request_id, len(self.tables[request_id]), fresh[self.group], 0))
         # All that this step writes is written before any entry is compared: of two requests that
         # come in together, one may already use the prefix that the other one writes.
         for _, start, blocks, computed in pointed:
@@ -139,7 +143,7 @@ class FakeWorker:
         table.extend(blocks)
         expected.extend(self.written.get(block, 0) for block in blocks)
 
-    def _forget(self, request_id: str) -> None:
+    def _forget_request(self, request_id: str) -> None:
         self.tables.pop(request_id, None)
         self.expected.pop(request_id, None)
 
@@ -159,12 +163,12 @@ class SynchronousBridge:
         self._source.submit(batch)
         return True
 
-    def forget(self, history: str, request_id: str) -> None:
-        """See ``EvaluatorBridge.forget``."""
+    def forget_request(self, history: str, request_id: str) -> None:
+        """See ``EvaluatorBridge.forget_request``."""
         if history == request_id:
-            self._source.forget([history], [])
+            self._source.forget_histories([history], [])
         else:
-            self._source.forget([], [request_id])
+            self._source.forget_histories([], [request_id])
 
     def drain(self) -> list[EvaluatorAnswer | EvaluatorError]:
         """See ``EvaluatorBridge.drain``."""
@@ -210,7 +214,6 @@ class SchedulerHarness:
 
         self._random = random.Random(seed)
         self._block_size = block_size
-        self.worker = FakeWorker(ranks, block_size, seed)
         self.scheduler = _scheduler(
             EngineArgs(
                 model=str(folder), block_size=block_size, max_model_len=max_model_len,
@@ -220,13 +223,13 @@ class SchedulerHarness:
                 **plug_in(memshare),
             ),
             blocks,
+            ranks,
         )  # fmt: skip
+        group = vllm_adapter().editable_group(self.scheduler.kv_cache_config)
+        self.worker = FakeWorker(ranks, block_size, seed, group.index)
         stages = self.side.part.stages if self.side is not None else None
-        if ranks > 1 and stages is not None:
-            stages.verifier._reducer = RankReducer(ranks)
         if synchronous_search and stages is not None:
-            stages.feeder.close()
-            stages.feeder._bridge = SynchronousBridge(self.side.config)
+            stages.feeder.replace_bridge(SynchronousBridge(self.side.config))
         self._forced: dict[str, list[int]] = {}
         self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"] - 2
 
@@ -308,13 +311,14 @@ class SchedulerHarness:
         self.scheduler.shutdown()
 
 
-def _scheduler(args: EngineArgs, blocks: int) -> Scheduler:
+def _scheduler(args: EngineArgs, blocks: int, ranks: int) -> Scheduler:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
     config = args.create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
+    config.parallel_config.world_size = ranks  # of the stand-in worker; nothing is started
     size = config.cache_config.block_size
     spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=1, dtype=torch.float32)
     return Scheduler(

@@ -141,7 +141,7 @@ def _run(
             added += 1
         output = rig.scheduler.schedule()
         work = work_of(rig.scheduler, output)
-        again.add(rig.scheduler, output)
+        again.add_step(rig.scheduler, output)
         rig.finish_step(output)
         seconds += engine.costs.seconds(work)
         steps += 1

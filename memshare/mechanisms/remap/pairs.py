@@ -92,7 +92,7 @@ class PairRecorder:
             )  # fmt: skip
 
     def dropped(self, pair: Candidate, reason: DropReason) -> None:
-        """A pair has come to nothing."""
+        """A pair will not be applied."""
         self._recorder.counters.add_labelled("dropped", reason)
         self.transition("dropped", pair, reason=reason)
 

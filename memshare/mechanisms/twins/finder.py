@@ -23,11 +23,11 @@ class TwinFinder:
         for new in batch:
             index = self._histories.of(new.history)
             for first, last in pairwise(new.bounds):
-                earlier, later = index.add(new.tokens[first:last], new.position + first)
+                earlier, later = index.add_tokens(new.tokens[first:last], new.position + first)
                 links.append(TwinLinks(new.request_id, new.generation, earlier, later))
         return EvaluatorAnswer.to(batch, links=tuple(links))
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        """See :meth:`CandidateSource.forget`. A history is one request's: there are no others."""
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        """See :meth:`CandidateSource.forget_histories`. Each request has a history of its own."""
         del request_ids
         self._histories.drop(histories)

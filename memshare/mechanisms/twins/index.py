@@ -56,7 +56,7 @@ class TwinIndex:
         """Tokens that are remembered."""
         return self._count
 
-    def add(self, tokens: Sequence[int], position: int) -> tuple[Positions, Positions]:
+    def add_tokens(self, tokens: Sequence[int], position: int) -> tuple[Positions, Positions]:
         """Add one step's tokens and find whose twins they are.
 
         Args:

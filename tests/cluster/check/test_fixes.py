@@ -42,7 +42,7 @@ def fixes(tree: ast.AST) -> Iterator[tuple[int, str]]:
     inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
              for part in node.values}  # fmt: skip
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CheckFinding":
             given = [*node.args[3:4], *(k.value for k in node.keywords if k.arg == "fix")]
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "fix":
             given = [node.value]

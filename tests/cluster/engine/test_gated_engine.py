@@ -23,7 +23,7 @@ LOOP = StructuredOutputsParams(json={"$ref": "#"})
 
 
 class Counts:
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         pass
 
 

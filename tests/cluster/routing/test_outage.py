@@ -24,7 +24,7 @@ from ray.serve.request_router import PendingRequest
 from cluster.config import RoutingConfig
 from cluster.routing.outage import NoReplicaError, NoReplicaHTTPError, try_again
 from cluster.routing.router import KVRouter
-from cluster.tenancy.gate import LOCAL, Call, Caller
+from cluster.tenancy.call import LOCAL, Call, Caller
 from cluster.tenancy.keys import MemSharePermissions
 from cluster.tenancy.limits import Limits
 

@@ -55,7 +55,7 @@ def request(output: int, prompt: int = 100, session: int = 0) -> SimulatedReques
 def test_one_request_takes_its_prompt_and_its_steps() -> None:
     machine = SimulatedMachine(step_s=0.01, step_per_request_s=0.0, prefill_per_s=1000)
     engine = SimulatedEngine(machine, 0.0)
-    engine.add(request(output=50), 0.0)
+    engine.add_request(request(output=50), 0.0)
     ((at, _),) = finish(engine)
     assert at == pytest.approx(0.1 + 0.5)
 
@@ -63,12 +63,12 @@ def test_one_request_takes_its_prompt_and_its_steps() -> None:
 def test_a_full_cache_preempts_the_latest_and_all_end() -> None:
     engine = SimulatedEngine(SimulatedMachine(kv_tokens=1000), 0.0)
     for number in range(4):
-        engine.add(request(output=300, session=number), 0.0)
+        engine.add_request(request(output=300, session=number), 0.0)
     ended = finish(engine)
     assert engine.preemptions > 0
     assert [one.session for _, one in ended][:2] == [0, 1], "the first admitted are not disturbed"
     assert len(ended) == 4
-    assert engine.prefilled > 400, "preempted prompts are computed again"
+    assert engine.prefilled > 400, "preempted prompts are recomputed"
 
 
 @settings(max_examples=40)
@@ -84,7 +84,7 @@ def test_an_engine_loses_nothing(jobs: list[tuple[int, int, float]], slots: int)
         while (due := engine.next_event()) is not None and due <= at:
             now = due
             ended += len(engine.step(now))
-        engine.add(request(output, prompt), at)
+        engine.add_request(request(output, prompt), at)
         assert engine.load(at).running <= slots
         assert 0.0 <= engine.load(at).used <= 1.0
     ended += len(finish(engine, now))

@@ -35,9 +35,9 @@ def make(registry: prometheus_client.CollectorRegistry, most: int = 2) -> Replic
 def test_counts_by_tenant(registry: prometheus_client.CollectorRegistry) -> None:
     metrics = make(registry)
     for tenant in ("red", "blue", "green", "grey", "red"):
-        metrics.add("tenant_requests", tenant, "served")
-    metrics.add("tenant_tokens", "red", "output", by=70)
-    metrics.add("tenant_tokens", "red", "output", by=0)
+        metrics.count("tenant_requests", tenant, "served")
+    metrics.count("tenant_tokens", "red", "output", by=70)
+    metrics.count("tenant_tokens", "red", "output", by=0)
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"model_name": "smollm2", **labels})
@@ -55,4 +55,4 @@ def test_wrong_labels_are_refused(
     registry: prometheus_client.CollectorRegistry, values: tuple[str, ...]
 ) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - zip's own, or ours
-        make(registry).add("tenant_requests", *values)
+        make(registry).count("tenant_requests", *values)

@@ -15,7 +15,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.http.asgi import FREE_PATHS, INFERENCE_PATHS, OPEN_PATHS, KeyGate
-from cluster.tenancy.gate import LOCAL, Call, Gate, RefusedError, is_local, key_of
+from cluster.tenancy.call import LOCAL, Call, RefusedError
+from cluster.tenancy.gate import Gate, is_local, key_of
 from cluster.tenancy.keys import (
     SEQUENCES_PER_REQUEST,
     KeylessConfig,
@@ -46,7 +47,7 @@ class Counts:
     def __init__(self) -> None:
         self.seen: Counter[tuple[str, ...]] = Counter()
 
-    def add(self, name: str, *values: str, by: int = 1) -> None:
+    def count(self, name: str, *values: str, by: int = 1) -> None:
         for label, value in zip(REPLICA[name].labels, values, strict=True):
             assert not label.values or value in label.values
         self.seen[(name, *values)] += by

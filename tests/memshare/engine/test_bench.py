@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memshare.cli.main import main
-from memshare.lab.bench.run import BenchRecord
+from memshare.lab.bench.records import BenchRecord
 from memshare.lab.simulate.costs import StepCosts
 from memshare.lab.simulate.run import PredictedEngine, SimulatedJob, simulate
 from tests.machine import DTYPE

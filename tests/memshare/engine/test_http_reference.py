@@ -12,5 +12,5 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 def test_the_http_reference_is_up_to_date() -> None:
     page, render = PAGES["http"]
     text = page.read_text(encoding="utf-8")
-    assert text == render(), "run: python tools/make_docs.py http"
+    assert text == render(), "run: python -m tools.make_docs http"
     assert "| `POST` | `/v1/chat/completions` | every key, within its limits |" in text

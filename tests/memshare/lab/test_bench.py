@@ -23,6 +23,7 @@ from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.lab.bench.block_outcomes import count_outcomes
 from memshare.lab.bench.engine_process import ProgressTeller, call_in_process
+from memshare.lab.bench.records import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.report import (
     accuracy_cells,
     accuracy_table,
@@ -32,7 +33,6 @@ from memshare.lab.bench.report import (
     spread,
     wilson,
 )
-from memshare.lab.bench.run import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.workloads import Source, Task, build
 from memshare.lab.problems import read_answer
 from memshare.mechanisms.remap.mechanism import demand_policy
@@ -93,6 +93,12 @@ def test_an_fp8_cache_has_the_bytes_of_the_others(dtype: str, blocks: int) -> No
     assert set(arms.values()) == {101}
     said = wider(expand("dense,twins-fp8", [0.5], {}), 101, dtype)
     assert said == f" twins-fp8 has {blocks - 1} usable blocks in the same bytes."
+
+
+def test_the_watermark_arm_is_plain_vllm_with_its_own_watermark() -> None:
+    dense, watermark = expand("dense,watermark", [0.5], {})
+    assert (dense.memshare, dense.watermark) == (watermark.memshare, 0.0) == (None, 0.0)
+    assert 0 < watermark.watermark < 1
 
 
 def test_a_policy_on_an_fp8_cache_keeps_its_options() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from memshare.cli.main import main
 from memshare.errors import UserError
-from memshare.lab.bench.run import ArmRun, BenchRecord, StepMeasurement, TaskOutcome
+from memshare.lab.bench.records import ArmRun, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.plots.arms import panels
 from memshare.lab.plots.pareto import Point, accuracy_points, by_policy
 from memshare.lab.plots.steps import lexical, shared_steps

@@ -59,7 +59,7 @@ def test_what_is_computed_again_is_counted_and_what_is_found_is_not() -> None:
         for name, (_, reached) in tokens.items():
             requests[name] = SimpleNamespace(num_computed_tokens=reached)
         counts = {name: count for name, (count, _) in tokens.items()}
-        again.add(
+        again.add_step(
             cast("Any", SimpleNamespace(requests=requests)),
             cast("Any", SimpleNamespace(num_scheduled_tokens=counts)),
         )

@@ -26,7 +26,7 @@ def links_of(index: TwinIndex, steps: list[tuple[int, list[int]]]) -> dict[int, 
     """Earlier token of each later one."""
     links: dict[int, int] = {}
     for position, tokens in steps:
-        earlier, later = index.add(tokens, position)
+        earlier, later = index.add_tokens(tokens, position)
         assert earlier.dtype == later.dtype == np.int32
         assert (np.diff(later) > 0).all()
         assert len(set(earlier.tolist())) == len(earlier)
@@ -110,7 +110,7 @@ def test_copies_within_one_step_make_a_chain() -> None:
 
 def test_a_run_has_twins_from_its_first_token_on_if_it_is_long_enough() -> None:
     index = TwinIndex(shortest_run=4)
-    index.add([1, 2, 3, 4, 5, 60], 0)
+    index.add_tokens([1, 2, 3, 4, 5, 60], 0)
     assert links_of(index, [(6, [9, 2, 3, 4, 8, 60])]) == {}, "three are chance"
     assert links_of(index, [(12, [2, 3, 4, 5, 61])]) == {12: 1, 13: 2, 14: 3, 15: 4}
     # Where a step ends within a run, the rest of that is in the next one.
@@ -121,12 +121,12 @@ def test_it_grows_and_keeps_what_it_knows() -> None:
     rng = np.random.default_rng(0)
     passage = rng.integers(0, 50000, 64).tolist()
     index = TwinIndex()
-    index.add(passage, 0)
+    index.add_tokens(passage, 0)
     position = len(passage)
     while position < 40_000:
-        index.add(rng.integers(0, 50000, 200).tolist(), position)
+        index.add_tokens(rng.integers(0, 50000, 200).tolist(), position)
         position += 200
-    earlier, later = index.add(passage, position)
+    earlier, later = index.add_tokens(passage, position)
     linked = dict(zip(later.tolist(), earlier.tolist(), strict=True))
     assert sum(linked.get(position + i) == i for i in range(64)) >= 60
     assert len(index) == position + 64
@@ -134,9 +134,9 @@ def test_it_grows_and_keeps_what_it_knows() -> None:
 
 def test_a_request_that_begins_again_is_new() -> None:
     index = TwinIndex()
-    index.add([1, 2, 3], 0)
-    index.add([1, 2, 3], 3)
-    earlier, _ = index.add([1, 2, 3], 0)
+    index.add_tokens([1, 2, 3], 0)
+    index.add_tokens([1, 2, 3], 3)
+    earlier, _ = index.add_tokens([1, 2, 3], 0)
     assert len(earlier) == 0
     assert len(index) == 3
 
@@ -153,7 +153,7 @@ def test_requests_do_not_see_each_other_and_can_be_forgotten() -> None:
     assert EvaluatorAnswer.is_sound(answer)
     found = {(x.request_id, p, q) for x in answer.links for p, q in zip(*x[2:], strict=True)}
     assert found == {("a", 5, 8), ("a", 6, 9)}
-    evaluator.forget(["a"], ())
+    evaluator.forget_histories(["a"], ())
     assert not any(len(x.earlier) for x in evaluator.evaluate([news("a", 10, [1, 2])]).links)
     # The least recently used goes when there are too many.
     evaluator.evaluate([news("c", 0, [7])])

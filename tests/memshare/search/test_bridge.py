@@ -39,7 +39,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 class Source:
-    """A candidate source that does what it is told and notes what it is asked for."""
+    """A candidate source that does what it is told and records each call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -69,9 +69,9 @@ class Source:
         answers, self.answers = self.answers, []
         return answers
 
-    def forget(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
-        self.calls.append(("forget", list(histories), list(request_ids)))
-        self._enter("forget")
+    def forget_histories(self, histories: Sequence[str], request_ids: Sequence[str]) -> None:
+        self.calls.append(("forget_histories", list(histories), list(request_ids)))
+        self._enter("forget_histories")
 
     def close(self) -> None:
         self.closed += 1
@@ -151,23 +151,27 @@ def test_forgetting_is_never_dropped_and_keeps_its_place() -> None:
         bridge.submit([steps(position=0)])
         until(lambda: source.submitted == [0])
         bridge.submit([steps(position=1)])
-        bridge.forget("r", "r")
+        bridge.forget_request("r", "r")
         bridge.submit([steps(position=2)])
-        bridge.forget("tenant", "a")
-        bridge.forget("b", "b")
+        bridge.forget_request("tenant", "a")
+        bridge.forget_request("b", "b")
         bridge.submit([steps(position=3)])
         assert not bridge.submit([steps(position=4)]), "negative control: the queue is full"
-        bridge.forget("tenant", "c")
+        bridge.forget_request("tenant", "c")
         source.go.set()
         until(lambda: len(source.calls) == 7)
     assert source.calls == [
         ("submit", 0),
         ("submit", 1),
-        ("forget", ["r"], []),
+        ("forget_histories", ["r"], []),
         ("submit", 2),
-        ("forget", ["b"], ["a"]),  # a private history as a whole, else the request in a shared one
+        (
+            "forget_histories",
+            ["b"],
+            ["a"],
+        ),  # a private history as a whole, else the request in a shared one
         ("submit", 3),
-        ("forget", [], ["c"]),
+        ("forget_histories", [], ["c"]),
     ]
 
 
@@ -187,7 +191,7 @@ def test_waiting_batches_are_folded_but_not_without_end() -> None:
     assert len(sizes) == 1 + -(-200 // bridge_module._MAX_BATCH)
 
 
-@pytest.mark.parametrize("where", ["submit", "collect", "forget"])
+@pytest.mark.parametrize("where", ["submit", "collect", "forget_histories"])
 def test_faults_are_reported_and_the_thread_lives_on(where: str) -> None:
     source = Source()
     source.faults[where] = [EvaluatorError("busy"), RuntimeError("broken"), SystemError("worse")]
@@ -195,7 +199,7 @@ def test_faults_are_reported_and_the_thread_lives_on(where: str) -> None:
         items: list[EvaluatorAnswer | EvaluatorError] = []
         for i in range(5):
             bridge.submit([steps(position=i)])
-            bridge.forget("r", "r")
+            bridge.forget_request("r", "r")
             until(lambda n=i: source.submitted[-1:] == [n])
         until(lambda: items.extend(bridge.drain()) or (reasons(items).count("error") == 2))
         bridge.submit([steps(position=5)])
@@ -302,12 +306,12 @@ def test_nothing_piles_up_before_a_source_is_open() -> None:
     try:
         for i in range(100):
             bridge.submit([steps(str(i))])
-            bridge.forget(str(i), str(i))
+            bridge.forget_request(str(i), str(i))
         assert bridge.backlog == 2
         may_open.set()
         until(lambda: len(source.submitted) == 2)
-        bridge.forget("r", "r")  # negative control: now it counts
-        until(lambda: source.calls[-1] == ("forget", ["r"], []))
+        bridge.forget_request("r", "r")  # negative control: now it counts
+        until(lambda: source.calls[-1] == ("forget_histories", ["r"], []))
     finally:
         bridge.close()
 
@@ -347,7 +351,7 @@ def test_close_releases_the_source_once_and_may_be_called_again() -> None:
             assert not bridge._thread.is_alive()
         assert source.closed == 1
         bridge.submit([steps()])  # harmless
-        bridge.forget("r", "r")
+        bridge.forget_request("r", "r")
         assert bridge.drain() == []
 
 

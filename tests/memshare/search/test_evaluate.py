@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import tomllib
 from collections.abc import Sequence
+from importlib import invalidate_caches
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -12,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.config import EvaluatorConfig, StepConfig, load_config
-from memshare.search import evaluate
 from memshare.search.evaluate import (
+    SOURCES,
     EvaluatorAnswer,
     EvaluatorError,
     InProcessSource,
@@ -23,6 +27,8 @@ from memshare.search.evaluate import (
     StepMatch,
     open_source,
 )
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def new_steps(
@@ -132,7 +138,7 @@ def test_matches_are_limited_best_first() -> None:
 def test_a_history_that_is_forgotten_is_gone() -> None:
     subject = evaluator()
     subject.evaluate([new_steps("a", 0, [1, 2]), new_steps("b", 0, [1, 2])])
-    subject.forget(["a", "never seen"], [])
+    subject.forget_histories(["a", "never seen"], [])
     assert subject.evaluate([new_steps("a", 2, [1, 2])]).matches == ()
     assert len(subject.evaluate([new_steps("b", 2, [1, 2])]).matches) == 1
 
@@ -141,7 +147,7 @@ def test_a_request_is_forgotten_in_the_history_it_shares() -> None:
     subject = evaluator()
     for request in ("a", "b"):
         subject.evaluate([new_steps(request, 0, [1, 2], history="t")])
-    subject.forget([], ["a"])
+    subject.forget_histories([], ["a"])
     matches = subject.evaluate([new_steps("c", 0, [1, 2], history="t", threshold=0.0)]).matches
     assert [match.earlier.request_id for match in matches] == ["b"]
 
@@ -235,7 +241,7 @@ def test_the_source_in_process_answers_each_batch_once() -> None:
     assert [len(first.matches), len(second.matches)] == [0, 1]
     assert source.pending == 0
     assert source.collect() == []
-    source.forget(["a"], [])
+    source.forget_histories(["a"], [])
     source.submit([new_steps("a", 4, [1, 2])])
     (answer,) = source.collect()
     assert isinstance(answer, EvaluatorAnswer)
@@ -243,9 +249,34 @@ def test_the_source_in_process_answers_each_batch_once() -> None:
     source.close()
 
 
-def test_every_source_of_the_configuration_is_known() -> None:
+def test_every_source_of_the_configuration_is_in_the_library_or_registered() -> None:
     names = get_args(EvaluatorConfig.model_fields["source"].annotation)
-    assert set(names) == evaluate._SOURCES.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    registered = project["entry-points"][SOURCES]
+    assert set(names) == {"in_process", *registered}
+    for name, value in registered.items():
+        assert callable(EntryPoint(name, value, SOURCES).load())
+
+
+def test_a_source_is_found_by_the_name_that_its_package_registers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "memshare-0.dist-info"  # in front of the installed one
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: memshare\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[{SOURCES}]\nray = a_pool:Source\n")
+    (tmp_path / "a_pool.py").write_text(
+        "class Source:\n    def __init__(self, config): self.config = config\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = load_config({"evaluator": {"source": "ray"}}, {})
+    source: Any = open_source(config)
+    assert type(source).__module__ == "a_pool"
+    assert source.config is config
+    (info / "entry_points.txt").write_text("")
+    invalidate_caches()
+    with pytest.raises(LookupError, match="'ray'; install memshare again, or set"):
+        open_source(config)
 
 
 def test_an_error_says_what_and_why() -> None:

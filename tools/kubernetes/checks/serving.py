@@ -22,7 +22,7 @@ def serve(manifests: Manifests) -> Found:
     """The Serve configuration is one of ours, accepted by Ray and by MemShare."""
     config = manifests.serve_config
     if config not in [serve_config.for_pods(served) for served in SERVED.values()]:
-        yield "serveConfigV2", "differs from every file of configs/: run python tools/make_k8s.py"
+        yield "serveConfigV2", "differs from every file of configs/: run python -m tools.make_k8s"
     try:
         ServeDeploySchema.model_validate(config)
     except ValidationError as error:

@@ -241,7 +241,7 @@ def test_after_the_taint_nothing_is_published_until_the_blocks_are_gone(engine: 
     for manager in engine.manager.coordinator.single_type_managers:
         assert all(block.block_hash is None for block in manager.req_to_blocks["a"][2:])
     engine.manager.free(request)
-    assert tables.is_publishing("a"), "what is computed again is exact"
+    assert tables.is_publishing("a"), "what is recomputed is exact"
 
 
 def test_admission_leaves_free_what_it_is_told_to(engine: Scheduled) -> None:
