@@ -99,7 +99,7 @@ async def test_grpc_calls_are_logged_with_the_requests_id_in_the_engine(
             async with client.chat_stream([("user", "x")], Sampling(ignore_eos=True)) as stream:
                 async for _ in stream:
                     break
-            await asyncio.wait_for(server.engine.idle.wait(), 5)
+            await asyncio.wait_for(server.engine.idle.wait(), 60)
             with pytest.raises(NotFoundError):
                 await client.model_info("other")
         async with server.client(retries=0) as nobody:
