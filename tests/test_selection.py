@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import ROOT
 from tests.selection import MARKS, assignments, may_select, selects
-from tools.runtime_env import ROOT
 
 
 def expressions(*targets: str) -> list[str]:

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster.http.asgi import DisconnectOnCancel, KeyGate
 from cluster.telemetry.serve_logs import log_no_calls, log_no_refusals
 from memshare.client import NotAllowedError, NotFoundError, Sampling
-from tests.cluster.grpc.test_grpc_service import serving
+from tests.cluster.grpc.test_service import serving
 from tests.cluster.tenancy.test_auth import CHAT, bearer, client_of, gate_for, ok
 
 
