@@ -1,7 +1,8 @@
 # Everything starts here. A fresh machine needs Python >= 3.11 (with venv) and make.
 #
-#   make serve    set up, then serve a real model on http://127.0.0.1:8000
-#   make test     set up, then run every check and test
+#   make serve            set up, then serve a real model on http://127.0.0.1:8000
+#   make test             set up, then check style and types, and test every part in minutes
+#   make test-complete    the tests that take longer
 #
 # Every target sets up what it needs; what is up to date is skipped at once.
 
@@ -20,11 +21,16 @@ BIN := .venv/bin
 RUN := $(BIN)/python tools/runtime_env.py
 # Test files share WORKERS processes. Engines take a core and 3 GB each.
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# $(call pytest,NAME,MARKS,OPTIONS): tests with these marks; what took how long is kept by NAME.
+pytest = $(RUN) pytest -m "$(2)" $(3) --durations 30 --junit-xml build/test-reports/$(1).xml
+
+# Bytecode of our own packages and tests: every engine and replica is a process that loads them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv lock model serve test lint format test-unit test-browser test-engine test-cluster test-long soak load headline bench-serving gpu-acceptance browser docs docs-serve clean distclean
+.PHONY: help venv lock model serve test lint format test-unit test-browser test-engine test-cluster test-complete test-long soak load headline bench-serving gpu-acceptance browser docs docs-serve clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +49,7 @@ serve: venv ## Serve a real model (CONFIG=configs/cluster.yaml); Ctrl-C stops it
 	@$(RUN) memshare model
 	@$(RUN) python tools/serve_local.py $(CONFIG)
 
-test: venv model browser lint test-unit test-browser test-engine test-cluster ## Run every check and test
+test: venv model browser lint test-unit test-browser test-engine test-cluster ## Check everything that minutes allow: style, types, and tests of every part
 
 lint: venv ## Check style, types, what imports what, declared dependencies and the lock
 	$(BIN)/ruff check .
@@ -59,22 +65,28 @@ format: venv ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-unit: venv ## Fast tests: no engine, no Ray, no browser
-	$(RUN) pytest -m "not engine and not cluster and not browser" $(SPREAD)
+test-unit: venv ## Fast tests: no vLLM, no Ray cluster, no browser
+	$(call pytest,unit,not engine and not cluster and not browser and not complete,$(SPREAD))
 
 browser: venv ## Find a Chromium for tests of the live page, or install Debian's (as root)
 	@$(RUN) python tools/setup_browser.py
 
 test-browser: venv browser ## Tests of the live page in a real browser
-	$(RUN) pytest -m "browser and not cluster"
+	$(call pytest,browser,browser and not engine and not cluster and not complete)
 
 test-engine: venv model ## Tests that start a real vLLM engine
-	$(RUN) pytest -m "engine and not cluster" --timeout 600 $(SPREAD)
+	$(call pytest,engine,engine and not cluster and not complete,--timeout 600 $(SPREAD))
 
 test-cluster: venv model ## Tests that start Ray; those that measure times one by one
-	$(RUN) pytest -m "cluster and not engine" --timeout 900 $(SPREAD)
-	$(RUN) pytest -m "cluster and engine and not alone" --timeout 900 $(SPREAD)
-	$(RUN) pytest -m "cluster and alone" --timeout 900
+	$(call pytest,cluster,cluster and not alone and not complete,--timeout 900 $(SPREAD))
+	$(call pytest,cluster-alone,cluster and alone and not complete,--timeout 900)
+
+test-complete: venv model browser ## The tests that take longer: kills, tensor parallelism, benchmarks, long schedules
+	$(call pytest,complete,complete and not cluster,--timeout 900 $(SPREAD))
+	SCHEDULER_TEST_STEPS=10000 $(RUN) pytest tests/memshare/engine/test_state_machine.py -k survives \
+		--durations 30 --junit-xml build/test-reports/schedules.xml
+	$(call pytest,complete-cluster,complete and cluster and not alone,--timeout 900 $(SPREAD))
+	$(call pytest,complete-alone,complete and cluster and alone,--timeout 900)
 
 docs: venv ## Build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) python -m mkdocs --quiet build --strict

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.selection import may_select
 from tools.setup_browser import find_chromium, in_ci
 
 # No deadline: on loaded cores a slow example says nothing. `pytest --hypothesis-profile=thorough`
@@ -13,6 +16,15 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 settings.register_profile("quick", quick)
 settings.register_profile("thorough", quick, max_examples=500)
 settings.load_profile("quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file of which ``-m`` selects nothing: vLLM alone takes 15 s of CPU to load."""
+    expression = config.getoption("markexpr")
+    if not expression or collection_path.suffix != ".py":
+        return None
+    source = collection_path.read_text(encoding="utf-8")
+    return True if not may_select(expression, source) else None
 
 
 @pytest.fixture(scope="session")

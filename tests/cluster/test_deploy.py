@@ -34,6 +34,7 @@ from tools.kubernetes.layout import IMAGE_MODELS, K8S, KEY_TABLE, ROOT
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.complete,
     pytest.mark.engine,
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "setpriv", "mount"))),

@@ -158,6 +158,7 @@ def test_forgotten_histories_match_nothing(source: RayCandidateSource) -> None:
     assert [a.matches for a in wait_for(source) if isinstance(a, EvaluatorAnswer)] == [()]
 
 
+@pytest.mark.complete
 def test_a_crashed_actor_comes_back(source: RayCandidateSource, config: MemShareConfig) -> None:
     assert resume(source, "a") == []
     actor = ray.get_actor(actor_of(source, "a"), config.evaluator.namespace)
@@ -173,6 +174,7 @@ def test_a_crashed_actor_comes_back(source: RayCandidateSource, config: MemShare
     assert again._actor_id == actor._actor_id, "Ray restarts it, nobody makes another"
 
 
+@pytest.mark.complete
 def test_actors_killed_for_good_are_made_again(
     source: RayCandidateSource, config: MemShareConfig
 ) -> None:
@@ -185,6 +187,7 @@ def test_actors_killed_for_good_are_made_again(
         assert set(resume(source, history)) <= {"dead"}
 
 
+@pytest.mark.complete
 def test_a_full_actor_pushes_back(impostor: Impostor) -> None:
     config = make_config(actors=1, max_pending_calls=2)
     impostor(config, lambda batch: time.sleep(3600))
@@ -234,6 +237,7 @@ def test_an_evaluator_that_raises_is_an_error(impostor: Impostor) -> None:
     assert fault.reason == "error"
 
 
+@pytest.mark.complete
 def test_the_pool_replaces_actors_that_are_gone(config: MemShareConfig) -> None:
     pool = EvaluatorPool(config)
     names = [actor_name(index) for index in range(2)]
@@ -251,6 +255,7 @@ def test_the_pool_replaces_actors_that_are_gone(config: MemShareConfig) -> None:
     assert after[0]._actor_id == before[0]._actor_id
 
 
+@pytest.mark.complete
 def test_the_engine_side_never_waits_and_sees_sharing_resume() -> None:
     """Through the engine's bridge: crash, loss of all actors; only reasons tell."""
     config = make_config(actors=2)
@@ -286,7 +291,7 @@ def test_the_engine_side_never_waits_and_sees_sharing_resume() -> None:
     bridge.close()
     # While an actor restarts, calls may wait for it up to its limit.
     assert {"dead"} <= reasons <= {"dead", "busy"}
-    assert slowest < 0.5, "the engine's side must not wait for Ray"
+    assert slowest < WAIT_S / 4, "the engine's side must not wait for Ray"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379"])
@@ -310,6 +315,7 @@ def test_an_address_without_a_cluster_is_reported_at_once(address: str) -> None:
     assert f"EvaluatorError: dead: no Ray cluster at '{address}'" in outcome.stderr
 
 
+@pytest.mark.complete
 def test_a_process_outside_ray_joins_makes_the_pool_and_takes_it_along(ray_address: str) -> None:
     """As vLLM's engine process does: no Ray in it, only an address."""
     config = make_config(actors=1, address=ray_address)

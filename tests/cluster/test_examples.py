@@ -13,7 +13,7 @@ import pytest
 from tests.machine import DTYPE
 from tools.bench.local_cluster import ROOT, free_port
 
-pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+pytestmark = [pytest.mark.cluster, pytest.mark.complete, pytest.mark.engine]
 
 
 def test_the_application_from_python(ray_address: str, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_both_replicas_answer(address: str) -> None:
         assert len(seen) == 2
 
 
+@pytest.mark.complete
 def test_who_comes_to_a_full_queue_is_told_when_to_come_again(address: str) -> None:
     with Client(address) as client, ThreadPoolExecutor(92) as pool:
 
@@ -203,6 +204,7 @@ def streams_on_both(client: Client, count: int = 8) -> dict[str, Iterator[object
     raise AssertionError("one replica gets all requests, and goes on to")
 
 
+@pytest.mark.complete
 def test_a_killed_replica_ends_its_own_streams_and_no_other(address: str) -> None:
     with Client(address) as client:
         streams = streams_on_both(client)

@@ -27,7 +27,7 @@ from tools.bench.local_cluster import free_port
 from tools.kubernetes.build import Manifests, build
 from tools.kubernetes.layout import K8S
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.complete, pytest.mark.timeout(400)]
 
 HOST = get_node_ip_address()  # Ray doesn't stay with the loopback address
 START_S = 120.0

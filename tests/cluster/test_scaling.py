@@ -24,7 +24,7 @@ from vllm.utils.network_utils import get_open_port
 from cluster.config import ClusterArgs
 from tests.cluster.stand_in import stand_in
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.complete]
 
 WAIT_S = 60.0
 CALM = {"used": 0.1, "running": 1, "waiting": 0, "slots": 8, "preemptions": 0}
@@ -146,7 +146,7 @@ def test_one_to_two_to_one_replicas_by_kv_pressure_and_streams_finish(cluster: C
     up_s = until(lambda: cluster.running("scales") == 2, "no second replica under pressure")
     url = cluster.url("scales", "stream")
     with ThreadPoolExecutor(12) as pool:
-        streams = start_streams(pool, url, seconds=20.0, count=12)
+        streams = start_streams(pool, url, seconds=40.0, count=12)
         time.sleep(1.0)
         cluster.report(CALM)
         down_s = until(lambda: cluster.running("scales") == 1, "the second replica stays")
@@ -165,7 +165,7 @@ def test_too_many_requests_are_told_when_to_come_back(cluster: Cluster) -> None:
     with ThreadPoolExecutor(2) as pool:
         streams = []
         for _ in range(2):  # one runs, one waits
-            streams += start_streams(pool, url, seconds=5.0, count=1)
+            streams += start_streams(pool, url, seconds=10.0, count=1)
             time.sleep(0.7)
         refused = httpx.get(url, params={"seconds": 0}, timeout=WAIT_S)
         assert refused.status_code == 429

@@ -269,6 +269,7 @@ def test_tokens_are_counted_as_they_are(keyed: Keyed, stream: bool) -> None:
     assert after[1] - before[1] == usage["completion_tokens"]
 
 
+@pytest.mark.complete
 def test_used_up_tokens_come_back_with_time(keyed: Keyed) -> None:
     assert keyed.ask("metered", max_tokens=20, ignore_eos=True).status_code == 200
     refused = keyed.ask("metered")
@@ -349,6 +350,7 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.complete
 def test_bad_input_is_never_an_error_of_the_server(keyed: Keyed) -> None:
     """Every operation of the OpenAPI surface, with requests that its schema allows and that not.
 

@@ -29,7 +29,12 @@ from tools.bench.local_cluster import (
     victims,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.alone]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.engine,
+    pytest.mark.alone,
+    pytest.mark.complete,
+]
 
 BLOCKS = 200
 STORY = {

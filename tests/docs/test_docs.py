@@ -15,7 +15,6 @@ import yaml
 from cluster.config import parse_cluster_args
 from cluster.tenancy.keys import parse_table
 from memshare.config import ENV_PREFIX, load_config
-from memshare.engine.compatibility import setup_faults
 from memshare.engine.versions import TESTED_VLLM
 from memshare.plug_in import CONNECTOR_MODULE
 from memshare.request_options import RequestOptions
@@ -78,7 +77,10 @@ def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None
     assert f"| PyTorch | {pinned['torch']} |" in page
 
 
+@pytest.mark.engine  # vLLM is loaded
 def test_the_compatibility_page_names_every_option_that_is_refused() -> None:
+    from memshare.engine.compatibility import setup_faults
+
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
     code = inspect.getsource(setup_faults)
     options = set(re.findall(r"(?:parallel|model|vllm_config|cache_config)\.(\w+)", code))

@@ -30,6 +30,7 @@ def make(site: Path, file: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.complete
 def test_it_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
     built = make(tmp_path)
     assert built.returncode == 0, built.stderr
@@ -48,6 +49,7 @@ def test_it_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None
     assert ":class:" not in python, "a role of Sphinx"
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("link", ["nowhere.md", "other.md#nowhere"])
 def test_a_broken_link_or_anchor_fails_the_build(tmp_path: Path, link: str) -> None:
     docs = tmp_path / "docs"

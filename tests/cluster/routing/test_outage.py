@@ -73,7 +73,7 @@ def update(router: Any, *replicas: Replica) -> None:
 
 
 async def soon(task: asyncio.Task[Replica]) -> Replica:
-    return await asyncio.wait_for(task, 2)
+    return await asyncio.wait_for(task, 60)
 
 
 async def is_waiting(task: asyncio.Task[Replica]) -> bool:

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster.http.asgi import DisconnectOnCancel, KeyGate
 from cluster.telemetry.serve_logs import log_no_calls, log_no_refusals
 from memshare.client import NotAllowedError, NotFoundError, Sampling
-from tests.cluster.grpc.test_grpc_service import serving
+from tests.cluster.grpc.test_service import serving
 from tests.cluster.tenancy.test_auth import CHAT, bearer, client_of, gate_for, ok
 
 
@@ -99,7 +99,7 @@ async def test_grpc_calls_are_logged_with_the_requests_id_in_the_engine(
             async with client.chat_stream([("user", "x")], Sampling(ignore_eos=True)) as stream:
                 async for _ in stream:
                     break
-            await asyncio.wait_for(server.engine.idle.wait(), 5)
+            await asyncio.wait_for(server.engine.idle.wait(), 60)
             with pytest.raises(NotFoundError):
                 await client.model_info("other")
         async with server.client(retries=0) as nobody:

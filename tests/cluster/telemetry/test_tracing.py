@@ -17,6 +17,8 @@ from cluster.telemetry.step_sample import StepSample
 from cluster.telemetry.tracing import RequestSpans
 from memshare.telemetry.stats import PreemptionNote, RemapNote, empty_payload
 
+pytestmark = pytest.mark.engine  # vLLM is loaded; no engine starts
+
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 FROM_CLIENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 

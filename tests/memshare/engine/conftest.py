@@ -1,7 +1,8 @@
 """Real vLLM engines in this process, so that tests can look at scheduler and worker.
 
-Two models: ``tiny`` (random weights, milliseconds a step) where bookkeeping is tested, and the real
-SmolLM2 where outputs must mean something. Engines are started once and shared by a module.
+Models: ``tiny`` (milliseconds a step) where bookkeeping is tested, ``tiny_with_weights`` where
+outputs must mean something, and in ``make test-complete`` also the real SmolLM2. Engines start
+once and are shared by a module.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from memshare.small_model.names import resolve_model
-from tests.memshare.engine.harness import Engine, StartEngine, write_tiny_model
+from tests.memshare.engine.harness import Engine, StartEngine, write_tiny_model, write_tiny_weights
 
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -74,6 +75,23 @@ def smollm2_tp2() -> str:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a two-layer Llama without weights (``load_format="dummy"``), byte vocabulary."""
     return str(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def tiny_with_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with random weights by which outputs depend on every block of the cache."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny-with-weights"))
+    return str(write_tiny_weights(folder))
+
+
+@pytest.fixture(
+    scope="module",
+    params=["tiny_with_weights", pytest.param("smollm2", marks=pytest.mark.complete)],
+)
+def model(request: pytest.FixtureRequest) -> str:
+    """Folder of a model whose outputs mean something."""
+    folder: str = request.getfixturevalue(request.param)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,45 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def write_tiny_weights(folder: Path, seed: int = 0) -> Path:
+    """Give a model of :func:`write_tiny_model` random weights whose outputs mean something.
+
+    Weights that ``load_format="dummy"`` makes are so small that all logits are nearly equal: tokens
+    hardly depend on the KV cache, and a wrong block would go unseen. These have the scale at which
+    attention is sharp, and weighs as much as the token itself.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    vocabulary = config["vocab_size"]
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights(rows: int, columns: int, gain: float) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * gain * columns**-0.5
+
+    tensors = {
+        "model.embed_tokens.weight": weights(vocabulary, hidden, hidden**0.5),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": weights(vocabulary, hidden, 3.0),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        gains = {"q_proj": 2.0, "k_proj": 2.0, "v_proj": 1.5, "o_proj": 1.5}
+        for part, gain in gains.items():
+            tensors[f"{name}.self_attn.{part}.weight"] = weights(hidden, hidden, gain)
+        for part in ("gate_proj", "up_proj"):
+            tensors[f"{name}.mlp.{part}.weight"] = weights(inner, hidden, 1.0)
+        tensors[f"{name}.mlp.down_proj.weight"] = weights(hidden, inner, 1.0)
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{name}.{part}.weight"] = torch.ones(hidden)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_tiny_model(folder: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from memshare.lab.simulate.costs import StepCosts
 from memshare.lab.simulate.run import PredictedEngine, SimulatedJob, simulate
 from tests.machine import DTYPE
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(900)]
 
 PROBLEMS = ["--model", "smollm2-135m-reasoner", "--dtype", DTYPE]
 SHORT = 486  # of eight problems from here on, the longest solution is shorter than elsewhere

@@ -15,7 +15,7 @@ from tests.machine import DTYPE
 from tools.bench.local_cluster import free_port
 from tools.runtime_env import runtime_env
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(600)]
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples"
 

@@ -15,25 +15,26 @@ PROMPTS = [
     "Write a short poem about the sea.",
 ] * 4  # sixteen requests
 SHORT = {
-    "steps": {"max_tokens": 32},
+    "steps": {"max_tokens": 32, "min_tokens": 8, "similarity_threshold": 0.0},
+    "distance": {"similarity_threshold": 0.0},
     "protect": {"recent_tokens": 32},
     "integrity": {"check_every": 1, "on_failure": "raise"},
 }
 
 
-def test_off_and_observe_change_no_token(start_engine: StartEngine, smollm2: str) -> None:
+def test_off_and_observe_change_no_token(start_engine: StartEngine, model: str) -> None:
     options = {"num_gpu_blocks_override": 45, "max_model_len": 1024}
-    with start_engine(smollm2, None, **options) as dense:
+    with start_engine(model, None, **options) as dense:
         expected = dense.generate(PROMPTS, 96)
         preemptions = dense.metric("vllm:num_preemptions")
     assert preemptions > 0, "the memory must be short, or nothing could go wrong"
 
-    with start_engine(smollm2, {"mode": "off"}, **options) as off:
+    with start_engine(model, {"mode": "off"}, **options) as off:
         assert off.generate(PROMPTS, 96) == expected
         assert off.side is None
         assert off.core.model_executor.driver_worker.worker._memshare is None
 
-    with start_engine(smollm2, SHORT | {"mode": "observe"}, **options) as observe:
+    with start_engine(model, SHORT | {"mode": "observe"}, **options) as observe:
         assert observe.generate(PROMPTS, 96) == expected
         totals = observe.totals
         assert totals["steps"] > 0

@@ -29,9 +29,9 @@ def turn(engine: Engine, prompt: list[int], max_tokens: int) -> tuple[list[int],
     return list(output.outputs[0].token_ids), int(output.num_cached_tokens)
 
 
-def test_a_later_turn_is_served_no_tainted_block(start_engine: StartEngine, smollm2: str) -> None:
+def test_a_later_turn_is_served_no_tainted_block(start_engine: StartEngine, model: str) -> None:
     options: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 200}
-    with start_engine(smollm2, EAGER, **options) as engine:
+    with start_engine(model, EAGER, **options) as engine:
         prompt = engine.llm.get_tokenizer().encode(FIRST_TURN)
         tainted_from: list[int] = []
         stop_publishing = engine.side.tables.stop_publishing
@@ -59,7 +59,7 @@ def test_a_later_turn_is_served_no_tainted_block(start_engine: StartEngine, smol
         _, cached_wrongly = turn(engine, conversation, 32)
         assert cached_wrongly > tainted_from[0] * BLOCK
 
-    with start_engine(smollm2, None, **options) as dense:
+    with start_engine(model, None, **options) as dense:
         expected, _ = turn(dense, conversation, 32)
     # The second turn runs under MemShare too, but its prompt is protected and its answer is short.
     assert second == expected

@@ -9,7 +9,7 @@ import pytest
 
 from memshare.cli.main import main
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(600)]
 
 STEPS = (
     "Let me add the numbers one by one. First, 17 plus 25 is 42.",

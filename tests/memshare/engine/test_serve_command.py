@@ -183,7 +183,7 @@ def test_registering_loads_nothing_of_ours() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(params=["memshare", "by name"])
+@pytest.fixture(params=["memshare", pytest.param("by name", marks=pytest.mark.complete)])
 def server(
     request: pytest.FixtureRequest, tmp_path: Path, installed: Path
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:

@@ -19,6 +19,8 @@ from transformers import (
 from memshare.errors import UserError
 from memshare.small_model.head_padding import Heads, ModelShape, pad_heads, padded_heads
 
+pytestmark = pytest.mark.complete  # compares with models of transformers, which load Inductor
+
 SMOLLM2 = ModelShape(
     model_type="llama",
     hidden_size=576,

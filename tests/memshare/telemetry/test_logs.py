@@ -85,6 +85,7 @@ def test_handlers_of_others_stay_open() -> None:
             log.setLevel(level)
 
 
+@pytest.mark.complete
 @pytest.mark.timeout(240)  # a process that loads Ray Serve and vLLM
 @pytest.mark.parametrize("kept", [True, False])
 def test_ray_serves_log_survives_vllm(tmp_path: Path, kept: bool) -> None:
@@ -107,6 +108,7 @@ log.handlers[-1].flush()  # before it are Ray Serve's own
     assert (tmp_path / "serve.log").read_text().split() == ["before", "after"][: 1 + kept]
 
 
+@pytest.mark.engine  # vLLM is loaded
 def test_a_refusal_is_a_line_of_vllms_log_and_a_fault_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import grpc
 import pytest
@@ -20,10 +21,22 @@ from tests.cluster.tenancy.test_auth import gate_for, open_gate
 METHOD = "/test.Test/Call"
 
 
+class Signal(asyncio.Event):
+    """Counts who has come to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = 0
+
+    async def wait(self) -> Literal[True]:
+        self.waiting += 1
+        return await super().wait()
+
+
 @asynccontextmanager
-async def served(gate: Gate, host: str = "127.0.0.1") -> AsyncIterator[tuple[str, asyncio.Event]]:
+async def served(gate: Gate, host: str = "127.0.0.1") -> AsyncIterator[tuple[str, Signal]]:
     """A server whose method waits for the event, and its address."""
-    go_on = asyncio.Event()
+    go_on = Signal()
 
     async def method(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         serve_context = RayServegRPCContext(context)  # as Ray Serve's proxy makes it
@@ -137,15 +150,15 @@ async def test_without_keys_a_connection_has_bounds_and_another_one_its_own() ->
             grpc.aio.insecure_channel(address, own) as other,
         ):
             waiting = [
-                asyncio.ensure_future(greedy.unary_unary(METHOD)(b"wait", timeout=20))
+                asyncio.ensure_future(greedy.unary_unary(METHOD)(b"wait", timeout=120))
                 for _ in range(3)
             ]
-            done, _ = await asyncio.wait(waiting, timeout=0.5)
-            assert not done
+            while go_on.waiting < 3:
+                await asyncio.sleep(0.01)
             with pytest.raises(grpc.aio.AioRpcError, match="limit of 3 requests") as limited:
-                await greedy.unary_unary(METHOD)(b"", timeout=10)
+                await greedy.unary_unary(METHOD)(b"", timeout=60)
             assert limited.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert await other.unary_unary(METHOD)(b"", timeout=10) == b"local True"
+            assert await other.unary_unary(METHOD)(b"", timeout=60) == b"local True"
             go_on.set()
             assert await asyncio.gather(*waiting) == [b"local True"] * 3
-            assert await greedy.unary_unary(METHOD)(b"", timeout=10) == b"local True"
+            assert await greedy.unary_unary(METHOD)(b"", timeout=60) == b"local True"

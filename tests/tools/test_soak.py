@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tools.bench.soak.report import (
     write,
 )
 
+WORDS = ("one ", "two ", "three")
 Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 
@@ -38,7 +40,7 @@ def event(text: str, finish: str | None = None) -> bytes:
 
 
 async def whole(request: web.Request, answer: web.StreamResponse) -> None:
-    for word in ("one ", "two ", "three"):
+    for word in WORDS:
         await answer.write(event(word))
         await asyncio.sleep(0.01)
     await answer.write(event("", "length") + b"data: [DONE]\n\n")
@@ -96,8 +98,8 @@ async def test_whole_answers_are_timed() -> None:
     found = summarize(outcomes)
     assert found.endings == {"whole": 4}
     assert 0 < found.first_token_p50 < found.first_token_p99 + 1e-9
-    assert 0.005 < found.between_tokens_p50 < 0.5
-    assert found.requests_per_s > 1
+    assert found.between_tokens_p50 > 0.005
+    assert found.requests_per_s > 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ class StandIn:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if body.get("stream"):
-            self.tokens += 3
+            self.tokens += len(WORDS)
             answer = web.StreamResponse()
             await answer.prepare(request)
             await whole(request, answer)
@@ -168,36 +170,47 @@ async def test_a_soak_run_breaks_rests_and_reports(monkeypatch: pytest.MonkeyPat
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     killed: list[str] = []
+    loop, written = asyncio.get_running_loop(), len(WORDS)
 
     def kill(role: str) -> Killed:
         killed.append(role)
         return Killed(role, 1, 0.0, {})
 
+    def wait_until_whole(server: Server, fault: Killed) -> float:
+        """The run ends by what it has seen and not by the clock: both roles, a sample, a stream."""
+        record = running.record
+        while len(record.samples) == len(record.probes) or stand_in.tokens < written:
+            time.sleep(0.01)
+        if set(killed) == {"engine", "proxy"}:
+            loop.call_soon_threadsafe(running._over.set)
+        return 0.5
+
     monkeypatch.setattr(soak, "kill", kill)
     monkeypatch.setattr(soak, "victims", lambda role: [role] * (role != "worker"))
-    monkeypatch.setattr(soak, "wait_until_whole", lambda server, fault: 0.5)
-    monkeypatch.setattr(soak, "SAMPLE_S", 0.2)
-    monkeypatch.setattr(soak, "SETTLE_S", 0.05)
+    monkeypatch.setattr(soak, "wait_until_whole", wait_until_whole)
+    monkeypatch.setattr(soak, "processes", lambda title: [])  # nothing here is the server's
+    monkeypatch.setattr(soak, "SAMPLE_S", 0.05)
+    monkeypatch.setattr(soak, "SETTLE_S", 0.0)
     args = argparse.Namespace(
-        load=False, streams=3, hours=4 / 3600, every=0.1, faults=["engine", "proxy", "worker"],
+        load=False, streams=3, hours=1.0, every=0.01, faults=["engine", "proxy", "worker"],
         seed=1, replicas=1,
     )  # fmt: skip
     server: Any = Server(subprocess.Popen(["true"]), url, "", Path())
+    running = soak.Soak(server, args)
     try:
-        run = await soak.Soak(server, args).run()
+        run = await running.run()
     finally:
         await runner.cleanup()
     assert [fault.role for fault in run.faults] == killed
     assert set(killed) == {"engine", "proxy"}
     assert len(run.probes) == len(killed) + 2, "before, after each, and at the end"
     assert stand_in.questions == len(run.probes) * len(soak.PROBES)
-    assert len(run.outcomes) * 3 == stand_in.tokens
+    assert len(run.outcomes) * len(WORDS) == stand_in.tokens > 0
     assert len(run.samples) > len(run.probes), "also while it runs"
     assert run.counters["vllm:num_preemptions_total"] == 7
     assert run.counters["vllm:memshare_integrity_checks_total"] == 0, "only failures count"
     checks = list(judge(run, graded=True))
-    wrong = {check.name for check in checks if not check.passed}
-    assert wrong <= {"memory is flat after warm-up"}, "nothing of this process is the server's"
+    assert [check.name for check in checks if not check.passed] == []
     assert "| engine |" in render(run, checks)
 
 

@@ -36,7 +36,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 URL = "https://example.org/somebody/memshare"
 CONFIGURATIONS = sorted(path.stem for path in (ROOT / "configs").rglob("*.yaml"))
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.complete, pytest.mark.timeout(180)]
 
 
 def run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,8 @@ from cluster.tenancy.gate import Gate
 from cluster.tenancy.keys import KeylessConfig
 from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
 
+pytestmark = pytest.mark.engine  # vLLM is loaded; no engine starts
+
 LOOP = StructuredOutputsParams(json={"$ref": "#"})
 
 

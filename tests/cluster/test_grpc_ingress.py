@@ -175,7 +175,7 @@ async def test_a_message_that_does_not_arrive_is_not_waited_for(
             began = time.monotonic()
             with pytest.raises(grpc.aio.AioRpcError, match=r"did not arrive within 0\.3 s") as late:
                 await silent.read()
-            assert 0.2 < time.monotonic() - began < 5
+            assert 0.2 < time.monotonic() - began < 60
             assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             empty = channel.stream_stream(f"/{SERVICE.full_name}/{method}")()
             await empty.done_writing()

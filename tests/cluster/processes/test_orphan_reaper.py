@@ -49,7 +49,7 @@ def test_the_engine_ends_with_the_replica(end: str) -> None:
     if end != "by itself":
         assert is_running(engine)
         os.kill(replica.pid, signal.Signals[end])
-    replica.wait(timeout=20)
+    replica.wait(timeout=120)
     deadline = time.monotonic() + 20
     while (is_running(engine) or segment_file.exists()) and time.monotonic() < deadline:
         time.sleep(0.02)

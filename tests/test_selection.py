@@ -1,0 +1,89 @@
+"""``make test`` and ``make test-complete``: each test runs in exactly one of them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.documents import ROOT
+from tests.selection import MARKS, assignments, may_select, selects
+
+
+def expressions(*targets: str) -> list[str]:
+    """What the Makefile's recipes give to ``pytest -m``, without running them."""
+    done = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", *targets],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    calls = [shlex.split(line) for line in lines if " pytest " in line]
+    return [words[words.index("-m") + 1] for words in calls if "-m" in words]
+
+
+def test_every_combination_of_marks_is_selected_once() -> None:
+    quick, rest = expressions("test"), expressions("test-complete")
+    assert len(quick) >= 5
+    for marks in assignments(*MARKS):
+        if marks["alone"] and not marks["cluster"]:
+            continue  # a mark of tests that start Ray
+        selecting = [expression for expression in quick + rest if selects(expression, marks)]
+        assert len(selecting) == 1, (marks, selecting)
+        assert (selecting[0] in rest) == marks["complete"]
+
+
+def collected(*options: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    counted = re.findall(r"^(tests/\S+\.py): (\d+)$", done.stdout, re.MULTILINE)
+    return [file for file, count in counted for _ in range(int(count))]
+
+
+@pytest.mark.complete
+@pytest.mark.timeout(900)
+def test_no_test_falls_out() -> None:
+    """Of the files that exist, and not only of their marks."""
+    shares = [collected("-m", expression) for expression in expressions("test", "test-complete")]
+    assert sum(map(Counter, shares), Counter()) == Counter(collected())
+
+
+@pytest.mark.parametrize(
+    ("source", "expression", "may"),
+    [
+        ("", "not engine", True),
+        ("", "engine", False),
+        ("pytestmark = pytest.mark.engine", "not engine", False),
+        ("pytestmark = [\n    pytest.mark.engine,\n]", "engine and not cluster", True),
+        ("pytestmark = pytest.mark.engine\n@pytest.mark.complete\ndef t(): ...", "complete", True),
+        ("pytestmark = pytest.mark.engine", "engine and complete", False),
+        ("@pytest.mark.engine\ndef t(): ...", "not engine", True),
+        ("@pytest.mark.engine\ndef t(): ...", "engine", True),
+    ],
+)
+def test_a_file_is_left_out_only_if_nothing_of_it_is_selected(
+    source: str, expression: str, may: bool
+) -> None:
+    assert may_select(expression, source) == may
+
+
+def test_a_file_that_is_left_out_is_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\npytestmark = pytest.mark.engine\nraise SystemError('imported')\n"
+    )
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_ignore_collect\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-c", str(ROOT / "pyproject.toml")]
+
+    def collect(expression: str) -> str:
+        return subprocess.run(
+            [*command, "--rootdir", str(tmp_path), "-m", expression, str(tmp_path)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        ).stdout  # fmt: skip
+
+    assert "SystemError" not in collect("not engine")
+    assert "SystemError" in collect("engine")
