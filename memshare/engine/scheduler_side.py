@@ -117,7 +117,9 @@ class SchedulerSide:
         usage = returned_usage(request, state, self.tables.entries(request_id))
         if state is None:
             return usage
-        self.recorder.event("finished", request=request_id, shared=len(state.repointed))
+        self.recorder.event(
+            "finished", request=request_id, shared=len(state.repointed), dropped=len(state.holes)
+        )
         self._forget_blocks(state, "finished")
         return usage
 
