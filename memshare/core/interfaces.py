@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol
 
 from memshare.core.token_map import TokenMap
 
+NULL_BLOCK = 0
+"""The id of the null block, on every rank."""
+
 
 class Block(Protocol):
     """A block of the KV cache."""
@@ -219,6 +222,27 @@ class WorkerTables(Protocol):
     def block_ids(self, request_id: str, count: int) -> list[int] | None:
         """The first ``count`` block ids of a request; None if it isn't known. For checks: waits for
         the device."""
+        ...
+
+
+class AttentionView(Protocol):
+    """What this rank's attention is given in a step: its tables, less their null entries.
+
+    Tables and lengths of the engine stay as they are. Holds for one step: the worker clears it when
+    the step has been launched, so that dummy runs and captures see plain tables.
+    """
+
+    def leave_out(self, null_entries: Mapping[str, int]) -> None:
+        """Leave out the null entries of these requests, in the step that begins.
+
+        Args:
+            null_entries: how many entries of the table of each request are null; of every request
+                that has some.
+        """
+        ...
+
+    def clear(self) -> None:
+        """No request has null entries any more."""
         ...
 
 

@@ -19,6 +19,7 @@ class Compaction(Mechanism[CompactionParams]):
 
     params = CompactionParams
     drops_tokens = True
+    edits_view = True
 
     def refusals(self, setup: Setup) -> Iterator[str]:
         """See :meth:`Mechanism.refusals`."""
@@ -36,8 +37,6 @@ class Compaction(Mechanism[CompactionParams]):
 
     def worker_part(self, context: WorkerContext) -> WorkerPart:
         """See :meth:`Mechanism.worker_part`."""
-        from memshare.mechanisms.compaction.worker import (  # type: ignore[import-not-found]
-            CompactionWorkerPart,
-        )
+        from memshare.mechanisms.compaction.worker import CompactionWorkerPart
 
-        return CompactionWorkerPart(context, self._params)  # type: ignore[no-any-return]
+        return CompactionWorkerPart(context, self._params)
