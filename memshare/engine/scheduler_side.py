@@ -247,7 +247,8 @@ class SchedulerSide:
         self.reclaimer.enabled = False
         self._check_failed = True
         logger.error(
-            "MemShare integrity check failed: %s. No further remaps; serving goes on.", listed
+            "MemShare integrity check failed: %s. Nothing more is reclaimed; serving goes on.",
+            listed,
         )
 
     # ---- reporting ----

@@ -80,7 +80,7 @@ class Round:
 
 
 def plan_rounds(
-    rooms: Iterable[tuple[float, int, RequestState]],
+    ready: Iterable[tuple[float, RequestState]],
     look: Callable[[RequestState], Room | None],
     wanted: int,
     fraction: float,
@@ -93,19 +93,20 @@ def plan_rounds(
     appears once, with all that it loses.
 
     Args:
-        rooms: share lost already, tokens and state of every request that may have room.
+        ready: requests that may have room, each with its place in the order, as a rule the share
+            that it has lost already.
         look: what a request may lose now, exactly; None if nothing. Called for those only whose
             turn comes.
         wanted: blocks. The last round may free more than is left of them: rounds are large, few.
         fraction: of what may go, that a request loses before the others have their turn.
         least: blocks; who cannot lose as many, loses none.
     """
-    heap = [(share, -tokens, order, state) for order, (share, tokens, state) in enumerate(rooms)]
+    heap = [(place, -state.full, order, state) for order, (place, state) in enumerate(ready)]
     heapq.heapify(heap)
     seen: dict[int, Room] = {}
     chosen: dict[int, int] = {}
     while heap and wanted > 0:
-        _, tokens, order, state = heapq.heappop(heap)
+        _, longest_first, order, state = heapq.heappop(heap)
         if order not in seen:
             room = look(state)
             if room is None:
@@ -119,6 +120,6 @@ def plan_rounds(
         chosen[order] = already + blocks
         wanted -= blocks
         share = (len(state.holes) + chosen[order]) / room.may_go
-        heapq.heappush(heap, (share, tokens, order, state))
+        heapq.heappush(heap, (share, longest_first, order, state))
     for order, blocks in chosen.items():
         yield Round(seen[order], blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from memshare.core.requests import RequestState
 from memshare.mechanisms.compaction.budget import Budgets, Room, Round, plan_rounds
@@ -34,18 +34,31 @@ class CompactionPart(SchedulerPart):
 
     def reclaim(self, wanted: int, cause: Cause) -> int:
         """See :meth:`SchedulerPart.reclaim`."""
-        freed = self._run(wanted, cause, self._params.min_round)
-        if not freed and cause in ("allocation", "demand"):
-            freed = self._run(wanted, cause, 1)  # costs less than a preemption
-        return freed
+        least = self._params.min_round
+        rooms = ((self._budgets.share(state), state) for state in self._ready(least))
+        freed = self._run(rooms, wanted, cause, self._params.round_fraction, least)
+        if freed or cause not in ("allocation", "demand"):
+            return freed
+        # Small rounds cost less than a preemption: the largest that there are, to their ends.
+        scraps = ((-self._budgets.most_left(state), state) for state in self._ready(1))
+        return self._run(scraps, wanted, cause, fraction=1.0, least=1)
 
-    def _run(self, wanted: int, cause: Cause, least: int) -> int:
-        rooms = (
-            (self._budgets.share(state), state.full, state)
-            for state in self._tracker
-            if self._budgets.most_left(state) >= least and not self._tracker.in_transit(state)
-        )
-        rounds = plan_rounds(rooms, self._look, wanted, self._params.round_fraction, least)
+    def _ready(self, least: int) -> Iterator[RequestState]:
+        """Requests that may have so many blocks to lose."""
+        for state in self._tracker:
+            if self._budgets.most_left(state) >= least and not self._tracker.in_transit(state):
+                yield state
+
+    def _run(
+        self,
+        rooms: Iterable[tuple[float, RequestState]],
+        wanted: int,
+        cause: Cause,
+        fraction: float,
+        least: int,
+    ) -> int:
+        ready = list(rooms)  # before any of them changes
+        rounds = plan_rounds(ready, self._look, wanted, fraction, least)
         return sum(self._compact(each, cause) for each in rounds)
 
     def _look(self, state: RequestState) -> Room | None:

@@ -80,7 +80,6 @@ def test_under_pressure_requests_are_compacted_and_leave_nothing_behind(engine: 
     assert all(len(tokens) == TOKENS for tokens in outputs)
     assert counted["compactions"] > 10
     assert counted["tokens_dropped"] == 32 * counted["blocks_reclaimed"] > 0
-    assert counted["blocks_reclaimed"] > 2 * counted["compactions"], "in large rounds"
 
 
 def test_without_pressure_nothing_is_dropped_and_every_token_is_vllms(

@@ -13,14 +13,14 @@ from memshare.mechanisms.compaction.budget import Room, Round, plan_rounds
 
 def room(entries: int, holes: int = 0, budget: int | None = None) -> Room:
     """A request with so many entries that may go, besides those that have gone."""
-    state: Any = SimpleNamespace(holes=set(range(1000, 1000 + holes)))
+    state: Any = SimpleNamespace(holes=set(range(1000, 1000 + holes)), full=entries + holes)
     return Room(state, tuple(range(entries)), entries if budget is None else budget)
 
 
 def plan(rooms: list[Room], wanted: int, fraction: float = 0.25, least: int = 1) -> list[int]:
     """Blocks that each request loses."""
     by_state = {id(each.state): each for each in rooms}
-    ready = [(len(r.state.holes) / max(r.may_go, 1), r.may_go, r.state) for r in rooms]
+    ready = [(len(r.state.holes) / max(r.may_go, 1), r.state) for r in rooms]
     rounds = list(plan_rounds(ready, lambda state: by_state[id(state)], wanted, fraction, least))
     lost = {id(each.room.state): each.blocks for each in rounds}
     assert len(lost) == len(rounds), "each request is compacted once"
@@ -51,7 +51,7 @@ def test_small_rounds_wait() -> None:
 
 def test_who_must_wait_is_left_out() -> None:
     rooms = [room(8)]
-    ready = [(0.0, 8, rooms[0].state)]
+    ready = [(0.0, rooms[0].state)]
     assert list(plan_rounds(ready, lambda state: None, 4, 0.25, 1)) == []
 
 
@@ -75,5 +75,5 @@ def test_as_much_as_is_wanted_or_all_there_is(
 
 def test_a_round_says_of_which_room_it_is() -> None:
     each = room(8)
-    (found,) = plan_rounds([(0.0, 8, each.state)], lambda state: each, 1, 0.5, 1)
+    (found,) = plan_rounds([(0.0, each.state)], lambda state: each, 1, 0.5, 1)
     assert found == Round(each, 4)
