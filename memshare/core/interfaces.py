@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol
 
 from memshare.core.token_map import TokenMap
 
+NULL_BLOCK = 0
+"""The id of the null block, on every rank."""
+
 
 class Block(Protocol):
     """A block of the KV cache."""
@@ -171,6 +174,23 @@ class BlockTables(Protocol):
         """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""
         ...
 
+    def drop_entry(self, request_id: str, index: int) -> int:
+        """Let entry ``index``, not the last, point at the null block instead: a hole. Returns how
+        many blocks became free. A published block can still be found, as long as it is not reused:
+        it is exact."""
+        ...
+
+    def make_writable(self, request_id: str, indexes: Sequence[int]) -> bool:
+        """Let nobody find the blocks of these entries in the prefix cache any more; False, with
+        nothing changed, if another entry points at one of them."""
+        ...
+
+    def unpublish_step(self, request: EngineRequest) -> bool:
+        """Take back the blocks, in any group, that the step that is being scheduled completes: the
+        engine has published them before it computes them. False, with nothing changed, if another
+        request has found one already."""
+        ...
+
     def publishes_soon(self, request: EngineRequest) -> bool:
         """Whether the step that is being scheduled may publish a block of this request."""
         ...
@@ -202,6 +222,27 @@ class WorkerTables(Protocol):
     def block_ids(self, request_id: str, count: int) -> list[int] | None:
         """The first ``count`` block ids of a request; None if it isn't known. For checks: waits for
         the device."""
+        ...
+
+
+class AttentionView(Protocol):
+    """What this rank's attention is given in a step: its tables, less their null entries.
+
+    Tables and lengths of the engine stay as they are. Holds for one step: the worker clears it when
+    the step has been launched, so that dummy runs and captures see plain tables.
+    """
+
+    def leave_out(self, null_entries: Mapping[str, int]) -> None:
+        """Leave out the null entries of these requests, in the step that begins.
+
+        Args:
+            null_entries: how many entries of the table of each request are null; of every request
+                that has some.
+        """
+        ...
+
+    def clear(self) -> None:
+        """No request has null entries any more."""
         ...
 
 

@@ -12,7 +12,13 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from memshare.core.interfaces import BlockTables, CacheGroup, Scheduled, WorkerTables
+from memshare.core.interfaces import (
+    AttentionView,
+    BlockTables,
+    CacheGroup,
+    Scheduled,
+    WorkerTables,
+)
 from memshare.engine.versions import ADAPTERS, check_vllm_version
 
 if TYPE_CHECKING:
@@ -60,6 +66,24 @@ class Adapter(Protocol):
 
     def worker_tables(self, runner: object, group: CacheGroup) -> WorkerTables:
         """The tables of that group in a worker's model runner, whichever it is."""
+        ...
+
+    def view_refusals(self, vllm_config: VllmConfig) -> Iterator[str]:
+        """What a view cannot work with, each with the way out. Asked before the model is loaded,
+        and again when its layers are there."""
+        ...
+
+    def install_view(self, vllm_config: VllmConfig) -> None:
+        """Let the attention layers of a model that has just been loaded read through a view. Before
+        vLLM profiles memory or captures graphs."""
+        ...
+
+    def builder_refusals(self, runner: object, group: CacheGroup) -> Iterator[str]:
+        """Which of the runner's attention does not read that group through the view."""
+        ...
+
+    def attention_view(self, runner: object, group: CacheGroup) -> AttentionView:
+        """The view through which that group is read; see :meth:`builder_refusals` first."""
         ...
 
     def attention_layers(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memshare.config import EngineFacts, MemShareConfig, Setup, load_config, registry
+from memshare.core.interfaces import CacheGroup
 from memshare.engine.adapter import vllm_adapter
 from memshare.engine.messages import WorkerHandshake
 from memshare.engine.versions import check_vllm_version
@@ -72,6 +73,30 @@ def check_workers(handshakes: dict[tuple[int, int], WorkerHandshake], world_size
         )
 
 
+def edits_view(config: MemShareConfig) -> bool:
+    """Whether attention must read its tables through a view: only where tokens may be dropped."""
+    mechanisms = registry.mechanisms_of(config).values()
+    return config.mode == "share" and any(mechanism.edits_view for mechanism in mechanisms)
+
+
+def check_layers(vllm_config: VllmConfig) -> None:
+    """Refuse a model whose attention cannot do without tokens in between; once it is loaded.
+
+    Raises:
+        UnsupportedSetup: see there.
+    """
+    _raise(vllm_adapter().view_refusals(vllm_config))
+
+
+def check_builders(runner: object, group: CacheGroup) -> None:
+    """Refuse to start unless all attention that reads an edited table does so through the view.
+
+    Raises:
+        UnsupportedSetup: see there.
+    """
+    _raise(vllm_adapter().builder_refusals(runner, group))
+
+
 def compile_steps(vllm_config: VllmConfig, config: MemShareConfig) -> DelimiterAutomaton:
     """Compile the step delimiters against the model's tokenizer.
 
@@ -120,6 +145,8 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
     facts = EngineFacts(model=model.model, has_tokenizer=not model.skip_tokenizer_init)
     for mechanism in registry.mechanisms_of(config).values():
         yield from mechanism.refusals(Setup(config, facts))
+    if edits_view(config):
+        yield from vllm_adapter().view_refusals(vllm_config)
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         yield (

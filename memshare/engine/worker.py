@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from memshare.engine.adapter import vllm_adapter
-from memshare.engine.compatibility import check_before_load
+from memshare.engine.compatibility import (
+    check_before_load,
+    check_layers,
+    config_of,
+    edits_view,
+)
 from memshare.engine.connector import MemShareConnector
 from memshare.engine.messages import SchedulerMessage
 from memshare.engine.worker_side import WorkerSide
@@ -36,6 +41,13 @@ class MemShareWorker(BaseWorker):
         check_before_load(vllm_config)
         super().__init__(*args, **kwargs)
 
+    def load_model(self, **options: Any) -> None:
+        """Load the model; let its attention read tables through a view if a mechanism needs it."""
+        super().load_model(**options)
+        if edits_view(config_of(self.vllm_config)):
+            check_layers(self.vllm_config)
+            vllm_adapter().install_view(self.vllm_config)
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Create the KV cache, then attach MemShare to the model runner."""
         super().initialize_from_config(kv_cache_config)
@@ -48,9 +60,14 @@ class MemShareWorker(BaseWorker):
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Let mechanisms edit the block tables, then run the step."""
         message = scheduler_output.kv_connector_metadata
-        if self._memshare is not None and isinstance(message, SchedulerMessage):
-            self._memshare.before_step(message)
-        return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
+        memshare = self._memshare
+        if memshare is None or not isinstance(message, SchedulerMessage):
+            return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
+        memshare.before_step(message)
+        try:
+            return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
+        finally:
+            memshare.step_launched()
 
     def check_memshare_integrity(self) -> str:
         """Ask for an integrity check at the next engine step; call by ``collective_rpc``."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memshare.config import MemShareConfig, registry
-from memshare.core.interfaces import WorkerTables
+from memshare.core.interfaces import AttentionView, WorkerTables
 from memshare.core.token_map import TokenMap
 from memshare.engine.adapter import vllm_adapter
+from memshare.engine.compatibility import check_builders, edits_view
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
 from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
@@ -38,6 +39,7 @@ class WorkerSide:
         self._group = vllm_adapter().editable_group(cache)
         self._kv_caches: Mapping[str, Tensor] = {}
         self._tables: WorkerTables | None = None
+        self._view: AttentionView | None = None
         self._tables_wanted: dict[str, list[int]] | None = None
         self._check_wanted = False
 
@@ -50,8 +52,12 @@ class WorkerSide:
 
         Raises:
             ComparisonUnsupported: blocks of this model cannot be compared.
+            UnsupportedSetup: tokens can't be hidden from some of its attention.
         """
         adapter = vllm_adapter()
+        if edits_view(self._config):
+            check_builders(runner, self._group)
+            self._view = adapter.attention_view(runner, self._group)
         self._tables = adapter.worker_tables(runner, self._group)
         own = set(self._group.layers)
         context = WorkerContext(
@@ -60,6 +66,7 @@ class WorkerSide:
             token_map=TokenMap(self._group.block_size),
             layers=adapter.attention_layers(self._vllm_config, runner),
             caches={name: cache for name, cache in self._kv_caches.items() if name in own},
+            view=self._view,
         )
         for name, mechanism in registry.mechanisms_of(self._config).items():
             self.parts[name] = mechanism.worker_part(context)
@@ -76,6 +83,11 @@ class WorkerSide:
             part = self.parts.get(name)
             if part is not None:
                 part.before_step(commands)
+
+    def step_launched(self) -> None:
+        """All metadata of the step are built: dummy runs that follow see plain tables."""
+        if self._view is not None:
+            self._view.clear()
 
     def after_step(self) -> WorkerMessage | None:
         """What this rank has to report; None if nothing."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memshare.config import MemShareConfig, Setup
-    from memshare.core.interfaces import BlockTables, WorkerTables
+    from memshare.core.interfaces import AttentionView, BlockTables, WorkerTables
     from memshare.core.rank_reducer import Reducible
     from memshare.core.request_tracker import RequestTracker
     from memshare.core.requests import RequestState
@@ -121,6 +121,7 @@ class WorkerContext:
         token_map: where tokens lie under their entries.
         layers: the attention layers whose entries those are, by name.
         caches: the KV cache of each, ``[blocks, heads, slots, 2 * channels]``.
+        view: what attention sees of the tables; None unless a mechanism edits it.
     """
 
     config: MemShareConfig
@@ -128,6 +129,7 @@ class WorkerContext:
     token_map: TokenMap
     layers: Mapping[str, CachedLayer]
     caches: Mapping[str, Tensor]
+    view: AttentionView | None = None
 
 
 class WorkerPart:
@@ -151,10 +153,16 @@ class Mechanism(ABC, Generic[Params]):
     Attributes:
         params: the section ``policy`` of the configuration, when its ``name`` chooses this.
         searches: whether it needs the evaluators, and with them steps and a tokenizer.
+        drops_tokens: whether what it gives up is dropped, so that ``budget.max_dropped_fraction``
+            bounds it; else ``budget.max_shared_fraction`` does.
+        edits_view: whether it leaves null entries in tables, which attention must not see. Costs
+            an extension of the attention backend, so only where it is needed.
     """
 
     params: ClassVar[type[PolicyParams]]
     searches: ClassVar[bool] = False
+    drops_tokens: ClassVar[bool] = False
+    edits_view: ClassVar[bool] = False
 
     def __init__(self, params: Params) -> None:
         self._params = params

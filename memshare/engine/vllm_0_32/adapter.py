@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from memshare.core.interfaces import BlockTables, CacheGroup, WorkerTables
+from memshare.core.interfaces import AttentionView, BlockTables, CacheGroup, WorkerTables
 from memshare.engine.vllm_0_32.schedule import read_schedule
 
 if TYPE_CHECKING:
@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_layers",
+    "attention_view",
     "base_worker",
     "block_tables",
+    "builder_refusals",
     "cache_refusals",
     "editable_group",
+    "install_view",
     "plan_cache",
     "read_model_memory",
     "read_schedule",
     "tokenizer",
+    "view_refusals",
     "worker_tables",
 ]
 
@@ -60,6 +64,34 @@ def worker_tables(runner: object, group: CacheGroup) -> WorkerTables:
     from memshare.engine.vllm_0_32.worker_tables import tables_of
 
     return tables_of(cast(Any, runner), group)
+
+
+def view_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """See :meth:`Adapter.view_refusals`."""
+    from memshare.engine.vllm_0_32 import attention_view
+
+    return attention_view.view_refusals(vllm_config)
+
+
+def install_view(vllm_config: VllmConfig) -> None:
+    """See :meth:`Adapter.install_view`."""
+    from memshare.engine.vllm_0_32 import attention_view
+
+    attention_view.install_view(vllm_config)
+
+
+def builder_refusals(runner: object, group: CacheGroup) -> Iterator[str]:
+    """See :meth:`Adapter.builder_refusals`."""
+    from memshare.engine.vllm_0_32 import attention_view
+
+    return attention_view.builder_refusals(runner, group)
+
+
+def attention_view(runner: object, group: CacheGroup) -> AttentionView:
+    """See :meth:`Adapter.attention_view`."""
+    from memshare.engine.vllm_0_32 import attention_view
+
+    return attention_view.attach_view(runner, group)
 
 
 def attention_layers(vllm_config: VllmConfig, runner: object) -> Mapping[str, CachedLayer]:

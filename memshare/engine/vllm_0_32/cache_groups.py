@@ -31,7 +31,7 @@ def editable_group(cache: KVCacheConfig) -> CacheGroup:
     found = [
         CacheGroup(index, group.kv_cache_spec.block_size, tuple(group.layer_names))
         for index, group in enumerate(cache.kv_cache_groups)
-        if _is_full(group.kv_cache_spec)
+        if is_full(group.kv_cache_spec)
     ]
     if len(found) != 1:
         raise ValueError(f"{len(found)} KV cache groups have full attention; one is wanted")
@@ -56,11 +56,11 @@ def _spec_refusals(spec: KVCacheSpec) -> Iterator[str]:
         yield "the model uses multi-head latent attention; choose one with separate K and V"
     elif type(spec) is not FullAttentionSpec:
         yield f"the model's cache is {type(spec).__name__}; choose a model with full attention"
-    elif not _is_full(spec):
+    elif not is_full(spec):
         yield "the model attends to a sliding window; choose a model with full attention"
 
 
-def _is_full(spec: KVCacheSpec) -> bool:
+def is_full(spec: KVCacheSpec) -> bool:
     """Whether every token of a request is attended to, whatever its age."""
     if not is_full_attention_spec(spec):
         return False

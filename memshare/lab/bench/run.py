@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from memshare.lab.bench.arms import Arm
 from memshare.lab.bench.block_outcomes import BlockOutcome, count_outcomes
@@ -20,6 +20,8 @@ from memshare.lab.bench.records import ArmRun, BenchPlan, StepMeasurement, TaskO
 from memshare.lab.bench.workloads import Task
 from memshare.lab.problems import read_answer
 from memshare.lab.simulate.costs import Recomputation, StepWork, work_of
+from memshare.mechanisms.remap.scheduler import RemapPart
+from memshare.mechanisms.remap.view import TableView
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from memshare.core.interfaces import EngineRequest
     from memshare.engine.scheduler_side import SchedulerSide
     from memshare.engine.usage import ReturnedUsage
-    from memshare.mechanisms.remap.scheduler import RemapPart
 
 
 def run_arm(argument: dict[str, Any]) -> dict[str, Any]:
@@ -134,10 +135,14 @@ class _Watch:
     def _note_end(self, side: SchedulerSide, request_id: str) -> None:
         state = side.tracker.get(request_id)
         if state is not None and side.tables.table(request_id) is not None:
-            self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
-            part = cast("RemapPart", side.part)
-            view = part.view(state)
-            self._block_outcomes += count_outcomes(view, partial(part.objection, state, view))
+            self._repointed[request_id] = state.lost / max(state.full, 1)
+            part = side.part
+            if isinstance(part, RemapPart):
+                view = part.view(state)
+                self._block_outcomes += count_outcomes(view, partial(part.objection, state, view))
+            else:  # compaction objects to nothing that may go
+                view = TableView(side.tracker, side.tables, state)
+                self._block_outcomes += count_outcomes(view, lambda _: None)
 
     def step(self, start: float) -> None:
         """One engine step."""
@@ -191,7 +196,7 @@ class _Watch:
             recomputed=self._again.tokens,
             running=statistics.fmean(step.requests for step in self.step_log),
             peak=max(step.requests for step in self.step_log),
-            remaps=self._total("applied"),
+            remaps=self._total("applied") + self._total("compactions"),
             reclaimed=self._total("blocks_reclaimed"),
             first_token=_percentiles([arrivals[0] for arrivals in self._arrivals.values()]),
             between_tokens=_percentiles(gaps),

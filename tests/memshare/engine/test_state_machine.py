@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from memshare.lab.simulate.harness import SchedulerHarness
+from memshare.mechanisms.remap.scheduler import RemapPart
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 
@@ -73,7 +74,7 @@ class Schedule(RuleBasedStateMachine):
     """Anything that may happen between engine steps, in any order."""
 
     folder: Path
-    applied: ClassVar[list[int]] = []  # remaps of each run
+    applied: ClassVar[list[int]] = []  # remaps, or compactions, of each run
     steps: ClassVar[int] = 0  # engine steps of all runs
 
     @initialize(
@@ -133,34 +134,39 @@ class Schedule(RuleBasedStateMachine):
     def run(self) -> None:
         for _ in range(STEPS_AN_ACTION):
             step(self.rig)
-        Schedule.steps += STEPS_AN_ACTION
+        type(self).steps += STEPS_AN_ACTION
 
     def teardown(self) -> None:
         if not hasattr(self, "rig"):
             return
         try:
             assert_clean(self.rig)
-            self.applied.append(self.rig.side.recorder.counters.totals["applied"])
+            totals = self.rig.side.recorder.counters.totals
+            self.applied.append(totals["applied"] + totals["compactions"])
         finally:
             self.rig.close()
 
 
 def test_bookkeeping_survives_anything(folder: Path) -> None:
-    """Until there were ``STEPS`` steps, and ``SHARING_RUNS`` runs in which blocks were shared.
+    run_schedules(Schedule, folder)
 
-    Schedules are random, so that how many of them share is, too: about two of three. A run in which
-    nothing is remapped proves little, and more are made. If one of three shared, 100 runs with less
-    than 5 that do would come once in 10^12 times.
+
+def run_schedules(machine: type[Schedule], folder: Path) -> None:
+    """Until there were ``STEPS`` steps, and ``SHARING_RUNS`` runs in which blocks were given up.
+
+    Schedules are random, so that how many of them give up blocks is, too: about two of three. A run
+    in which none is proves little, and more are made. If one of three did, 100 runs with less than
+    5 that do would come once in 10^12 times.
     """
-    Schedule.folder, Schedule.applied, Schedule.steps = folder, [], 0
+    machine.folder, machine.applied, machine.steps = folder, [], 0
 
     def sharing() -> int:
-        return sum(remaps > 0 for remaps in Schedule.applied)
+        return sum(given_up > 0 for given_up in machine.applied)
 
-    while Schedule.steps < STEPS or sharing() < SHARING_RUNS:
-        assert len(Schedule.applied) < 100 or sharing() >= SHARING_RUNS, "hardly a run shares"
+    while machine.steps < STEPS or sharing() < SHARING_RUNS:
+        assert len(machine.applied) < 100 or sharing() >= SHARING_RUNS, "hardly a run shares"
         run_state_machine_as_test(
-            Schedule,
+            machine,
             # Few runs at a time: later ones of a search repeat earlier ones.
             settings=settings(
                 max_examples=10,
@@ -176,6 +182,10 @@ def test_bookkeeping_survives_anything(folder: Path) -> None:
 def step(rig: SchedulerHarness) -> None:
     rig.step()
     assert rig.worker.overwritten() == []
+    assert rig.worker.faults == []
+    pool = rig.scheduler.kv_cache_manager.block_pool
+    published = {block.block_id for block in pool.blocks if block.block_hash is not None}
+    assert published & rig.worker.approximate == set(), "approximate KV can be found by its hash"
     assert_tenants_are_apart(rig)
     for state in rig.side.tracker:
         table = rig.side.tables.table(state.request_id)
@@ -206,11 +216,16 @@ def assert_clean(rig: SchedulerHarness) -> None:
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert rig.scheduler.reset_prefix_cache()
     assert len(list(rig.side.tracker)) == 0
-    assert len(rig.side.part) == 0
-    if (stages := rig.side.part.stages) is not None:
-        rig.step()  # the second rank answers a step later
-        assert (len(stages.verifier), stages.verifier.running) == (0, 0)
-    assert rig.side.part.remapper.shared_entries == 0
+    part = rig.side.part
+    if isinstance(part, RemapPart):
+        assert len(part) == 0
+        if (stages := part.stages) is not None:
+            rig.step()  # the second rank answers a step later
+            assert (len(stages.verifier), stages.verifier.running) == (0, 0)
+        assert part.remapper.shared_entries == 0
+    else:
+        assert part.holes == {}
+        assert part.commands() is None
     assert rig.side.admission._growth == {}
     assert rig.side.admission._total == 0
     totals = rig.side.recorder.counters.totals

@@ -1,0 +1,68 @@
+"""Block tables without their null entries, in torch. On GPUs one Triton kernel does the same
+(``squeeze_kernel``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Squeeze = Callable[[Tensor, Tensor, int, int, Tensor, Tensor], None]
+
+
+def squeeze_nulls(
+    table: Tensor, lens: Tensor, block_size: int, nulls: int, out: Tensor, out_lens: Tensor
+) -> None:
+    """Move the entries of each row together, over its null entries; shorten its length by theirs.
+
+    Only enqueues work for the device: nothing is read back. Neither ``table`` nor ``lens`` changes.
+
+    Args:
+        table: ``[rows, width]`` int32 block ids. Entries behind a row's length may hold anything.
+        lens: ``[rows]`` int32 tokens, dropped ones included. A row's last entry is never null.
+        block_size: tokens under an entry.
+        nulls: smaller ids are the null block's: 1, or more where the backend splits each of the
+            engine's blocks into several of its own.
+        out: like ``table``; what stands behind a row's new length has no meaning.
+        out_lens: like ``lens``.
+    """
+    used = torch.div(lens + (block_size - 1), block_size, rounding_mode="floor").unsqueeze(1)
+    columns = torch.arange(table.shape[1], device=table.device, dtype=torch.int32)
+    keep = (columns < used) & (table >= nulls)
+    so_far = torch.cumsum(keep, 1, dtype=torch.int32)
+    kept = so_far[:, -1:]
+    out_lens.copy_(lens - (used - kept).squeeze(1) * block_size)
+    # A permutation of the columns: what goes lines up behind what stays.
+    out.scatter_(1, torch.where(keep, so_far - 1, kept + columns - so_far).long(), table)
+
+
+def squeeze_rows(
+    table: Tensor,
+    lens: Tensor,
+    rows: Tensor,
+    block_size: int,
+    nulls: int,
+    out: Tensor,
+    out_lens: Tensor,
+) -> None:
+    """The same where only ``rows``, an int64 index on the tensors' device, have null entries; the
+    others are copied."""
+    out.copy_(table)
+    out_lens.copy_(lens)
+    some, some_lens = table.index_select(0, rows), lens.index_select(0, rows)
+    squeezed, squeezed_lens = torch.empty_like(some), torch.empty_like(some_lens)
+    squeeze_nulls(some, some_lens, block_size, nulls, squeezed, squeezed_lens)
+    out.index_copy_(0, rows, squeezed)
+    out_lens.index_copy_(0, rows, squeezed_lens)
+
+
+def squeeze_on(device: torch.device) -> Squeeze:
+    """What squeezes tables on a device: the kernel where Triton runs, else torch."""
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON and device.type == "cuda":
+        from memshare.engine.vllm_0_32 import squeeze_kernel
+
+        return squeeze_kernel.squeeze_nulls
+    return squeeze_nulls

@@ -1,0 +1,138 @@
+"""Tables without null entries: torch, and the Triton kernel, against plain Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from memshare.engine.vllm_0_32 import squeeze
+from tests.memshare.engine.adapter.tables import assert_squeezed, squeezed
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """A table with null entries below each row's last; lengths; block size; ids that are null."""
+    size, nulls = draw(st.sampled_from([1, 16, 32])), draw(st.sampled_from([1, 2, 4]))
+    rows, width = draw(st.integers(1, 6)), draw(st.integers(1, 40))
+    seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([0.0, 0.3, 0.9]))
+    rng = np.random.default_rng(seed)
+    table = rng.integers(nulls, 500, (rows, width))
+    lens = rng.integers(0, width * size + 1, rows)
+    null = rng.random((rows, width)) < share
+    null &= np.arange(width) < (-(-lens // size) - 1)[:, None]
+    table[null] = rng.integers(0, nulls, null.sum())
+    return (
+        torch.from_numpy(table.astype(np.int32)),
+        torch.from_numpy(lens.astype(np.int32)),
+        size,
+        nulls,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(tables())
+def test_null_entries_are_squeezed_out_and_nothing_else_changes(case: Any) -> None:
+    table, lens, size, nulls = case
+    before = table.clone(), lens.clone()
+    wanted = squeezed(*case)
+    out, out_lens = torch.full_like(table, 999), torch.zeros_like(lens)
+    squeeze.squeeze_nulls(table, lens, size, nulls, out, out_lens)
+    assert_squeezed(out, out_lens, wanted)
+    gone = [length != int(old) for (_, length), old in zip(wanted, lens, strict=True)]
+    rows = torch.from_numpy(np.flatnonzero(gone))
+    squeeze.squeeze_rows(table, lens, rows, size, nulls, out.zero_(), out_lens.zero_())
+    assert_squeezed(out, out_lens, wanted)
+    assert torch.equal(table, before[0])
+    assert torch.equal(lens, before[1])
+
+
+# ---- the kernel for GPUs ----
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The Triton kernel, run by Triton's interpreter."""
+    pytest.importorskip("triton", reason="there is none for this machine")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from memshare.engine.vllm_0_32 import squeeze_kernel
+
+    for name in ("sum", "cumsum"):  # kernels themselves
+        monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
+
+    interpreted = InterpretedFunction(squeeze_kernel.squeeze_kernel.fn)
+    monkeypatch.setattr(squeeze_kernel, "squeeze_kernel", interpreted)
+    return squeeze_kernel
+
+
+def test_the_kernel_does_what_torch_does(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_TILE", 16)  # rows of several tiles
+
+    @settings(max_examples=60, deadline=None)
+    @given(tables())
+    def check(case: Any) -> None:
+        table, lens, size, nulls = case
+        wide = torch.zeros(table.shape[0], table.shape[1] + 7, dtype=torch.int32)
+        out, out_lens = wide[:, : table.shape[1]], torch.zeros_like(lens)
+        kernel.squeeze_nulls(table, lens, size, nulls, out, out_lens)
+        assert_squeezed(out, out_lens, squeezed(*case))
+        assert not wide[:, table.shape[1] :].any(), "it writes within its columns"
+
+    check()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from memshare.engine.vllm_0_32.squeeze_kernel import squeeze_kernel
+
+signature = dict.fromkeys(("table", "lens", "out", "out_lens"), "*i32")
+signature |= dict.fromkeys(("table_stride", "out_stride", "width"), "i32")
+constants = {"block_size": 16, "nulls": 1, "tile": 1024}
+source = ASTSource(squeeze_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+for target, code in (
+    (GPUTarget("cuda", 80, 32), "cubin"),
+    (GPUTarget("cuda", 90, 32), "cubin"),
+    (GPUTarget("hip", "gfx942", 64), "hsaco"),
+):
+    print(code, len(triton.compile(source, target=target).asm[code]))
+"""
+
+
+def test_the_kernel_compiles_for_gpus_that_are_not_here() -> None:
+    """Down to the instructions of the device; nothing runs. In a process of its own, because the
+    interpreter leaves traces."""
+    pytest.importorskip("triton", reason="there is none for this machine")
+    out = subprocess.run(
+        [sys.executable, "-c", COMPILE], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert out[::2] == ["cubin", "cubin", "hsaco"]
+    assert all(int(size) > 1000 for size in out[1::2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_the_kernel_on_a_gpu() -> None:
+    from memshare.engine.vllm_0_32.squeeze_kernel import squeeze_nulls
+
+    rng = np.random.default_rng(0)
+    table = rng.integers(1, 60000, (256, 3000)).astype(np.int32)
+    table[rng.random(table.shape) < 0.5] = 0
+    table[:, -1] = 5
+    lens = np.full(256, 3000 * 16 - 3, np.int32)
+    here, here_lens = torch.from_numpy(table), torch.from_numpy(lens)
+    there, there_lens = here.cuda(), here_lens.cuda()
+    out, out_lens = torch.zeros_like(there), torch.zeros_like(there_lens)
+    squeeze_nulls(there, there_lens, 16, 1, out, out_lens)
+    assert_squeezed(out.cpu(), out_lens.cpu(), squeezed(here, here_lens, 16, 1))
