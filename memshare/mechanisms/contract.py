@@ -121,6 +121,9 @@ class WorkerContext:
         token_map: where tokens lie under their entries.
         layers: the attention layers whose entries those are, by name.
         caches: the KV cache of each, ``[blocks, heads, slots, 2 * channels]``.
+        model: folder or hub id of the model.
+        tensor_rank: which of the ranks that share the heads this one is.
+        tensor_ranks: how many these are.
     """
 
     config: MemShareConfig
@@ -128,6 +131,9 @@ class WorkerContext:
     token_map: TokenMap
     layers: Mapping[str, CachedLayer]
     caches: Mapping[str, Tensor]
+    model: str = ""
+    tensor_rank: int = 0
+    tensor_ranks: int = 1
 
 
 class WorkerPart:
