@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from memshare.config.fields import Fraction
 
@@ -55,12 +56,14 @@ class ProbeCard(_Record):
         layers: attention layers of the model.
         heads: KV heads of each, over all ranks.
         channels: of one head.
+        together: KV heads that a network reads together: a rank must have whole groups of them.
         turn: angle by which each rotated pair of key channels turns from one position to the next,
             in radians.
         neighbours: tokens on each side that the probe averages over.
         hidden: units of the network.
         target: what it was trained to tell.
         trained_on: texts.
+        seen: digests of these, so that nobody judges it by them.
         rank_correlation: Spearman's, of what it tells and what it was to tell, mean over layers,
             heads and texts, on texts that it has not seen.
         judged: its damage.
@@ -74,15 +77,30 @@ class ProbeCard(_Record):
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
     channels: int = Field(ge=1)
+    together: int = Field(ge=1)
     turn: tuple[float, ...]
     neighbours: int = Field(ge=0)
     hidden: int = Field(ge=1)
     target: str
     trained_on: tuple[TrainingTexts, ...]
+    seen: tuple[str, ...] = ()
     rank_correlation: float | None = None
     judged: tuple[Judged, ...] = ()
     made_by: str
     licences: str = ""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.heads % self.together:
+            raise ValueError(f"heads: {self.heads} do not make groups of together: {self.together}")
+        return self
+
+    @property
+    def tensor_parallel_sizes(self) -> tuple[int, ...]:
+        """Sizes whose ranks have whole groups of heads each. Where a group is one head, larger
+        sizes can be used too that repeat heads."""
+        groups = self.heads // self.together
+        return tuple(size for size in range(1, groups + 1) if groups % size == 0)
 
     def markdown(self) -> str:
         """The card as people read it."""
@@ -97,8 +115,11 @@ class ProbeCard(_Record):
         yield f"- **Model**: {self.model}, {self.layers} layers, {self.heads} KV heads, "
         yield f"  {self.channels} channels. Other weights or shapes are refused."
         yield f"- **Target**: {self.target}."
-        yield f"- **Network**: one perceptron per layer and KV head, {self.hidden} hidden units;"
-        yield f"  reads a token's K and V and their average over {2 * self.neighbours + 1} tokens."
+        yield f"- **Network**: a perceptron per layer for {self.together} of its KV heads, of"
+        yield f"  {self.hidden} hidden units; reads a token's K and V and their average over"
+        yield f"  {2 * self.neighbours + 1} tokens."
+        sizes = ", ".join(map(str, self.tensor_parallel_sizes))
+        yield f"- **Tensor-parallel sizes**: {sizes}."
         for texts in self.trained_on:
             yield f"- **Trained on**: {texts.kind}: {texts.texts} texts, {texts.tokens} tokens."
         if self.rank_correlation is not None:

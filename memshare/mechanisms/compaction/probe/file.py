@@ -71,7 +71,9 @@ def read_probe(path: Path) -> Probe:
 
     card = read_card(path)
     tensors = load_file(path)
-    wanted = ProbeNetwork.names_and_shapes(card.layers, card.heads, card.channels, card.hidden)
+    wanted = ProbeNetwork.names_and_shapes(
+        card.layers, card.heads, card.together, card.channels, card.hidden
+    )
     for name, shape in wanted.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:

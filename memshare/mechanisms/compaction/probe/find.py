@@ -69,7 +69,7 @@ def find_probe(name: str | None, model: ServedModel) -> Path | None:
     """
     weights = fingerprint(model.name)
     if name is not None:
-        path = _named(name)
+        path = named_probe(name)
         misfit = next(misfits(read_card(path), model, weights), None)
         if misfit is not None:
             raise ProbeUnusable(f"probe {path}: {misfit}")
@@ -83,6 +83,26 @@ def find_probe(name: str | None, model: ServedModel) -> Path | None:
             if weights is not None and next(misfits(card, model, weights), None) is None:
                 return path
     return None
+
+
+def named_probe(name: str) -> Path:
+    """A file by its name, or the probe of that name in one of the :func:`folders`.
+
+    Raises:
+        ProbeUnusable: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    places = [folder / f"{name}{ENDING}" for folder in folders()]
+    for place in places:
+        if place.is_file():
+            return place
+    kept = ", ".join(str(place) for place in places)
+    raise ProbeUnusable(
+        f"probe {name!r}: there is no such file, nor {kept}; leave it out to use one that fits the "
+        "model, or train one with `memshare probe train`"
+    )
 
 
 def misfits(card: ProbeCard, model: ServedModel, weights: Sequence[float] | None) -> Iterator[str]:
@@ -103,20 +123,12 @@ def misfits(card: ProbeCard, model: ServedModel, weights: Sequence[float] | None
             f"heads: it is for {card.heads}, and {model.name} has {model.heads} on each of "
             f"{model.ranks} ranks; {fix}"
         )
+    elif model.heads % card.together:
+        sizes = ", ".join(map(str, card.tensor_parallel_sizes))
+        yield (
+            f"together: it reads {card.together} heads together, and a rank has {model.heads}; "
+            f"serve with a tensor-parallel size of {sizes}, or `memshare probe train --model "
+            f"{model.name} --heads-together {model.heads}`"
+        )
     if weights is not None and card.weights is not None and not same_weights(card.weights, weights):
         yield f"weights: it was trained for {card.model}, and those of {model.name} differ; {fix}"
-
-
-def _named(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    places = [folder / f"{name}{ENDING}" for folder in folders()]
-    for place in places:
-        if place.is_file():
-            return place
-    kept = ", ".join(str(place) for place in places)
-    raise ProbeUnusable(
-        f"probe {name!r}: there is no such file, nor {kept}; leave it out to use one that fits the "
-        "model, or train one with `memshare probe train`"
-    )

@@ -1,4 +1,4 @@
-"""The network: a perceptron for each layer and KV head, all evaluated at once."""
+"""The network: a perceptron for each layer and group of KV heads, all evaluated at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 class ProbeNetwork:
     """Maps what the cache holds of consecutive tokens to what each is worth.
 
-    A token's features are its upright key and its value, and the average of both over the tokens
-    around it. Averaging and a linear layer commute, and so do scaling and a linear layer: features
-    are never written down.
+    The KV heads of a layer are read in groups: a group's features of a token are the upright keys
+    and the values of its heads, and the averages of all these over the tokens around it.
+    Averaging and a linear layer commute, and so do scaling and a linear layer: features are never
+    written down.
     """
 
     def __init__(self, tensors: dict[str, Tensor], neighbours: int) -> None:
@@ -27,32 +28,42 @@ class ProbeNetwork:
         named = {name: tensor.float() for name, tensor in tensors.items()}
         weight = named["hidden.weight"] * named["scale"][..., None]
         self._bias = named["hidden.bias"] - (named["shift"][..., None] * weight).sum(-2)
-        self._own, self._around = weight.chunk(2, dim=-2)  # each [layers, heads, 2 C, hidden]
+        self._own, self._around = weight.chunk(2, dim=-2)
         self._out = named["out.weight"]
         self._offset = named["out.bias"]
         self._neighbours = neighbours
 
     @staticmethod
     def names_and_shapes(
-        layers: int, heads: int, channels: int, hidden: int
+        layers: int, heads: int, together: int, channels: int, hidden: int
     ) -> dict[str, tuple[int, ...]]:
-        """The tensors of a file; ``channels`` are those of one head."""
-        features = 4 * channels
+        """The tensors of a file.
+
+        Args:
+            layers: attention layers.
+            heads: KV heads of each.
+            together: of these in a group.
+            channels: of one head.
+            hidden: units of each perceptron.
+        """
+        groups, features = heads // together, 4 * together * channels
         return {
-            "shift": (layers, heads, features),
-            "scale": (layers, heads, features),
-            "hidden.weight": (layers, heads, features, hidden),
-            "hidden.bias": (layers, heads, hidden),
-            "out.weight": (layers, heads, hidden),
-            "out.bias": (layers, heads),
+            "shift": (layers, groups, features),
+            "scale": (layers, groups, features),
+            "hidden.weight": (layers, groups, features, hidden),
+            "hidden.bias": (layers, groups, hidden),
+            "out.weight": (layers, groups, hidden, together),
+            "out.bias": (layers, groups, together),
         }
 
     def part(self, first: int, heads: int, device: torch.device) -> Self:
-        """The network of some consecutive heads, on their device."""
+        """The network of some consecutive heads, whole groups of them, on their device."""
+        together = self._offset.shape[-1]
+        groups = slice(first // together, (first + heads) // together)
         part = object.__new__(type(self))
         part._neighbours = self._neighbours
         for name in ("_bias", "_own", "_around", "_out", "_offset"):
-            setattr(part, name, getattr(self, name)[:, first : first + heads].to(device))
+            setattr(part, name, getattr(self, name)[:, groups].to(device))
         return part
 
     def worth(self, upright: Tensor, values: Tensor) -> Tensor:
@@ -66,10 +77,23 @@ class ProbeNetwork:
         Returns:
             ``[layers, heads, tokens]`` float32.
         """
-        held = torch.cat((upright, values), dim=-1)
+        held = held_together(upright, values, self._offset.shape[-1])
         around = average(held @ self._around, self._neighbours)
         hidden = F.gelu(held @ self._own + around + self._bias[:, :, None])
-        return (hidden @ self._out[..., None])[..., 0] + self._offset[..., None]
+        worth = hidden @ self._out + self._offset[:, :, None]  # [layers, groups, tokens, together]
+        return worth.transpose(-1, -2).flatten(1, 2)
+
+
+def held_together(upright: Tensor, values: Tensor, together: int) -> Tensor:
+    """What the cache holds of each token: ``[layers, groups, tokens, 2 * together * channels]``.
+
+    Args:
+        upright: ``[layers, heads, tokens, channels]``.
+        values: the same of V.
+        together: heads of a group.
+    """
+    held = torch.cat((upright, values), dim=-1).unflatten(1, (-1, together))
+    return held.transpose(2, 3).flatten(3)
 
 
 def average(values: Tensor, neighbours: int) -> Tensor:

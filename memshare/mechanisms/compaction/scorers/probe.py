@@ -1,7 +1,7 @@
 """``probe``: a small network reads off each token's key and value whether it will be needed.
 
-It sees the cache alone: no queries, and nothing in the forward pass. Each layer and KV head has a
-network of its own, which reads only what belongs to this head: a rank evaluates those of its heads.
+It sees the cache alone: no queries, and nothing in the forward pass. Each layer and group of KV
+heads has a network of its own, which reads what belongs to these heads: a rank evaluates its own.
 """
 
 from __future__ import annotations

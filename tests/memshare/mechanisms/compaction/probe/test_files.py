@@ -28,7 +28,8 @@ LAYERS, HEADS, CHANNELS, HIDDEN = 2, 4, 8, 5
 def card(**changes: Any) -> ProbeCard:
     facts = {
         "model": "tiny", "weights": (0.5, -0.25), "layers": LAYERS, "heads": HEADS,
-        "channels": CHANNELS, "turn": (1.0, 0.1, 0.01, 0.001), "neighbours": 2, "hidden": HIDDEN,
+        "channels": CHANNELS, "together": 2, "turn": (1.0, 0.1, 0.01, 0.001),
+        "neighbours": 2, "hidden": HIDDEN,
         "target": "largest attention", "trained_on": (), "made_by": "a test",
         "rank_correlation": 0.5,
         "judged": [
@@ -40,7 +41,7 @@ def card(**changes: Any) -> ProbeCard:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    shapes = ProbeNetwork.names_and_shapes(LAYERS, HEADS, CHANNELS, HIDDEN)
+    shapes = ProbeNetwork.names_and_shapes(LAYERS, HEADS, 2, CHANNELS, HIDDEN)
     return {name: torch.rand(shape).half() for name, shape in shapes.items()}
 
 
@@ -70,6 +71,7 @@ def test_tensors_of_other_shapes_than_the_card_says_are_refused(tmp_path: Path) 
         ("not JSON", "memshare_probe: Invalid JSON"),
         (card(format=2).model_dump_json(), "format: 2, and this version reads 1"),
         (json.dumps({"layers": 0}), "model: Field required"),
+        (json.dumps(card().model_dump() | {"together": 3}), "heads: 4 do not make groups"),
         (json.dumps(card().model_dump() | {"more": 1}), "more: Extra inputs"),
     ],
 )
@@ -112,7 +114,14 @@ def test_heads_are_spread_over_ranks_as_vllm_does_it(
 ) -> None:
     model = ServedModel("m", LAYERS, heads, CHANNELS, ranks)
     assert [model.first_head(rank, HEADS) for rank in range(ranks)] == firsts
-    assert not list(misfits(card(), model, (0.5, -0.25)))
+    assert not list(misfits(card(together=1), model, (0.5, -0.25)))
+
+
+def test_a_group_of_heads_must_be_on_one_rank() -> None:
+    (found,) = misfits(card(), ServedModel("m", LAYERS, 1, CHANNELS, ranks=4), None)
+    assert found.startswith("together: it reads 2 heads together, and a rank has 1; serve with a")
+    assert "tensor-parallel size of 1, 2," in found
+    assert "--heads-together 1" in found
 
 
 # ---- weights ----

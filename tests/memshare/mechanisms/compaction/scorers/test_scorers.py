@@ -25,6 +25,7 @@ from memshare.mechanisms.compaction.probe.turn import turn_of, upright
 from memshare.mechanisms.compaction.probe.weights import fingerprint
 from memshare.mechanisms.compaction.scorers import probe as probe_scorer
 from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
+from memshare.mechanisms.compaction.scorers.recency import Recency
 from memshare.mechanisms.compaction.scorers.registry import (
     SCORERS,
     ScorerUnusable,
@@ -64,9 +65,9 @@ def rotated(keys: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((x * cos - y * sin, x * sin + y * cos), -1)
 
 
-def tensors(seed: int = 0) -> dict[str, Tensor]:
+def tensors(together: int = 1, seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    shapes = ProbeNetwork.names_and_shapes(LAYERS, HEADS, CHANNELS, HIDDEN)
+    shapes = ProbeNetwork.names_and_shapes(LAYERS, HEADS, together, CHANNELS, HIDDEN)
     return {name: torch.rand(shape) - 0.3 for name, shape in shapes.items()}
 
 
@@ -115,14 +116,15 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def card(model: Path, **changes: Any) -> ProbeCard:
     facts = {
         "model": "tiny", "weights": fingerprint(str(model)), "layers": LAYERS, "heads": HEADS,
-        "channels": CHANNELS, "turn": turn_of(ROTATION), "neighbours": NEIGHBOURS,
+        "channels": CHANNELS, "together": 1, "turn": turn_of(ROTATION), "neighbours": NEIGHBOURS,
         "hidden": HIDDEN, "target": "t", "trained_on": (), "made_by": "a test",
     }  # fmt: skip
     return ProbeCard.model_validate(facts | changes)
 
 
 def write(path: Path, model: Path, **changes: Any) -> Path:
-    write_probe(Probe(card(model, **changes), tensors()), path)
+    written = card(model, **changes)
+    write_probe(Probe(written, tensors(written.together)), path)
     return path
 
 
@@ -152,9 +154,13 @@ def test_every_scorer_scores_every_token_of_every_head(name: str, model: Path, k
     assert torch.equal(worth, scorer.score(keys, values, positions))
 
 
-@pytest.mark.parametrize("name", sorted(SCORERS))
-def test_ranks_score_their_heads_as_one_rank_does(name: str, model: Path, kept: Path) -> None:
-    write(kept / "tiny.safetensors", model)
+@pytest.mark.parametrize(
+    ("name", "together"), [("probe", 1), ("probe", 2), ("recency", 1), ("random", 1)]
+)
+def test_ranks_score_their_heads_as_one_rank_does(
+    name: str, together: int, model: Path, kept: Path
+) -> None:
+    write(kept / "tiny.safetensors", model, together=together)
     _, keys, values, positions = cached()
     whole = build_scorer(Choice(name), context(str(model))).score(keys, values, positions)
     parts = [
@@ -164,6 +170,14 @@ def test_ranks_score_their_heads_as_one_rank_does(name: str, model: Path, kept: 
         for rank in range(2)
     ]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+def test_ranks_that_split_a_group_of_heads_are_refused(model: Path, kept: Path) -> None:
+    write(kept / "tiny.safetensors", model, together=HEADS)
+    with pytest.raises(ScorerUnusable, match=r"tensor-parallel size of 1, .*--heads-together 2"):
+        build_scorer(Choice("probe", "tiny"), context(str(model), 0, 2))
+    # Nobody asked for it by name: the run goes on without.
+    assert isinstance(build_scorer(Choice("probe"), context(str(model), 0, 2)), Recency)
 
 
 def test_recency_follows_positions() -> None:
@@ -199,30 +213,33 @@ def test_keys_lose_their_rotation() -> None:
     assert torch.allclose(upright(turned, positions, ROTATION), keys, atol=1e-5)
 
 
-def test_worth_is_what_the_features_give() -> None:
-    """Against the definition: averages written down, normalised, a perceptron a head."""
-    named = tensors()
+@pytest.mark.parametrize("together", [1, 2, HEADS])
+def test_worth_is_what_the_features_give(together: int) -> None:
+    """Against the definition: averages written down, normalised, a perceptron a group."""
+    named = tensors(together)
     keys, turned, values, positions = cached()
     scorer = ProbeScorer(ProbeNetwork(named, NEIGHBOURS), ROTATION, NEIGHBOURS)
     worth = scorer.score(turned, values, positions)
     for layer in range(LAYERS):
-        for head in range(HEADS):
-            held = torch.cat((keys[layer, head], values[layer, head]), -1)
+        for group in range(HEADS // together):
+            heads = range(group * together, (group + 1) * together)
+            held = torch.cat([x for h in heads for x in (keys[layer, h], values[layer, h])], -1)
             around = torch.stack(
                 [held[max(i - NEIGHBOURS, 0) : i + NEIGHBOURS + 1].mean(0) for i in range(TOKENS)]
             )
-            at = {name: tensor[layer, head] for name, tensor in named.items()}
+            at = {name: tensor[layer, group] for name, tensor in named.items()}
             features = (torch.cat((held, around), -1) - at["shift"]) * at["scale"]
             hidden = F.gelu(features @ at["hidden.weight"] + at["hidden.bias"])
             wanted = hidden @ at["out.weight"] + at["out.bias"]
-            assert torch.allclose(worth[layer, head], wanted, atol=1e-4)
+            found = worth[layer, heads.start : heads.stop]
+            assert torch.allclose(found, wanted.T, atol=1e-3)
 
 
 def test_long_texts_are_scored_in_parts_with_their_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, keys, values, positions = cached()
-    scorer = ProbeScorer(ProbeNetwork(tensors(), NEIGHBOURS), ROTATION, NEIGHBOURS)
+    scorer = ProbeScorer(ProbeNetwork(tensors(2), NEIGHBOURS), ROTATION, NEIGHBOURS)
     whole = scorer.score(keys, values, positions)
     numbers = 2 * LAYERS * HEADS * CHANNELS
     monkeypatch.setattr(probe_scorer, "_NUMBERS_AT_ONCE", 7 * numbers)
@@ -233,7 +250,7 @@ def test_the_one_that_fits_is_found(
     model: Path, kept: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("WARNING"):
-        assert type(build_scorer(Choice("probe"), context(str(model)))).__name__ == "Recency"
+        assert isinstance(build_scorer(Choice("probe"), context(str(model))), Recency)
     assert "memshare probe train" in caplog.text
     write(kept / "tiny.safetensors", model)
     for name in (None, "tiny", str(kept / "tiny.safetensors")):
