@@ -57,11 +57,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"{device.type}, {torch.get_num_threads()} threads, load {load:.1f} per core\n")
-    print(*table_head(("build", "median ms", "best ms")), sep="\n")
+    print(table_head(("build", "median ms", "best ms")))
     for name, rows in (("nobody has holes", 0), ("16 rows", 16), ("all rows", REQUESTS)):
         print(table_row((name, *measure(build(rows, device), device, repeats))), flush=True)
     print()
-    print(*table_head(("pack, model", "tokens", "freed", "median ms", "best ms")), sep="\n")
+    print(table_head(("pack, model", "tokens", "freed", "median ms", "best ms")))
     for shape in SHAPES:
         for packing in (2, 8, 62, 125):
             step = pack(shape, packing, device)
@@ -149,7 +149,7 @@ def pack(shape: Shape, entries: int, device: torch.device) -> Callable[[], objec
 
 
 class _Random:
-    scorer, seed = "random", 0
+    scorer, seed, probe, position_weight = "random", 0, None, 0.7
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from memshare.kv.layout import KVLayout, LayoutUnknown
 from memshare.kv.moves import TokenMover
 from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
 from memshare.mechanisms.compaction.packing import move_along, plan_moves
-from memshare.mechanisms.compaction.scorers import ScorerParams, build_scorer
 from memshare.mechanisms.compaction.scorers.contract import choose
+from memshare.mechanisms.compaction.scorers.registry import ScorerChoice, build_scorer
 from memshare.mechanisms.compaction.slots import SlotBook, SlotFacts
 from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
@@ -32,6 +33,15 @@ class CompactionUnsupported(ValueError):  # noqa: N818 - a finding about a model
     """Tokens of this model's KV cache cannot be moved; the text says why and what to do."""
 
 
+class CompactionChoice(ScorerChoice, Protocol):
+    """What the policy's parameters say about choosing tokens."""
+
+    @property
+    def position_weight(self) -> float:
+        """See :func:`~memshare.mechanisms.compaction.scorers.contract.choose`."""
+        ...
+
+
 class CompactionWorkerPart(WorkerPart):
     """Does before each step what the scheduler part has decided.
 
@@ -39,20 +49,22 @@ class CompactionWorkerPart(WorkerPart):
         slots: which tokens lie under packed entries.
     """
 
-    def __init__(self, context: WorkerContext, params: ScorerParams) -> None:
+    def __init__(self, context: WorkerContext, params: CompactionChoice) -> None:
         """Learn where K and V lie.
 
         Args:
             context: of this rank; with a view.
-            params: they name the scorer.
+            params: they name the scorer, and how much a token's place counts beside its worth.
 
         Raises:
             CompactionUnsupported: some layer's cache cannot be read.
+            ScorerUnusable: the scorer does not work with this model.
         """
         self._view: AttentionView | None = context.view
         self._tables = context.tables
         self._token_map = context.token_map
         self._scorer = build_scorer(params, context)
+        self._position_weight = params.position_weight
         self._caches = list(context.caches.values())
         self._layouts = [_layout(context, name, cache) for name, cache in context.caches.items()]
         size = context.token_map.block_size
@@ -83,7 +95,7 @@ class CompactionWorkerPart(WorkerPart):
         blocks = self._to_device(packing.blocks)
         facts = SlotFacts.joined(list(self._facts(packing, blocks)))
         room = keep * self._token_map.block_size
-        stays = choose(facts.worths, facts.positions, room)
+        stays = choose(facts.worths, facts.positions, room, self._position_weight)
         moves = plan_moves(stays, room)
         self._mover.move(blocks, moves.sources, moves.targets)
         packed = SlotFacts(

@@ -29,6 +29,8 @@ class ScriptedParams(PolicyParams):
     name: Literal["scripted"]
     scorer: str = "random"
     seed: int = 0
+    probe: str | None = None
+    position_weight: float = 0.7
 
 
 class Scripted(Mechanism[ScriptedParams]):
