@@ -26,7 +26,7 @@ from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
 logger = logging.getLogger(__name__)
 
-_SCORED_BYTES = 128 << 20  # of K and V in float32, read for a scorer at once
+_SCORED_BYTES = 16 << 20  # of K and V in float32, read for a scorer at once: caches hold it
 
 
 class CompactionUnsupported(ValueError):  # noqa: N818 - a finding about a model, not a fault
@@ -139,22 +139,20 @@ class CompactionWorkerPart(WorkerPart):
         if split > 1:  # the cache's blocks are parts of the engine's
             inner = torch.arange(split, device=blocks.device)
             blocks = (blocks[:, None] * split + inner).flatten()
-        read = [
-            layout.gather(cache, blocks)
-            for cache, layout in zip(self._caches, self._layouts, strict=True)
-        ]
-        keys, values = zip(*read, strict=True)
-        return _by_token(keys), _by_token(values)
+        heads, slots, channels = self._caches[0].shape[1], len(blocks), self._layouts[0].channels
+        slots *= self._layouts[0].slots
+        shape = (2, len(self._caches), heads, slots, channels)
+        read = torch.empty(shape, device=blocks.device)
+        for layer, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
+            for part, blockwise in zip(read, layout.gather(cache, blocks), strict=True):
+                by_head = blockwise.transpose(0, 1)
+                part[layer].view(by_head.shape).copy_(by_head)
+        return read[0], read[1]
 
     def _to_device(self, numbers: Sequence[int]) -> Tensor:
         device = self._caches[0].device
         tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
         return tensor.to(device, non_blocking=True)
-
-
-def _by_token(layers: Sequence[Tensor]) -> Tensor:
-    """``[layers, heads, blocks * slots, channels]`` from ``[blocks, heads, slots, channels]``."""
-    return torch.stack(tuple(layers)).transpose(1, 2).flatten(2, 3)
 
 
 def _layout(context: WorkerContext, name: str, cache: Tensor) -> KVLayout:

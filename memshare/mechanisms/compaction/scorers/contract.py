@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memshare.kv.ranking import stable_order
+
 
 class TokenScorer(Protocol):
     """Tells what tokens are worth, once each, from what the cache holds of them."""
@@ -45,15 +47,15 @@ def choose(worth: Tensor, positions: Tensor, keep: int, position_weight: float =
     """
     by_worth = _ranks(worth)
     by_place = _ranks(positions)
-    # Whole numbers below 2**53 are exact in float64: equal ranks tie, and a tie goes to the worth.
-    value = torch.maximum(by_worth.double(), position_weight * by_place.double())
-    order = value.argsort(dim=-1, descending=True, stable=True)
+    # Whole numbers below 2**24 are exact in float32: equal ranks tie, and a tie goes to the first.
+    value = torch.maximum(by_worth.float(), position_weight * by_place.float())
+    order = stable_order(-value)
     chosen = torch.zeros_like(worth, dtype=torch.bool)
     return chosen.scatter_(-1, order[..., :keep], True)
 
 
 def _ranks(values: Tensor) -> Tensor:
     """Place of each value among those of its row, from 0 up; of equals, the first has the least."""
-    order = values.argsort(dim=-1, stable=True)
+    order = stable_order(values)
     places = torch.arange(values.shape[-1], device=values.device)
     return torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
