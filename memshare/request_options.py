@@ -40,7 +40,8 @@ class RequestOptions(BaseModel):
     """Similarity of two blocks at or above which one may stand in for the other, 0..1; with policy
     ``twins``, the coverage below which a block is never a target."""
     memshare_max_shared_fraction: Fraction | None = None
-    """Fraction of this request's blocks that may be re-pointed, 0..1. At most the server's."""
+    """Fraction of this request's blocks that may be given up, 0..1: re-pointed or, with policy
+    ``compaction``, freed by dropping tokens. At most the server's."""
     memshare_usage: Literal["on", "off"] = "off"
     """``on`` returns what the request cost in KV memory with its last output, in
     ``kv_transfer_params``."""

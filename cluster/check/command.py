@@ -152,7 +152,7 @@ def _capacity(
             f"at most max_model_len ({max_model_len})"
         )
     freed = _usual(config) if args.freed is None else args.freed
-    shape = RequestShape(prompt, output, min(freed, config.budget.max_shared_fraction))
+    shape = RequestShape(prompt, output, min(freed, config.max_given_up))
     shares = config.mode == "share" and shape.freed > 0
 
     plain = concurrency(shape, memory.usable, memory.block_size, max_num_seqs, None)
@@ -170,7 +170,7 @@ def _capacity(
 def _usual(config: MemShareConfig) -> float:
     """Fraction of a request's blocks that a policy gives up under pressure."""
     known = {"twins": _TWINS, "paper": 0.0}
-    return known.get(config.policy.name, config.budget.max_shared_fraction)
+    return known.get(config.policy.name, config.max_given_up)
 
 
 def _pressure(spread: int, max_num_seqs: int) -> Iterator[Finding]:

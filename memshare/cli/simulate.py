@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rate", type=positive, help="requests a second (default: all at once)")
     group.add_argument("--seed", type=int, default=0, help="of lengths and arrivals")
     group.add_argument(
+        "--policy",
+        choices=("oldest", "compaction"),
+        default="oldest",
+        help="how blocks are given up: entries are re-pointed, or tokens dropped, which attention "
+        "then does not read",
+    )
+    group.add_argument(
         "--freed", default="0.25,0.5", help="fractions of the blocks that may be given up, by ','"
     )
     group.add_argument(
@@ -93,7 +100,7 @@ def _deployment(args: argparse.Namespace) -> int:
     print(f"{deployment.name}: {len(jobs)} requests. Simulated.\n")
     heads = (
         "accelerators", "KV blocks", "of what all need", "arm", "tok/s", "ratio", "mean running",
-        "preemptions", "recomputed tokens", "remaps",
+        "preemptions", "recomputed tokens", "remaps or rounds",
     )  # fmt: skip
     print(table_head(heads))
     for number in counts:
@@ -164,7 +171,8 @@ def _rows(
     yield _row(machine, "dense", dense, dense)
     for name, (own_jobs, budget) in arms.items():
         options = {
-            "budget": {"max_shared_fraction": budget},
+            "policy": {"name": args.policy},
+            "budget": {"max_shared_fraction": budget, "max_dropped_fraction": budget},
             "protect": {"recent_tokens": args.recent},
         }
         yield _row(machine, name, simulate(engine, own_jobs, by_age(options)), dense)
@@ -313,7 +321,7 @@ def _jobs_of(record: Record, arm: str) -> list[Job]:
             prompt,
             outcomes[0].tokens,
             1.0
-            if policy in ("oldest", "random", None)
+            if policy in ("oldest", "random", "compaction", None)
             else statistics.fmean(outcome.repointed for outcome in outcomes),
         )
         for prompt, *outcomes in zip(record.prompts, *(run.outcomes for run in runs), strict=True)

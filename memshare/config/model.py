@@ -106,6 +106,13 @@ class BudgetConfig(Section):
     max_shared_fraction: Fraction = 0.25
     """Fraction of a request's blocks that may be re-pointed. After a preemption, admission counts
     on all of it, so a budget above what the policy finds leads to further preemptions."""
+    max_dropped_fraction: Fraction = 0.5
+    """``compaction``, instead of the above: fraction of a request's blocks that may be freed by
+    dropping tokens. Compaction always finds all of it."""
+    max_thinning: Fraction = 0.8
+    """``compaction``, besides: fraction of the tokens behind the protected prompt and before the
+    recent window that may be dropped. It keeps the beginning of an output from being emptied while
+    the output is short."""
 
 
 class EvaluatorConfig(Section):
@@ -183,7 +190,8 @@ class MemShareConfig(Section):
     policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
         default_factory=registry.default_policy
     )
-    """The policy and its parameters: ``paper``, ``twins``, ``oldest`` or ``random``."""
+    """The policy and its parameters: ``paper``, ``twins``, ``compaction``, ``oldest`` or
+    ``random``."""
     trigger: TriggerConfig = TriggerConfig()
     """When pairs are applied."""
     admission: AdmissionConfig = AdmissionConfig()
@@ -220,6 +228,22 @@ class MemShareConfig(Section):
     def uses_stages(self) -> bool:
         """Whether the policy needs stage one and stage two."""
         return registry.mechanism_type(self.policy.name).searches
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether the policy drops tokens instead of re-pointing blocks."""
+        return registry.mechanism_type(self.policy.name).drops_tokens
+
+    @property
+    def max_given_up(self) -> float:
+        """The most that a request may lose, as a fraction of its full blocks."""
+        budget = self.budget
+        return budget.max_dropped_fraction if self.drops_tokens else budget.max_shared_fraction
+
+    @property
+    def max_thinning(self) -> float:
+        """The most that it may lose of what may go."""
+        return self.budget.max_thinning if self.drops_tokens else 1.0
 
     @model_validator(mode="after")
     def _suits_its_policy(self) -> MemShareConfig:

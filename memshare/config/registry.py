@@ -28,12 +28,13 @@ BUILT_IN = {
     "paper": "memshare.mechanisms.step_pairs:StepPairs",
     "oldest": "memshare.mechanisms.baselines:Oldest",
     "random": "memshare.mechanisms.baselines:Random",
+    "compaction": "memshare.mechanisms.compaction.mechanism:Compaction",
     "twins": "memshare.mechanisms.twins:Twins",
 }
 """Our mechanisms."""
 ENTRY_POINTS = "memshare.mechanisms"
 """The entry point group of mechanisms from other packages; an entry's name is the policy's name."""
-_PARTS = ("params", "searches", "refusals", "scheduler_part", "worker_part")
+_PARTS = ("params", "searches", "drops_tokens", "refusals", "scheduler_part", "worker_part")
 DEFAULT = "twins"
 """The policy of a configuration that names none."""
 

@@ -54,8 +54,8 @@ class RequestShape:
         full = token_map.full(tokens)
         first = first_target(self.prompt, token_map, config.protect)
         targets = max(0, end_target(full, token_map, config.protect) - first)
-        fraction = min(self.freed, config.budget.max_shared_fraction)
-        return blocks - min(int(fraction * full), targets)
+        fraction = min(self.freed, config.max_given_up)
+        return blocks - min(int(fraction * full), int(config.max_thinning * targets))
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,23 @@ class BlockTables(Protocol):
         """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""
         ...
 
+    def drop_entry(self, request_id: str, index: int) -> int:
+        """Let entry ``index``, not the last, point at the null block instead: a hole. Returns how
+        many blocks became free. A published block can still be found, as long as it is not reused:
+        it is exact."""
+        ...
+
+    def make_writable(self, request_id: str, indexes: Sequence[int]) -> bool:
+        """Let nobody find the blocks of these entries in the prefix cache any more; False, with
+        nothing changed, if another entry points at one of them."""
+        ...
+
+    def unpublish_step(self, request: EngineRequest) -> bool:
+        """Take back the blocks, in any group, that the step that is being scheduled completes: the
+        engine has published them before it computes them. False, with nothing changed, if another
+        request has found one already."""
+        ...
+
     def publishes_soon(self, request: EngineRequest) -> bool:
         """Whether the step that is being scheduled may publish a block of this request."""
         ...

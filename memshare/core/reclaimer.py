@@ -113,7 +113,7 @@ class Reclaimer:
     def _obstacle(self) -> str:
         """Why nothing could be reclaimed, in words."""
         if not self.enabled:
-            return "remaps are off (mode observe, or a failed integrity check)"
+            return "reclaiming is off (mode observe, or a failed integrity check)"
         if not any(state.full > 0 for state in self._tracker):
             return "no request that MemShare follows holds a full block"
         return "; ".join(source.obstacle() for source in self._sources)

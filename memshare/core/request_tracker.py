@@ -26,6 +26,8 @@ class RequestTracker:
     def __init__(self, config: MemShareConfig, tables: BlockTables) -> None:
         self.step = 0
         self._config = config
+        self._max_given_up = config.max_given_up
+        self._max_thinning = config.max_thinning
         self._tables = tables
         self._states: dict[str, RequestState] = {}
 
@@ -59,9 +61,14 @@ class RequestTracker:
         it would be its first loss in a step that publishes a block: approximate KV would enter the
         prefix cache.
         """
-        if state.sent_whole_at == self.step or self._tables.table(state.request_id) is None:
+        if self.in_transit(state):
             return True
         return state.tainted_from is None and self._tables.publishes_soon(state.request)
+
+    def in_transit(self, state: RequestState) -> bool:
+        """Whether the request holds no blocks, or its whole block list is on its way to the workers
+        and would overwrite any change."""
+        return state.sent_whole_at == self.step or self._tables.table(state.request_id) is None
 
     def first_target(self, state: RequestState) -> int:
         """First block behind the protected prompt."""
@@ -76,22 +83,20 @@ class RequestTracker:
         return self._end_target(state.full)
 
     def budget(self, state: RequestState) -> int:
-        """How many of the request's blocks may be re-pointed in all."""
+        """How many of the request's blocks may be given up in all."""
         return self._budget(state, state.full)
 
     def shareable(self, state: RequestState, full: int) -> int:
-        """How many blocks can be re-pointed once the request has this many full ones."""
-        targets = max(0, self._end_target(full) - self.first_target(state))
-        return min(self._budget(state, full), targets)
+        """How many blocks can be given up once the request has this many full ones."""
+        may_go = max(0, self._end_target(full) - self.first_target(state))
+        return min(self._budget(state, full), int(self._max_thinning * may_go))
 
     def _end_target(self, full: int) -> int:
         return end_target(full, self._tables.token_map, self._config.protect)
 
     def _budget(self, state: RequestState, full: int) -> int:
-        fraction = self._config.budget.max_shared_fraction
         asked = state.options.memshare_max_shared_fraction
-        if asked is not None:
-            fraction = min(fraction, asked)
+        fraction = self._max_given_up if asked is None else min(self._max_given_up, asked)
         return int(fraction * full)
 
     def _history_of(self, request: EngineRequest) -> str:

@@ -117,7 +117,9 @@ class SchedulerSide:
         usage = returned_usage(request, state, self.tables.entries(request_id))
         if state is None:
             return usage
-        self.recorder.event("finished", request=request_id, shared=len(state.repointed))
+        self.recorder.event(
+            "finished", request=request_id, shared=len(state.repointed), dropped=len(state.holes)
+        )
         self._forget_blocks(state, "finished")
         return usage
 
@@ -245,7 +247,8 @@ class SchedulerSide:
         self.reclaimer.enabled = False
         self._check_failed = True
         logger.error(
-            "MemShare integrity check failed: %s. No further remaps; serving goes on.", listed
+            "MemShare integrity check failed: %s. Nothing more is reclaimed; serving goes on.",
+            listed,
         )
 
     # ---- reporting ----

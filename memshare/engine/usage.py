@@ -18,7 +18,10 @@ class Usage(TypedDict):
     """What one request cost."""
 
     blocks_shared: int
-    """KV blocks it gave up in its life, by remaps; 0 if its output is vLLM's own."""
+    """KV blocks it gave up in its life, by remaps or by compaction; 0 if its output is vLLM's
+    own."""
+    tokens_dropped: int
+    """Tokens that compaction dropped in its life, as many in every layer and KV head."""
     peak_kv_blocks: int
     """Most KV blocks it held at one time. Those of a prefix that others use, too, count; donors
     that belong to others don't. A preemption in the middle of a block may hide that one block."""
@@ -48,14 +51,15 @@ def returned_usage(
     params = request.sampling_params
     if params is None or (params.extra_args or {}).get(USAGE) != "on":
         return None
-    given_up, peak = 0, entries
+    given_up, dropped, peak = 0, 0, entries
     if state is not None:
-        given_up = state.given_up
-        peak = max(state.peak_blocks, entries - len(state.repointed))
+        given_up, dropped = state.given_up, state.dropped_tokens
+        peak = max(state.peak_blocks, entries - state.lost)
     preemptions = int(request.num_preemptions)
     return {
         "memshare": {
             "blocks_shared": given_up,
+            "tokens_dropped": dropped,
             "peak_kv_blocks": peak,
             "preemptions": preemptions,
         }

@@ -159,12 +159,15 @@ class Mechanism(ABC, Generic[Params]):
     Attributes:
         params: the section ``policy`` of the configuration, when its ``name`` chooses this.
         searches: whether it needs the evaluators, and with them steps and a tokenizer.
+        drops_tokens: whether what it gives up is dropped, so that ``budget.max_dropped_fraction``
+            bounds it; else ``budget.max_shared_fraction`` does.
         edits_view: whether it leaves null entries in tables, which attention must not see. Costs
             an extension of the attention backend, so only where it is needed.
     """
 
     params: ClassVar[type[PolicyParams]]
     searches: ClassVar[bool] = False
+    drops_tokens: ClassVar[bool] = False
     edits_view: ClassVar[bool] = False
 
     def __init__(self, params: Params) -> None:

@@ -107,6 +107,7 @@ class BlockCensus:
                 blocks=blocks,
                 prompt=min(self._tracker.first_target(state), blocks),
                 shared=len(state.repointed),
+                dropped=len(state.holes),
                 preemptions=state.generation,
             )
             for state in nlargest(self._config.requests, self._tracker, key=self._size)

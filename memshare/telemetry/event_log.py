@@ -13,7 +13,7 @@ from typing import Literal
 logger = logging.getLogger(__name__)
 
 EventKind = Literal[
-    "started", "step", "candidate", "compared", "verified", "rejected", "applied",
+    "started", "step", "candidate", "compared", "verified", "rejected", "applied", "compacted",
     "dropped", "preempted", "finished", "opted_out", "evaluator_fault", "integrity",
 ]  # fmt: skip
 EventValue = str | int | float | bool | None

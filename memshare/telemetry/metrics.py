@@ -99,7 +99,17 @@ COUNTERS = _named(
     Metric("rejected", "counter", "pairs", "pairs whose similarity did not"),
     Metric("applied", "counter", "remaps", "remaps applied"),
     Metric(
-        "blocks_reclaimed", "counter", "blocks", "KV blocks returned to the free pool by remaps"
+        "blocks_reclaimed",
+        "counter",
+        "blocks",
+        "KV blocks returned to the free pool by remaps and compactions",
+    ),
+    Metric("compactions", "counter", "rounds", "rounds in which a request was compacted"),
+    Metric(
+        "tokens_dropped",
+        "counter",
+        "tokens",
+        "tokens dropped by compactions, as many in every layer and KV head",
     ),
     Metric(
         "preemptions",
@@ -111,8 +121,8 @@ COUNTERS = _named(
         "preemptions_avoided",
         "counter",
         "times",
-        "times an allocation found no free block and a remap gave it one, or the next step's "
-        "demand exceeded the free blocks and remaps covered it",
+        "times an allocation found no free block and reclaiming gave it one, or the next step's "
+        "demand exceeded the free blocks and reclaiming covered it",
     ),
     Metric(
         "remap_misses",
@@ -216,6 +226,12 @@ GAUGES = _named(
         "gauge",
         "entries",
         "block-table entries of live requests that are re-pointed now",
+    ),
+    Metric(
+        "holes",
+        "gauge",
+        "entries",
+        "block-table entries of live requests whose block compaction has dropped",
     ),
     Metric("free_blocks", "gauge", "blocks", "free KV blocks"),
     Metric(

@@ -41,7 +41,9 @@ class Recorder:
         self.counters.add("preemptions")
         self.counters.note_preemption(PreemptionNote(time.time(), request, state.full))
         self.explainer.preempted(request, state.full)
-        self.event("preempted", request=request, shared=len(state.repointed))
+        self.event(
+            "preempted", request=request, shared=len(state.repointed), dropped=len(state.holes)
+        )
 
     def take_stats(self, gauges: dict[str, float]) -> Payload | None:
         """What has changed since the last call; None if nothing has."""

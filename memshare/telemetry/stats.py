@@ -38,8 +38,8 @@ class PreemptionNote(NamedTuple):
 class RequestRow(TypedDict):
     """One request as it was when last looked at.
 
-    ``blocks`` are entries of its block table, of which ``prompt`` hold protected prompt and
-    ``shared`` are re-pointed; ``tokens`` are those of prompt and output.
+    ``blocks`` are entries of its block table, of which ``prompt`` hold protected prompt, ``shared``
+    are re-pointed and ``dropped`` are holes; ``tokens`` are those of prompt and output.
     """
 
     request: str
@@ -47,6 +47,7 @@ class RequestRow(TypedDict):
     blocks: int
     prompt: int
     shared: int
+    dropped: int
     preemptions: int
 
 

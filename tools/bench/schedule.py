@@ -18,6 +18,7 @@ import argparse
 import os
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from memshare.lab.markdown import table_head, table_row
 PROMPT = 45  # tokens
 BLOCK = 32  # tokens
 HEADS = (
-    "arm", "steps", "tokens per step", "preemptions", "recomputed tokens", "remaps", "given up",
+    "arm", "steps", "tokens per step", "preemptions", "recomputed tokens", "remaps or rounds",
+    "given up",
 )  # fmt: skip
 DENSE: dict[str, Any] = {"mode": "off"}
 SHARE = POLICIES["oldest"]
@@ -41,6 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "`oldest`": SHARE,
     "`random`": POLICIES["random"],
     "`twins`": POLICIES["twins"],
+    "`compaction`": POLICIES["compaction"],
 }
 
 
@@ -78,6 +81,7 @@ class Counts:
     preemptions: int
     recomputed: int
     remaps: int
+    """Remaps, or rounds of compaction."""
     given_up: float
     """Fraction of each request's full blocks when it ended, mean."""
 
@@ -144,8 +148,8 @@ def main() -> None:
     reasoner = Path(resolve(NAME))
     arms = {
         f"`{policy}` {budget}": POLICIES[policy]
-        | {"budget": {"max_shared_fraction": float(budget)}}
-        for policy in ("twins", "oldest", "random")
+        | {"budget": dict.fromkeys(("max_shared_fraction", "max_dropped_fraction"), float(budget))}
+        for policy in ("twins", "oldest", "random", "compaction")
         for budget in options.budget.split(",")
     }
     show(reasoner, of_texts(reasoner, options), arms)
@@ -186,8 +190,9 @@ def run(model: Path, work: Workload, options: dict[str, Any]) -> Counts:
         preemptions += len(output.preempted_req_ids or ())
         if rig.side is not None:
             for state in rig.side.tracker:
-                given_up[state.request_id] = len(state.repointed) / max(state.full, 1)
-    remaps = rig.side.recorder.counters.totals["applied"] if rig.side is not None else 0
+                given_up[state.request_id] = state.lost / max(state.full, 1)
+    totals = rig.side.recorder.counters.totals if rig.side is not None else Counter[str]()
+    remaps = totals["applied"] + totals["compactions"]
     rig.close()
     tokens = sum(job.length for job in work.jobs)
     mean = sum(given_up.values()) / len(work.jobs)

@@ -7,6 +7,7 @@ here keeps their invariant: a block's count is the number of table entries that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memshare.core.interfaces import CacheGroup
@@ -40,8 +41,9 @@ class ManagerTables:
         self._manager = self._managers[group.index]
         self._configured_watermark: int = manager.watermark_blocks
         self.token_map = TokenMap(group.block_size)
+        self._group_maps = tuple(TokenMap(each.block_size) for each in self._managers)
         # Of all groups, each size once: a block of any of them may be published.
-        self._maps = tuple({TokenMap(each.block_size) for each in self._managers})
+        self._maps = tuple(set(self._group_maps))
 
     @property
     def total(self) -> int:
@@ -81,6 +83,43 @@ class ManagerTables:
         blocks[index] = donor
         self._pool.free_blocks([target])
         return self.free - before
+
+    def drop_entry(self, request_id: str, index: int) -> int:
+        """See :meth:`BlockTables.drop_entry`. vLLM's sliding windows leave the same behind."""
+        blocks = self._manager.req_to_blocks[request_id]
+        dropped = blocks[index]
+        assert not dropped.is_null, f"entry {index} of request {request_id} is a hole already"
+        before = self.free
+        blocks[index] = self._pool.null_block
+        self._pool.free_blocks([dropped])
+        return self.free - before
+
+    def make_writable(self, request_id: str, indexes: Sequence[int]) -> bool:
+        """See :meth:`BlockTables.make_writable`."""
+        blocks = self._manager.req_to_blocks[request_id]
+        return self._evict([blocks[index] for index in indexes])
+
+    def unpublish_step(self, request: Any) -> bool:
+        """See :meth:`BlockTables.unpublish_step`.
+
+        ``allocate_slots`` has published what ends behind ``num_computed_tokens``, which does not
+        count this step's tokens yet.
+        """
+        begun = [
+            block
+            for manager, each in zip(self._managers, self._group_maps, strict=True)
+            for block in manager.req_to_blocks.get(request.request_id, ())[
+                each.full(request.num_computed_tokens) :
+            ]
+            if block.block_hash is not None
+        ]
+        return self._evict(begun)
+
+    def _evict(self, blocks: Sequence[KVCacheBlock]) -> bool:
+        if any(block.ref_cnt != 1 or block.is_null for block in blocks):
+            return False
+        self._cache.evict_blocks({block.block_id for block in blocks})
+        return all(self._pool.is_block_writable(block) for block in blocks)
 
     def keep_free(self, blocks: int) -> None:
         """Let vLLM admit a waiting request only if so many blocks stay free.

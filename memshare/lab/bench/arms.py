@@ -16,6 +16,7 @@ _PAPER = {
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "twins": {"policy": {"name": "twins"}},
+    "compaction": {"policy": {"name": "compaction"}},
     "oldest": {"policy": {"name": "oldest"}},
     "random": {"policy": {"name": "random"}},
     "paper": _PAPER,
@@ -76,7 +77,7 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
 
     Args:
         names: separated by ``,``. A policy with ``-fp8`` behind it runs on an fp8 KV cache.
-        budgets: values of ``budget.max_shared_fraction``.
+        budgets: values of ``budget.max_shared_fraction``, and ``max_dropped_fraction``.
         common: further options of all arms with MemShare.
 
     Raises:
@@ -93,8 +94,8 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
             kv_dtype = "auto" if policy == name else "fp8"
             for budget in budgets:
                 shown = name if len(budgets) == 1 else f"{name} {budget:g}"
-                limit = {"budget": {"max_shared_fraction": budget}}
-                yield Arm(shown, common | POLICIES[policy] | limit, kv_dtype)
+                limits = {"max_shared_fraction": budget, "max_dropped_fraction": budget}
+                yield Arm(shown, common | POLICIES[policy] | {"budget": limits}, kv_dtype)
         else:
             raise UserError(f"there is no arm {name!r}; choose of {CHOICES}")
 

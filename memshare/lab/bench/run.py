@@ -340,7 +340,7 @@ class _Watch:
     def _note_end(self, side: SchedulerSide, request_id: str) -> None:
         state = side.tracker.get(request_id)
         if state is not None and side.tables.table(request_id) is not None:
-            self._repointed[request_id] = len(state.repointed) / max(state.full, 1)
+            self._repointed[request_id] = state.lost / max(state.full, 1)
             part = cast("RemapPart", side.part)
             view = part.view(state)
             self._fates += fates(view, partial(part.objection, state, view))

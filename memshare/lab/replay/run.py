@@ -101,7 +101,7 @@ def replay(plan: ReplayPlan, memshare: Mapping[str, object] | None, arm: str) ->
             side.reclaimer.enabled = plan.prefix <= written < plan.prefix + SETTLING
             if written <= plan.prefix + SETTLING:
                 # Later the continuation fills blocks as well, of which none is given up.
-                freed |= {s.request_id: len(s.repointed) / max(s.full, 1) for s in side.tracker}
+                freed |= {s.request_id: s.lost / max(s.full, 1) for s in side.tracker}
         engine.step()
     return list(freed.values()) or [0.0] * len(plan.prompts)
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    from memshare.engine.scheduler_side import SchedulerSide
+
 
 class DoesNotFitError(ValueError):
     """Weights, or a request, need more memory than there is."""
@@ -36,6 +38,11 @@ def work_of(scheduler: Scheduler, output: SchedulerOutput) -> StepWork:
     """What a step does that ``scheduler`` has just scheduled."""
     running = output.num_scheduled_tokens
     context = sum(scheduler.requests[name].num_computed_tokens for name in running)
+    side: SchedulerSide | None = getattr(scheduler.connector, "scheduler_side", None)
+    if side is not None:  # attention does not read what has been dropped
+        states = (side.tracker.get(name) for name in running)
+        holes = sum(len(state.holes) for state in states if state is not None)
+        context -= side.tables.token_map.first_position(holes)
     return StepWork(len(running), output.total_num_scheduled_tokens, context)
 
 

@@ -1,8 +1,7 @@
 """vLLM's real scheduler with MemShare's real connector, and stand-ins for what needs a model.
 
-For simulation, for tests of bookkeeping and for timing the step hook. The stand-in worker keeps
-block tables as model runner V1 does, "writes" KV by labelling physical blocks, and answers
-stage-two jobs with random similarities; two ranks answer in different steps, as a GPU may.
+For simulation, for tests of bookkeeping and for timing the step hook. The stand-in for the workers
+is ``fake_worker``.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memshare.config import MemShareConfig
-from memshare.core.rank_reducer import JobResult, RankReducer
-from memshare.engine.messages import SchedulerMessage, WorkerMessage
-from memshare.mechanisms.remap.messages import Batch, RemapCommands, RemapResults
+from memshare.core.rank_reducer import RankReducer
+from memshare.lab.simulate.fake_worker import FakeWorker
+from memshare.mechanisms.remap.scheduler import RemapPart
 from memshare.plug_in import plug_in
 from memshare.search.evaluate import Answer, EvaluatorError, InProcessSource, NewSteps
 
@@ -30,118 +28,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 BLOCK = 32
-
-
-@dataclass
-class FakeWorker:
-    """Block tables and block contents of a worker that computes nothing.
-
-    Attributes:
-        tables: physical block ids by request, as the worker believes them.
-        written: how often each physical block has been given to a new owner and overwritten.
-        expected: per request and entry, ``written`` of the block when the entry began to point to
-            it; a difference means that somebody overwrote a block that is still in use.
-        ranks: how many ranks answer a job.
-        block_size: tokens.
-    """
-
-    ranks: int = 1
-    block_size: int = BLOCK
-    seed: int = 0
-    tables: dict[str, list[int]] = field(default_factory=dict)
-    written: dict[int, int] = field(default_factory=dict)
-    expected: dict[str, list[int]] = field(default_factory=dict)
-    late: dict[str, dict[int, JobResult]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
-
-    def execute(self, output: SchedulerOutput) -> WorkerMessage:
-        """Take one step's orders: remaps first, then new and changed requests."""
-        message = output.kv_connector_metadata
-        assert isinstance(message, SchedulerMessage)
-        results = {name: RemapResults(late) for name, late in self.late.items()}
-        self.late = {}
-        for name, commands in message.commands.items():
-            assert isinstance(commands, RemapCommands), "it fakes what remaps need, and no more"
-            self._remap(commands, results.setdefault(name, RemapResults()))
-        for request_id in output.finished_req_ids:
-            self._forget(request_id)
-        for request_id in output.preempted_req_ids or ():
-            self._forget(request_id)
-        pointed = [
-            (n.req_id, 0, n.block_ids[0], n.num_computed_tokens) for n in output.scheduled_new_reqs
-        ]
-        cached = output.scheduled_cached_reqs
-        for i, request_id in enumerate(cached.req_ids):
-            fresh = cached.new_block_ids[i]
-            if request_id in cached.resumed_req_ids:
-                assert fresh is not None
-                pointed.append((request_id, 0, fresh[0], cached.num_computed_tokens[i]))
-            elif fresh is not None:
-                pointed.append((request_id, len(self.tables[request_id]), fresh[0], 0))
-        # All that this step writes is written before any entry is compared: of two requests that
-        # come in together, one may already use the prefix that the other one writes.
-        for _, start, blocks, computed in pointed:
-            self._write(start, blocks, computed)
-        for request_id, start, blocks, _ in pointed:
-            self._point(request_id, start, blocks)
-        for name, commands in message.commands.items():
-            assert isinstance(commands, RemapCommands)
-            for batch in commands.batches:
-                self._compare(name, batch, results[name])
-        answer = WorkerMessage(dict(results))
-        if message.tables is not None:
-            answer.table_faults = [
-                f"{request_id}: {self.tables[request_id]} is not {blocks}"
-                for request_id, blocks in message.tables.items()
-                if request_id in self.tables and self.tables[request_id] != blocks
-            ]
-        return answer
-
-    def overwritten(self) -> list[str]:
-        """Entries whose block was overwritten while they pointed at it. Must be empty."""
-        return [
-            f"{request_id}[{i}] -> {block}"
-            for request_id, table in self.tables.items()
-            for i, block in enumerate(table)
-            if self.expected[request_id][i] != self.written.get(block, 0)
-        ]
-
-    def _remap(self, commands: RemapCommands, results: RemapResults) -> None:
-        for remap in commands.remaps:
-            if remap.request_id not in self.tables:
-                results.misses += 1
-                continue
-            self.tables[remap.request_id][remap.index] = remap.block_id
-            self.expected[remap.request_id][remap.index] = self.written.get(remap.block_id, 0)
-
-    def _compare(self, name: str, batch: Batch, results: RemapResults) -> None:
-        """Answer a batch's jobs with random similarities, those of other ranks in the next step."""
-        for job_id, pairs in batch.pairs_by_job().items():
-            shares = [self._random.random() for _ in range(pairs)]
-            results.results[job_id] = JobResult(list(shares), 1, 1)
-            if self.ranks > 1:
-                late = self.late.setdefault(name, {})
-                late[job_id] = JobResult(list(shares), 1, self.ranks - 1)
-
-    def _write(self, start: int, blocks: list[int], computed: int) -> None:
-        """A new owner overwrites the blocks that begin an entry beyond ``computed`` tokens."""
-        for i, block in enumerate(blocks, start):
-            if (i + 1) * self.block_size > computed:
-                self.written[block] = self.written.get(block, 0) + 1
-
-    def _point(self, request_id: str, start: int, blocks: list[int]) -> None:
-        """Entries from ``start`` on are ``blocks``."""
-        table = self.tables.setdefault(request_id, [])
-        expected = self.expected.setdefault(request_id, [])
-        del table[start:], expected[start:]
-        table.extend(blocks)
-        expected.extend(self.written.get(block, 0) for block in blocks)
-
-    def _forget(self, request_id: str) -> None:
-        self.tables.pop(request_id, None)
-        self.expected.pop(request_id, None)
 
 
 class SynchronousBridge:
@@ -221,7 +107,8 @@ class SchedulerHarness:
             ),
             blocks,
         )  # fmt: skip
-        stages = self.side.part.stages if self.side is not None else None
+        part = self.side.part if self.side is not None else None
+        stages: Any = part.stages if isinstance(part, RemapPart) else None
         if ranks > 1 and stages is not None:
             stages.verifier._reducer = RankReducer(ranks)
         if synchronous_search and stages is not None:

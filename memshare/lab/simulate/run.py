@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memshare.config import registry
 from memshare.core.token_map import TokenMap
 from memshare.lab.simulate.costs import DoesNotFitError, Recomputation, StepCosts, work_of
 from memshare.lab.simulate.harness import SchedulerHarness
@@ -73,6 +75,7 @@ class Prediction:
     running: float
     """Mean requests in a step."""
     remaps: int
+    """Or rounds of compaction."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,10 +84,14 @@ class Prediction:
 
 
 def by_age(memshare: dict[str, Any]) -> dict[str, Any]:
-    """MemShare's options, with victims by age.
+    """MemShare's options, with victims by age, unless the policy drops tokens.
 
-    Which blocks are alike is not known without a model. How many are is: a job's opportunity.
+    Which blocks are alike is not known without a model. How many are is: a job's opportunity. What
+    drops tokens always finds its budget, and its scheduler asks for nothing more.
     """
+    policy: dict[str, Any] = memshare.get("policy", {})
+    if registry.mechanism_type(policy.get("name", registry.DEFAULT)).drops_tokens:
+        return memshare
     return memshare | {"policy": {"name": "oldest"}}
 
 
@@ -143,8 +150,8 @@ def _run(rig: SchedulerHarness, engine: Engine, jobs: Sequence[Job]) -> Predicti
         steps += 1
         requests += work.requests
         preemptions += len(output.preempted_req_ids or ())
-    remaps = rig.side.recorder.counters.totals["applied"] if rig.side is not None else 0
+    totals = rig.side.recorder.counters.totals if rig.side is not None else Counter[str]()
     return Prediction(
         seconds, steps, sum(job.output for job in jobs), preemptions, again.tokens,
-        requests / steps, int(remaps),
+        requests / steps, totals["applied"] + totals["compactions"],
     )  # fmt: skip

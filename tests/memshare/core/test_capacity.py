@@ -29,6 +29,19 @@ def test_a_request_by_hand() -> None:
     assert shape.held(400, BLOCKS, half) == 16 - 3, "the budget bounds what is freed"
 
 
+def test_a_compacted_request_by_hand() -> None:
+    """The same, of which 8 blocks may go: bounded by all its blocks, and by what may go."""
+
+    def held(**budget: float) -> int:
+        limits = config(policy={"name": "compaction"}, budget=budget)
+        return RequestShape(96, 400, 1.0).held(400, BLOCKS, limits)
+
+    assert held(max_dropped_fraction=1.0, max_thinning=1.0) == 16 - 8
+    assert held(max_dropped_fraction=1.0, max_thinning=0.75) == 16 - 6
+    assert held(max_dropped_fraction=0.4, max_thinning=0.9) == 16 - 6
+    assert held(max_dropped_fraction=0.2, max_shared_fraction=1.0) == 16 - 3
+
+
 def test_concurrency_by_hand() -> None:
     shape = RequestShape(prompt=32, output=64, freed=0.5)
     found = concurrency(shape, usable=30, block_size=32, max_num_seqs=256, config=None)

@@ -37,6 +37,17 @@ def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
             assert shared.remaps == 0
 
 
+def test_dropped_tokens_are_not_read_by_attention() -> None:
+    """Compaction frees no more than remaps do here; its steps are shorter."""
+    jobs = [Job(0.0, 45, 400)] * 24
+    engine = Engine(109, 32, 64, 2048, StepCosts(0.001, 0.0, 0.0, 1e-5))
+    budget = {"budget": {"max_shared_fraction": 0.5, "max_dropped_fraction": 0.5}}
+    remapped = simulate(engine, jobs, by_age(budget))
+    compacted = simulate(engine, jobs, by_age(budget | {"policy": {"name": "compaction"}}))
+    assert compacted.remaps > 10
+    assert compacted.seconds / compacted.steps < 0.9 * remapped.seconds / remapped.steps
+
+
 def test_a_deployment_by_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = DEPLOYMENT.read_text(encoding="utf-8")
     small = tmp_path / "small.yaml"

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 )
 
 from memshare.lab.simulate.harness import SchedulerHarness
+from memshare.mechanisms.remap.scheduler import RemapPart
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 
@@ -71,7 +72,7 @@ class Schedule(RuleBasedStateMachine):
     """Anything that may happen between engine steps, in any order."""
 
     folder: Path
-    applied: ClassVar[list[int]] = []  # remaps of each run
+    applied: ClassVar[list[int]] = []  # remaps, or compactions, of each run
     steps: ClassVar[int] = 0  # engine steps of all runs
 
     @initialize(
@@ -131,23 +132,29 @@ class Schedule(RuleBasedStateMachine):
     def run(self) -> None:
         for _ in range(STEPS_AN_ACTION):
             step(self.rig)
-        Schedule.steps += STEPS_AN_ACTION
+        type(self).steps += STEPS_AN_ACTION
 
     def teardown(self) -> None:
         if not hasattr(self, "rig"):
             return
         try:
             assert_clean(self.rig)
-            self.applied.append(self.rig.side.recorder.counters.totals["applied"])
+            totals = self.rig.side.recorder.counters.totals
+            self.applied.append(totals["applied"] + totals["compactions"])
         finally:
             self.rig.close()
 
 
 def test_bookkeeping_survives_anything(folder: Path) -> None:
-    Schedule.folder = folder
-    while Schedule.steps < STEPS:  # few runs at a time: later ones of a search repeat earlier ones
+    run_schedules(Schedule, folder)
+
+
+def run_schedules(machine: type[Schedule], folder: Path) -> None:
+    """Random runs of ``STEPS`` engine steps together."""
+    machine.folder = folder
+    while machine.steps < STEPS:  # few runs at a time: later ones of a search repeat earlier ones
         run_state_machine_as_test(
-            Schedule,
+            machine,
             settings=settings(
                 max_examples=10,
                 stateful_step_count=ACTIONS_A_RUN,
@@ -170,6 +177,10 @@ def test_the_random_runs_did_share() -> None:
 def step(rig: SchedulerHarness) -> None:
     rig.step()
     assert rig.worker.overwritten() == []
+    assert rig.worker.faults == []
+    pool = rig.scheduler.kv_cache_manager.block_pool
+    published = {block.block_id for block in pool.blocks if block.block_hash is not None}
+    assert published & rig.worker.approximate == set(), "approximate KV can be found by its hash"
     assert_tenants_are_apart(rig)
     for state in rig.side.tracker:
         table = rig.side.tables.table(state.request_id)
@@ -200,11 +211,16 @@ def assert_clean(rig: SchedulerHarness) -> None:
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert rig.scheduler.reset_prefix_cache()
     assert len(list(rig.side.tracker)) == 0
-    assert len(rig.side.part) == 0
-    if (stages := rig.side.part.stages) is not None:
-        rig.step()  # the second rank answers a step later
-        assert (len(stages.verifier), stages.verifier.running) == (0, 0)
-    assert rig.side.part.remapper.shared_entries == 0
+    part = rig.side.part
+    if isinstance(part, RemapPart):
+        assert len(part) == 0
+        if (stages := part.stages) is not None:
+            rig.step()  # the second rank answers a step later
+            assert (len(stages.verifier), stages.verifier.running) == (0, 0)
+        assert part.remapper.shared_entries == 0
+    else:
+        assert part.holes == {}
+        assert part.commands() is None
     assert rig.side.admission._growth == {}
     assert rig.side.admission._total == 0
     totals = rig.side.recorder.counters.totals

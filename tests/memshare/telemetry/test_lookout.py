@@ -45,7 +45,7 @@ class World:
             ids[index] = first_block + 6
         self.tables[name] = [SimpleNamespace(block_id=i) for i in ids]
         self.requests[name] = SimpleNamespace(
-            request_id=name, repointed=repointed, generation=0,
+            request_id=name, repointed=repointed, holes=set(), generation=0,
             request=SimpleNamespace(num_tokens=320),
         )  # fmt: skip
 
@@ -107,7 +107,11 @@ def test_what_is_freed_during_a_look_does_not_spoil_the_sum(world: World) -> Non
     assert world.step() is None
     world.requests.clear()
     world.requests["r59"] = SimpleNamespace(
-        request_id="r59", repointed=set(), generation=0, request=SimpleNamespace(num_tokens=320)
+        request_id="r59",
+        repointed=set(),
+        holes=set(),
+        generation=0,
+        request=SimpleNamespace(num_tokens=320),
     )
     world.tables = {"r59": world.tables["r59"]}
     world.free = 990

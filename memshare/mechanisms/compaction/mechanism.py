@@ -1,0 +1,42 @@
+"""The mechanism ``compaction``. Light: a configuration imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from memshare.mechanisms.compaction.params import CompactionParams
+from memshare.mechanisms.contract import Mechanism
+
+if TYPE_CHECKING:
+    from memshare.config import Setup
+    from memshare.mechanisms.compaction.scheduler import CompactionPart
+    from memshare.mechanisms.contract import SchedulerContext, WorkerContext, WorkerPart
+
+
+class Compaction(Mechanism[CompactionParams]):
+    """See the package's docstring."""
+
+    params = CompactionParams
+    drops_tokens = True
+    edits_view = True
+
+    def refusals(self, setup: Setup) -> Iterator[str]:
+        """See :meth:`Mechanism.refusals`."""
+        if setup.config.scope != "request":
+            yield (
+                f"scope = {setup.config.scope!r}: policy.name 'compaction' works within one "
+                "request\n    fix: set scope to 'request', or policy.name to 'paper'"
+            )
+
+    def scheduler_part(self, context: SchedulerContext) -> CompactionPart:
+        """See :meth:`Mechanism.scheduler_part`."""
+        from memshare.mechanisms.compaction.scheduler import CompactionPart
+
+        return CompactionPart(context, self._params)
+
+    def worker_part(self, context: WorkerContext) -> WorkerPart:
+        """See :meth:`Mechanism.worker_part`."""
+        from memshare.mechanisms.compaction.worker import CompactionWorkerPart
+
+        return CompactionWorkerPart(context, self._params)

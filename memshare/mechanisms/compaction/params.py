@@ -1,0 +1,25 @@
+"""What a user can set of the policy ``compaction``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from memshare.config.fields import Fraction, PolicyParams, Whole
+
+
+class CompactionParams(PolicyParams):
+    """Tokens are dropped, by layer and KV head; those that stay move together."""
+
+    name: Literal["compaction"]
+    scorer: Literal["recency", "random"] = "recency"
+    """What tells how much each token is worth."""
+    seed: Whole = Field(default=0, ge=0)
+    """Seed of the scorer ``random``."""
+    round_fraction: Fraction = Field(default=0.25, gt=0.0)
+    """Fraction of what may go that one round drops of a request, within its budget. All requests
+    have lost as much before one loses more."""
+    min_round: Whole = Field(default=2, ge=1)
+    """KV blocks. A round that would free fewer waits until the request has grown, unless a request
+    would have to be preempted instead."""
