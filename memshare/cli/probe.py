@@ -54,8 +54,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "0 with other texts, else 16)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: NAME.safetensors in "
-        f"{user_cache() / 'probes'}, where engines look",
+        "--output", type=Path, metavar="FILE", help="default: NAME.safetensors where "
+        "engines look, in the user's cache",
     )  # fmt: skip
     parser.add_argument("--name", help="of the probe (default: the last part of --model)")
     parser.add_argument("--licences", default="", help="of model and texts, for the card")

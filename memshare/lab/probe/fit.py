@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +92,8 @@ def fit_layer(features: Tensor, target: Tensor, how: Fit, seed: int) -> dict[str
 
     def first(*shape: int, inputs: int) -> Tensor:
         drawn = torch.rand(shape, generator=generator) * 2.0 - 1.0
-        return (drawn * inputs**-0.5).to(features.device).requires_grad_()
+        small = drawn * (1.0 / math.sqrt(inputs))
+        return small.to(features.device).requires_grad_()
 
     weight = first(groups, width, how.hidden, inputs=width)
     bias = first(groups, how.hidden, inputs=width)

@@ -114,7 +114,7 @@ def _questions(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]
     if tokenizer.chat_template is None:
         return [task.prompt for task in tasks]
     source = Source(tokenizer, count, 0)
-    return [source.chat(tokenizer.decode(task.prompt)) for task in tasks]
+    return [source.chat(str(tokenizer.decode(task.prompt))) for task in tasks]
 
 
 def _ask(source: Source, problem: str) -> list[int]:

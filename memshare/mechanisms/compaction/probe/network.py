@@ -92,8 +92,10 @@ def held_together(upright: Tensor, values: Tensor, together: int) -> Tensor:
         values: the same of V.
         together: heads of a group.
     """
-    held = torch.cat((upright, values), dim=-1).unflatten(1, (-1, together))
-    return held.transpose(2, 3).flatten(3)
+    both = torch.cat((upright, values), dim=-1)
+    layers, heads, tokens, width = both.shape
+    grouped = both.view(layers, heads // together, together, tokens, width)
+    return grouped.transpose(2, 3).reshape(layers, -1, tokens, together * width)
 
 
 def average(values: Tensor, neighbours: int) -> Tensor:
