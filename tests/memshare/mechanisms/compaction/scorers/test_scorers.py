@@ -169,6 +169,7 @@ def test_ranks_score_their_heads_as_one_rank_does(
         )
         for rank in range(2)
     ]
+    # On a CPU with AMX matrices are rounded, the same for every head.
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
@@ -233,6 +234,18 @@ def test_worth_is_what_the_features_give(together: int) -> None:
             wanted = hidden @ at["out.weight"] + at["out.bias"]
             found = worth[layer, heads.start : heads.stop]
             assert torch.allclose(found, wanted.T, atol=1e-3)
+
+
+def test_ranks_survive_the_rounding_of_fast_matrices() -> None:
+    _, keys, values, positions = cached()
+    network = ProbeNetwork(tensors(2), NEIGHBOURS)
+    exact = ProbeScorer(network, ROTATION, NEIGHBOURS).score(keys, values, positions)
+    part = network.part(0, HEADS, keys.device, torch.bfloat16)
+    rounded = ProbeScorer(part, ROTATION, NEIGHBOURS).score(keys, values, positions)
+    assert rounded.dtype == torch.float32
+    for a, b in zip(exact.flatten(0, 1), rounded.flatten(0, 1), strict=True):
+        ranks = torch.stack((a, b)).argsort(-1).argsort(-1).float()
+        assert torch.corrcoef(ranks)[0, 1] > 0.999
 
 
 def test_long_texts_are_scored_in_parts_with_their_neighbours(
