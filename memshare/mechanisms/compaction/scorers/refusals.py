@@ -37,6 +37,7 @@ def scorer_refusals(choice: ScorerChoice, setup: Setup) -> Iterator[str]:
     if ours is not None and card.weights is not None and not same_weights(card.weights, ours):
         yield (
             f"policy.probe = {choice.probe!r}: it was trained for {card.model}, and the weights "
-            f"of {setup.engine.model} differ\n    fix: leave policy.probe out to use one that fits, or "
-            f"`memshare probe train --model {setup.engine.model}`"
+            f"of {setup.engine.model} differ\n"
+            "    fix: leave policy.probe out to use one that fits, or `memshare probe train --model "
+            f"{setup.engine.model}`"
         )
