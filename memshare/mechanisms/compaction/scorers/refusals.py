@@ -38,6 +38,6 @@ def scorer_refusals(choice: ScorerChoice, setup: Setup) -> Iterator[str]:
         yield (
             f"policy.probe = {choice.probe!r}: it was trained for {card.model}, and the weights "
             f"of {setup.engine.model} differ\n"
-            "    fix: leave policy.probe out to use one that fits, or `memshare probe train --model "
-            f"{setup.engine.model}`"
+            "    fix: leave policy.probe out to use one that fits, or `memshare probe train "
+            f"--model {setup.engine.model}`"
         )
