@@ -54,8 +54,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "0 with other texts, else 16)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: NAME.safetensors in "
-        f"{user_cache() / 'probes'}, where engines look",
+        "--output", type=Path, metavar="FILE", help="default: NAME.safetensors where "
+        "engines look, in the user's cache",
     )  # fmt: skip
     parser.add_argument("--name", help="of the probe (default: the last part of --model)")
     parser.add_argument("--licences", default="", help="of model and texts, for the card")
@@ -67,8 +67,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judged", type=whole, default=6, help="texts whose damage is measured, in unseen folds"
     )
-    parser.add_argument("--hidden", type=count, default=192, help="units of each network")
-    parser.add_argument("--steps", type=count, default=900, help="of training, for each layer")
+    parser.add_argument("--hidden", type=count, default=96, help="units of each network")
+    parser.add_argument("--steps", type=count, default=600, help="of training, for each layer")
     parser.add_argument(
         "--neighbours", type=whole, default=2, help="tokens on each side that are averaged over"
     )
@@ -104,6 +104,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=SMOLLM2.name, help="name, folder or hub id")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache; "
+        "bfloat16 is faster, and adds its rounding to what is judged",
+    )  # fmt: skip
     parser.add_argument("--prefix", type=count, default=2560, help="tokens that are read of a text")
     parser.add_argument(
         "--continuation", type=count, default=512, help="tokens behind it, to judge by"
@@ -117,8 +121,8 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         "*.jsonl or *.txt (as for memshare replay); several times for several kinds",
     )  # fmt: skip
     parser.add_argument(
-        "--solutions", type=whole, default=0, metavar="COUNT", help="worked recall problems of the "
-        "test reasoner",
+        "--solutions", type=whole, default=0, metavar="COUNT", help="worked problems of the test "
+        "reasoner: of both kinds to train, recall to evaluate",
     )  # fmt: skip
 
 
@@ -160,6 +164,7 @@ def _train(args: argparse.Namespace) -> int:
         ),
         work=args.work or kept / "work" / name,
         device=args.device,
+        dtype=args.dtype,
         licences=args.licences,
     )  # fmt: skip
     probe = train(plan)
@@ -192,6 +197,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         every=args.every,
         limit=args.limit,
         device=args.device,
+        dtype=args.dtype,
     )
     rows = judge_texts(plan)
     if args.json is not None:

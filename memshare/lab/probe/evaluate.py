@@ -202,4 +202,5 @@ def _spearman(a: Tensor, b: Tensor) -> Tensor:
     """Of each row."""
     ranks = torch.stack((a, b)).argsort(-1).argsort(-1).double()
     x, y = ranks - ranks.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    correlation: Tensor = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    return correlation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memshare.lab.probe.collect import Sample, training_set
+from memshare.mechanisms.compaction.probe.network import fast_dtype
 
 _SMALLEST_SPREAD = 1e-3  # a feature that hardly changes must not be blown up
 
@@ -35,10 +37,10 @@ class Fit:
         seed: of the first weights and the batches.
     """
 
-    hidden: int = 192
+    hidden: int = 96
     together: int | None = None
     neighbours: int = 2
-    steps: int = 900
+    steps: int = 600
     batch: int = 512
     rate: float = 2e-3
     dropout: float = 0.1
@@ -84,14 +86,17 @@ def fit_layer(features: Tensor, target: Tensor, how: Fit, seed: int) -> dict[str
         Tensors by name, each with a first dimension of groups.
     """
     generator = torch.Generator().manual_seed(seed)
+    fast = fast_dtype(features.device)
     tokens, groups, width = features.shape
     together = target.shape[-1]
     shift, middle = features.mean(0), target.mean(0)
-    scale = 1.0 / (features.std(0) + _SMALLEST_SPREAD)
+    spread = (features.square().mean(0) - shift.square()).clamp(min=0.0).sqrt()
+    scale = 1.0 / (spread + _SMALLEST_SPREAD)
 
     def first(*shape: int, inputs: int) -> Tensor:
         drawn = torch.rand(shape, generator=generator) * 2.0 - 1.0
-        return (drawn * inputs**-0.5).to(features.device).requires_grad_()
+        small = drawn * (1.0 / math.sqrt(inputs))
+        return small.to(features.device).requires_grad_()
 
     weight = first(groups, width, how.hidden, inputs=width)
     bias = first(groups, how.hidden, inputs=width)
@@ -103,10 +108,11 @@ def fit_layer(features: Tensor, target: Tensor, how: Fit, seed: int) -> dict[str
             group["lr"] = how.rate * (1 - step / how.steps)
         picked = torch.randint(0, tokens, (how.batch,), generator=generator).to(features.device)
         held = ((features[picked] - shift) * scale).transpose(0, 1)  # [groups, batch, features]
-        hidden = F.gelu(torch.baddbmm(bias[:, None], held, weight))
-        hidden = hidden * _mask(hidden, how.dropout, generator)
-        told = torch.baddbmm(offset[:, None], hidden, out)
-        loss = F.smooth_l1_loss(told, (target[picked] - middle).transpose(0, 1))
+        with torch.autocast(features.device.type, fast, enabled=fast != torch.float32):
+            hidden = F.gelu(torch.bmm(held, weight) + bias[:, None])
+            hidden = hidden * _mask(hidden, how.dropout, generator)
+            told = torch.bmm(hidden, out) + offset[:, None]
+        loss = F.smooth_l1_loss(told.float(), (target[picked] - middle).transpose(0, 1))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -44,6 +45,7 @@ class JudgingPlan:
         every: tokens from one compaction to the next; 0 compacts once.
         limit: texts.
         device: as torch names it.
+        dtype: of weights and cache.
     """
 
     model: str
@@ -59,6 +61,7 @@ class JudgingPlan:
     every: int
     limit: int
     device: str
+    dtype: Literal["float32", "bfloat16"]
 
 
 def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
@@ -67,7 +70,7 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
     Raises:
         UserError: model, probe or texts cannot be used.
     """
-    reader = CacheReader(plan.model, plan.device)
+    reader = CacheReader(plan.model, plan.device, plan.dtype)
     probe = _probe(plan, reader) if "probe" in plan.scorers else None
     texts = _texts(plan, reader, frozenset(probe.card.seen if probe else ()))
     tallies: dict[tuple[str, str, float], Tally] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,9 @@ class CacheReader:
         channels: of one head.
     """
 
-    def __init__(self, model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: str, device: str = "cpu", dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> None:
         """Load a model.
 
         Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memshare.errors import UserError
 from memshare.lab.bench.workloads import Source, build
-from memshare.lab.problems import generate
+from memshare.lab.problems import Family, generate
 from memshare.lab.replay.traces import load_traces
 
 if TYPE_CHECKING:
@@ -71,20 +71,29 @@ def recorded_texts(
     return texts
 
 
-def solutions(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[Text]:
-    """Worked ``recall`` problems of the test reasoner; each is cut where its sum begins.
+def solutions(
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+    families: Sequence[Family] = ("recall",),
+) -> list[Text]:
+    """Worked problems of the test reasoner, of one family after another.
 
-    Every amount that the sum needs stands before that, and nowhere in the prompt.
+    Those of ``recall`` are cut where the sum begins: every amount that it needs stands before
+    that, and nowhere in the prompt.
     """
     source = Source(tokenizer, count, 0)
     texts = []
     for number in range(seed, seed + count):
-        problem = generate("recall", number)
+        family = families[number % len(families)]
+        problem = generate(family, number)
         prompt = _ask(source, problem.prompt)
-        before = source.ids(problem.solution[: problem.solution.index(_SUM)])
         tokens = (*prompt, *source.ids(problem.solution))
-        cut = (len(prompt) + len(before)) // _ROUND * _ROUND
-        texts.append(Text(f"recall{number}", tokens, len(prompt), "recall solutions", cut))
+        text = Text(f"{family}{number}", tokens, len(prompt), f"{family} solutions")
+        if family == "recall":
+            before = source.ids(problem.solution[: problem.solution.index(_SUM)])
+            text = replace(text, cut=(len(prompt) + len(before)) // _ROUND * _ROUND)
+        texts.append(text)
     return texts
 
 
@@ -114,7 +123,7 @@ def _questions(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]
     if tokenizer.chat_template is None:
         return [task.prompt for task in tasks]
     source = Source(tokenizer, count, 0)
-    return [source.chat(tokenizer.decode(task.prompt)) for task in tasks]
+    return [source.chat(str(tokenizer.decode(task.prompt))) for task in tasks]
 
 
 def _ask(source: Source, problem: str) -> list[int]:

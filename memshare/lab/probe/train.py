@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from memshare.lab.probe.evaluate import Dropping, Tally, judge, rank_correlation
 from memshare.lab.probe.fit import Fit, fit
 from memshare.lab.probe.reader import CacheReader
 from memshare.lab.probe.texts import SHORTEST, Text, folds, own_texts, recorded_texts, solutions
+from memshare.lab.problems import FAMILIES
 from memshare.mechanisms.compaction.probe.card import Judged, ProbeCard, TrainingTexts
 from memshare.mechanisms.compaction.probe.file import Probe
 from memshare.mechanisms.compaction.probe.network import ProbeNetwork
@@ -51,6 +53,7 @@ class TrainingPlan:
         how: hyperparameters.
         work: folder for what was read and trained so far.
         device: as torch names it.
+        dtype: of weights and cache.
         licences: of model and texts, for the card.
     """
 
@@ -67,6 +70,7 @@ class TrainingPlan:
     how: Fit
     work: Path
     device: str
+    dtype: Literal["float32", "bfloat16"]
     licences: str
 
 
@@ -76,7 +80,7 @@ def train(plan: TrainingPlan) -> Probe:
     Raises:
         UserError: the model or the texts cannot be used.
     """
-    reader = CacheReader(plan.model, plan.device)
+    reader = CacheReader(plan.model, plan.device, plan.dtype)
     weights = fingerprint(plan.model)
     samples = Samples(plan.work, weights, plan.prefix)
     texts = _texts(plan, reader)
@@ -194,7 +198,7 @@ def _texts(plan: TrainingPlan, reader: CacheReader) -> list[Text]:
         for kind, folder in plan.recorded.items()
         for text in recorded_texts(folder, reader.tokenizer, SHORTEST, kind)
     ]
-    texts += solutions(reader.tokenizer, plan.solutions, TRAINING_SEED)
+    texts += solutions(reader.tokenizer, plan.solutions, TRAINING_SEED, FAMILIES)
     if plan.own:
         texts += _own_texts(plan, reader)
     if not texts:

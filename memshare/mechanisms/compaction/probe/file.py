@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from memshare.mechanisms.compaction.probe.card import FORMAT, ProbeCard
-from memshare.mechanisms.compaction.probe.network import ProbeNetwork
+from memshare.mechanisms.compaction.probe.header import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 
 ENDING = ".safetensors"
 _KEY = "memshare_probe"
@@ -30,6 +35,8 @@ class Probe:
 
     def network(self) -> ProbeNetwork:
         """What computes."""
+        from memshare.mechanisms.compaction.probe.network import ProbeNetwork
+
         return ProbeNetwork(self.tensors, self.card.neighbours)
 
 
@@ -39,13 +46,11 @@ def read_card(path: Path) -> ProbeCard:
     Raises:
         ProbeUnusable: it is no probe, or one of another format.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get(_KEY)
-    except (OSError, SafetensorError) as error:
+        _, metadata = read_header(path)
+    except (OSError, ValueError) as error:
         raise ProbeUnusable(f"probe {path}: {error}; {_RETRAIN}") from None
+    written = metadata.get(_KEY)
     if written is None:
         raise ProbeUnusable(f"probe {path}: its metadata has no {_KEY!r}; {_RETRAIN}")
     try:
@@ -68,6 +73,8 @@ def read_probe(path: Path) -> Probe:
         ProbeUnusable: it is no probe, or its tensors are not what its card says.
     """
     from safetensors.torch import load_file
+
+    from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 
     card = read_card(path)
     tensors = load_file(path)

@@ -28,7 +28,8 @@ class ProbeNetwork:
         named = {name: tensor.float() for name, tensor in tensors.items()}
         weight = named["hidden.weight"] * named["scale"][..., None]
         self._bias = named["hidden.bias"] - (named["shift"][..., None] * weight).sum(-2)
-        self._own, self._around = weight.chunk(2, dim=-2)
+        # Of a token's own K and V, and of those around it, side by side.
+        self._matrix = torch.cat(weight.chunk(2, dim=-2), dim=-1)
         self._out = named["out.weight"]
         self._offset = named["out.bias"]
         self._neighbours = neighbours
@@ -56,13 +57,23 @@ class ProbeNetwork:
             "out.bias": (layers, groups, together),
         }
 
-    def part(self, first: int, heads: int, device: torch.device) -> Self:
-        """The network of some consecutive heads, whole groups of them, on their device."""
+    def part(
+        self, first: int, heads: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """The network of some consecutive heads, whole groups of them.
+
+        Args:
+            first: of the heads.
+            heads: how many.
+            device: of the keys.
+            dtype: that matrices are multiplied in; see :func:`fast_dtype`.
+        """
         together = self._offset.shape[-1]
         groups = slice(first // together, (first + heads) // together)
         part = object.__new__(type(self))
         part._neighbours = self._neighbours
-        for name in ("_bias", "_own", "_around", "_out", "_offset"):
+        part._matrix = self._matrix[:, groups].to(device, dtype)
+        for name in ("_bias", "_out", "_offset"):
             setattr(part, name, getattr(self, name)[:, groups].to(device))
         return part
 
@@ -77,23 +88,38 @@ class ProbeNetwork:
         Returns:
             ``[layers, heads, tokens]`` float32.
         """
-        held = held_together(upright, values, self._offset.shape[-1])
-        around = average(held @ self._around, self._neighbours)
-        hidden = F.gelu(held @ self._own + around + self._bias[:, :, None])
+        held = held_together(upright, values, self._offset.shape[-1], self._matrix.dtype)
+        own, around = (held @ self._matrix).float().chunk(2, dim=-1)
+        hidden = F.gelu(own + average(around, self._neighbours) + self._bias[:, :, None])
         worth = hidden @ self._out + self._offset[:, :, None]  # [layers, groups, tokens, together]
         return worth.transpose(-1, -2).flatten(1, 2)
 
 
-def held_together(upright: Tensor, values: Tensor, together: int) -> Tensor:
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """What a device multiplies matrices in fastest. Ranks of tokens hardly notice its rounding."""
+    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def held_together(
+    upright: Tensor, values: Tensor, together: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """What the cache holds of each token: ``[layers, groups, tokens, 2 * together * channels]``.
 
     Args:
         upright: ``[layers, heads, tokens, channels]``.
         values: the same of V.
         together: heads of a group.
+        dtype: of the result.
     """
-    held = torch.cat((upright, values), dim=-1).unflatten(1, (-1, together))
-    return held.transpose(2, 3).flatten(3)
+    layers, heads, tokens, channels = upright.shape
+    shape = (layers, heads // together, tokens, together, 2, channels)
+    held = torch.empty(shape, dtype=dtype, device=upright.device)
+    by_group = (layers, heads // together, together, tokens, channels)
+    for i, tensor in enumerate((upright, values)):
+        held[..., i, :] = tensor.reshape(by_group).transpose(2, 3)
+    return held.view(layers, heads // together, tokens, -1)
 
 
 def average(values: Tensor, neighbours: int) -> Tensor:

@@ -14,6 +14,8 @@ from math import isclose, prod
 from pathlib import Path
 from typing import NamedTuple
 
+from memshare.mechanisms.compaction.probe.header import read_header
+
 _TENSORS = 16
 _VALUES = 12  # of each tensor
 _RELATIVE = 0.02  # two units in the last place of bfloat16
@@ -82,14 +84,10 @@ def _at_hand(model: str, name: str) -> Path | None:
 
 
 def _matrices(file: Path) -> Iterator[_Tensor]:
-    """Tensors of two dimensions in a safetensors file, by its header."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__" and len(entry["shape"]) == 2:
-            start = 8 + length + entry["data_offsets"][0]
-            yield _Tensor(name, entry["dtype"], prod(entry["shape"]), file, start)
+    """Tensors of two dimensions in a file."""
+    for name, entry in read_header(file)[0].items():
+        if len(entry.shape) == 2:
+            yield _Tensor(name, entry.dtype, prod(entry.shape), file, entry.start)
 
 
 def _values(tensor: _Tensor) -> Iterator[float]:

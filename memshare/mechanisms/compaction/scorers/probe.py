@@ -16,7 +16,7 @@ from torch import Tensor
 from memshare.kv.rotary import Rotation, RotationUnknown
 from memshare.mechanisms.compaction.probe.file import ProbeUnusable, read_probe
 from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
-from memshare.mechanisms.compaction.probe.network import ProbeNetwork
+from memshare.mechanisms.compaction.probe.network import ProbeNetwork, fast_dtype
 from memshare.mechanisms.compaction.probe.turn import TURN_TOLERANCE, turn_of, upright
 from memshare.mechanisms.compaction.scorers.recency import Recency
 from memshare.mechanisms.compaction.scorers.registry import ScorerUnusable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS_AT_ONCE = 1 << 24  # keys and values that are worked on together: 64 MB, a few times over
+_NUMBERS_AT_ONCE = 1 << 22  # keys and values that are worked on together: 16 MB, a few times over
 
 
 class ProbeScorer:
@@ -101,8 +101,9 @@ def build(choice: ScorerChoice, context: WorkerContext) -> TokenScorer:
     first = model.first_head(context.tensor_rank, probe.card.heads)
     assert first is not None  # find_probe has seen to it
     logger.info("tokens are kept by the probe %s", path)
-    network = probe.network().part(first, model.heads, cache.device)
-    return ProbeScorer(network, rotation.to(cache.device), probe.card.neighbours)
+    device = cache.device
+    network = probe.network().part(first, model.heads, device, fast_dtype(device))
+    return ProbeScorer(network, rotation.to(device), probe.card.neighbours)
 
 
 def _rotation(context: WorkerContext, turn: tuple[float, ...]) -> Rotation:

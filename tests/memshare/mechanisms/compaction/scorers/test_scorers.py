@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - as torch calls it
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memshare.config.setup import EngineFacts, Setup
 from memshare.kv.layout import RotaryTable
 from memshare.kv.rotary import Rotation
 from memshare.mechanisms.compaction.probe import find
@@ -26,6 +27,7 @@ from memshare.mechanisms.compaction.probe.weights import fingerprint
 from memshare.mechanisms.compaction.scorers import probe as probe_scorer
 from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
 from memshare.mechanisms.compaction.scorers.recency import Recency
+from memshare.mechanisms.compaction.scorers.refusals import scorer_refusals
 from memshare.mechanisms.compaction.scorers.registry import (
     SCORERS,
     ScorerUnusable,
@@ -169,6 +171,7 @@ def test_ranks_score_their_heads_as_one_rank_does(
         )
         for rank in range(2)
     ]
+    # On a CPU with AMX matrices are rounded, the same for every head.
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
@@ -235,6 +238,18 @@ def test_worth_is_what_the_features_give(together: int) -> None:
             assert torch.allclose(found, wanted.T, atol=1e-3)
 
 
+def test_ranks_survive_the_rounding_of_fast_matrices() -> None:
+    _, keys, values, positions = cached()
+    network = ProbeNetwork(tensors(2), NEIGHBOURS)
+    exact = ProbeScorer(network, ROTATION, NEIGHBOURS).score(keys, values, positions)
+    part = network.part(0, HEADS, keys.device, torch.bfloat16)
+    rounded = ProbeScorer(part, ROTATION, NEIGHBOURS).score(keys, values, positions)
+    assert rounded.dtype == torch.float32
+    for a, b in zip(exact.flatten(0, 1), rounded.flatten(0, 1), strict=True):
+        ranks = torch.stack((a, b)).argsort(-1).argsort(-1).float()
+        assert torch.corrcoef(ranks)[0, 1] > 0.999
+
+
 def test_long_texts_are_scored_in_parts_with_their_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -281,3 +296,38 @@ def test_other_rope_parameters_than_in_training_are_refused(model: Path, kept: P
 def test_a_probe_that_is_not_there_is_refused(model: Path, kept: Path) -> None:
     with pytest.raises(ScorerUnusable, match="'tiny': there is no such file"):
         build_scorer(Choice("probe", "tiny"), context(str(model)))
+
+
+# ---- before anything loads ----
+
+
+def test_a_named_probe_is_checked_before_the_model_loads(model: Path, kept: Path) -> None:
+    unused: Any = None
+    setup = Setup(unused, EngineFacts(str(model), has_tokenizer=True))
+
+    def found(choice: Choice, setup: Setup = setup) -> list[str]:
+        return list(scorer_refusals(choice, setup))
+
+    (missing,) = found(Choice("probe", "tiny"))
+    assert missing.startswith("policy.probe = 'tiny': probe 'tiny': there is no such file")
+    write(kept / "tiny.safetensors", model)
+    assert found(Choice("probe", "tiny")) == found(Choice("probe")) == found(Choice("random")) == []
+    (useless,) = found(Choice("random", "tiny"))
+    assert "policy.scorer is 'random', which uses none" in useless
+    write(kept / "tiny.safetensors", model, weights=(1.0, 2.0))
+    (other,) = found(Choice("probe", "tiny"))
+    assert "it was trained for tiny, and the weights of" in other
+    assert "    fix: leave policy.probe out" in other
+    # While only the options are known, the model is not.
+    assert found(Choice("probe", "tiny"), Setup(unused)) == []
+
+
+def test_cards_are_read_without_torch(model: Path, kept: Path) -> None:
+    path = write(kept / "tiny.safetensors", model)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from memshare.mechanisms.compaction.probe.file import read_card\n"
+        f"assert read_card(Path({str(path)!r})).model == 'tiny'\n"
+        "assert 'torch' not in sys.modules, 'torch'\n"
+    )
+    assert run([sys.executable, "-c", code], check=False).returncode == 0
