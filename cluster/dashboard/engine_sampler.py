@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import Report, Reuse, Sample, Thinned, Trace
 from cluster.telemetry.step_sample import StepSample
-from memshare.telemetry.stats import PreemptionNote, RemapNote, RequestRow
+from memshare.telemetry.stats import CompactionNote, PreemptionNote, RemapNote, RequestRow
 
 _ENDED = 32  # requests that have ended and whose trace is kept
+_GIVEN_UP = ("shared_entries", "holes")  # gauges, whichever the policy has
 _UNSENT = 120  # samples that are kept while the board can't be reached
 
 
@@ -35,6 +36,7 @@ class _Followed:
 
     request: LiveRequest
     reused: dict[int, Reuse] = field(default_factory=dict)  # by target
+    thinned: Thinned | None = None
     preempted: list[float] = field(default_factory=list)
 
 
@@ -118,12 +120,18 @@ class EngineSampler:
             followed = self._follow(preempted.request)
             if followed is not None:
                 followed.reused.clear()
+                followed.thinned = None
                 followed.preempted.append(preempted.time)
         for remap in map(RemapNote._make, payload["remaps"]):
             followed = self._follow(remap.request)
             if followed is not None:
                 donor = None if remap.donor_request == remap.request else remap.donor_request
                 followed.reused[remap.target] = Reuse(remap.target, remap.donor, donor, remap.time)
+
+        for note in map(CompactionNote._make, payload["compactions"]):
+            followed = self._follow(note.request)
+            if followed is not None:
+                followed.thinned = Thinned(note.first, note.end, note.holes, note.time)
 
     def _preemptions(self, by_vllm: int, by_memshare: int) -> int:
         """New ones. MemShare tells at once, but only of requests that it follows; vLLM of each when
@@ -151,7 +159,7 @@ class EngineSampler:
                 preempted=interval.preempted,
                 reclaimed=interval.reclaimed,
                 avoided=interval.avoided,
-                shared=0 if idle else int(self._gauges.get("shared_entries", 0)),
+                shared=0 if idle else int(sum(self._gauges.get(name, 0) for name in _GIVEN_UP)),
                 queued=0 if idle else int(self._gauges.get("queue_length", 0)),
                 lag=None if interval.lag is None else round(interval.lag, 4),
             )
@@ -193,6 +201,7 @@ class EngineSampler:
             prompt_tokens=len(prompt),
             tokens=len(tokens),
             reused=sorted(followed.reused.values()),
+            thinned=followed.thinned,
             preempted=list(followed.preempted),
             texts=None,
         )

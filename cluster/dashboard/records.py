@@ -18,9 +18,9 @@ class Sample(NamedTuple):
         waiting: requests that don't.
         tokens: generated in the interval.
         preempted: preemptions in the interval, of all requests (vLLM's count).
-        reclaimed: blocks returned to the free pool by remaps.
+        reclaimed: blocks returned to the free pool by remaps or compaction.
         avoided: preemptions avoided.
-        shared: table entries that are re-pointed now.
+        shared: table entries that are re-pointed now, or holes.
         queued: verified pairs in the reclaim queue now.
         lag: longest time from a step to its candidates in the interval, seconds; None if none came.
     """
@@ -50,6 +50,16 @@ class Reuse(NamedTuple):
     time: float
 
 
+class Thinned(NamedTuple):
+    """Blocks ``first`` to before ``end`` of a request, of which compaction has dropped as many
+    tokens as fill ``dropped`` blocks. Each layer and KV head has lost others."""
+
+    first: int
+    end: int
+    dropped: int
+    time: float
+
+
 @dataclass(frozen=True)
 class Trace:
     """What became of one request's blocks.
@@ -63,6 +73,7 @@ class Trace:
         reused: blocks that were given up since its last preemption.
         preempted: when it was preempted, seconds since the epoch.
         texts: the text of each block; None unless the operator allows it.
+        thinned: what compaction has dropped since its last preemption; None if nothing.
     """
 
     request: str
@@ -73,6 +84,7 @@ class Trace:
     reused: list[Reuse]
     preempted: list[float]
     texts: list[str] | None
+    thinned: Thinned | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ with its times in queue, prefill and decode as attributes, under the trace conte
 the request. Ours stands around it and shows the same times as spans, and what MemShare did as
 events::
 
-    memshare.request            remaps and preemptions as events
+    memshare.request            remaps, compactions, preemptions as events
       memshare.queue            waiting to be scheduled
       memshare.prefill          up to the first token
       memshare.decode           up to the last one
@@ -28,7 +28,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.metrics.stats import RequestStateStats
 
 from cluster.telemetry.step_sample import StepSample
-from memshare.telemetry.stats import PreemptionNote, RemapNote
+from memshare.telemetry.stats import CompactionNote, PreemptionNote, RemapNote
 
 _CONTEXT = TraceContextTextMapPropagator()
 
@@ -111,6 +111,11 @@ class RequestSpans:
                 },
                 notes[-1].time,
             )
+        for note in map(CompactionNote._make, step.payload["compactions"]):
+            name = self._client_id(note.request) or ""
+            for span in self._open.get(name, ()):
+                self._blocks[span] += note.freed
+            self._add_event(name, "memshare.compacted", {"memshare.blocks": note.freed}, note.time)
         for preempted in map(PreemptionNote._make, step.payload["preempted"]):
             self._add_event(
                 self._client_id(preempted.request) or "",

@@ -27,6 +27,18 @@ class RemapNote(NamedTuple):
     donor: int
 
 
+class CompactionNote(NamedTuple):
+    """A round of compaction. Tokens under entries ``first`` to before ``end`` of the block table
+    have been dropped: ``freed`` blocks in this round, ``holes`` since its last preemption."""
+
+    time: float
+    request: str
+    first: int
+    end: int
+    freed: int
+    holes: int
+
+
 class PreemptionNote(NamedTuple):
     """A request that lost its blocks, and how many full ones."""
 
@@ -66,6 +78,7 @@ class Payload(TypedDict):
     blocks: dict[str, int]
     requests: list[RequestRow]
     remaps: list[RemapNote]
+    compactions: list[CompactionNote]
     preempted: list[PreemptionNote]
 
 
@@ -73,7 +86,7 @@ def empty_payload() -> Payload:
     """A payload that changes nothing."""
     return Payload(
         counters={}, labelled={}, gauges={}, distances=[], lags=[], blocks={}, requests=[],
-        remaps=[], preempted=[],
+        remaps=[], compactions=[], preempted=[],
     )  # fmt: skip
 
 
@@ -89,6 +102,7 @@ def merge_payloads(into: Payload, other: Payload) -> None:
     into["distances"].extend(other["distances"])
     into["lags"].extend(other["lags"])
     into["remaps"].extend(other["remaps"])
+    into["compactions"].extend(other["compactions"])
     into["preempted"].extend(other["preempted"])
     if other["blocks"]:
         into["blocks"] = other["blocks"]
@@ -108,6 +122,7 @@ class Counters:
     _blocks: dict[str, int] = field(default_factory=dict)
     _requests: list[RequestRow] = field(default_factory=list)
     _remaps: list[RemapNote] = field(default_factory=list)
+    _compactions: list[CompactionNote] = field(default_factory=list)
     _preempted: list[PreemptionNote] = field(default_factory=list)
     _changed: bool = False
 
@@ -138,6 +153,11 @@ class Counters:
         self._remaps.append(note)
         self._changed = True
 
+    def note_compaction(self, note: CompactionNote) -> None:
+        """Record a round of compaction."""
+        self._compactions.append(note)
+        self._changed = True
+
     def note_preemption(self, note: PreemptionNote) -> None:
         """Record a preemption."""
         self._preempted.append(note)
@@ -163,12 +183,13 @@ class Counters:
             blocks=self._blocks,
             requests=self._requests,
             remaps=self._remaps,
+            compactions=self._compactions,
             preempted=self._preempted,
         )
         self._counters.clear()
         self._labelled.clear()
         self._distances, self._lags = [], []
         self._blocks, self._requests = {}, []
-        self._remaps, self._preempted = [], []
+        self._remaps, self._compactions, self._preempted = [], [], []
         self._changed = False
         return payload

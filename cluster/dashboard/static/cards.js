@@ -133,7 +133,7 @@ function tip(canvas, sample, view) {
     `${sample.tokens} tokens`,
     `▼ ${sample.preempted} preempted`,
     `▲ ${sample.reclaimed} blocks reclaimed, ${sample.avoided} preemptions avoided`,
-    `${sample.shared} entries shared, ${sample.queued} pairs queued`,
+    `${sample.shared} entries given up, ${sample.queued} pairs queued`,
     sample.lag === null ? "no answers of evaluators" : `evaluator lag ${seconds(sample.lag)}`,
   ].join("\n");
   const frame = canvas.getBoundingClientRect();

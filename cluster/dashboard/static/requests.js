@@ -63,10 +63,11 @@ function fillRow(row, request, most) {
   cells[1].title = request.replica;
   cells[2].textContent = whole(request.tokens);
   cells[3].textContent = whole(request.blocks);
-  const own = Math.max(0, request.blocks - request.prompt - request.shared);
-  const parts = [request.prompt, request.shared, own, most - request.blocks];
+  const lost = request.shared + request.dropped;
+  const own = Math.max(0, request.blocks - request.prompt - lost);
+  const parts = [request.prompt, lost, own, most - request.blocks];
   parts.forEach((part, i) => { cells[4].firstChild.children[i].style.flexGrow = part; });
-  cells[5].textContent = request.blocks ? `${request.shared} (${Math.round((100 * request.shared) / request.blocks)}%)` : "0";
+  cells[5].textContent = request.blocks ? `${lost} (${Math.round((100 * lost) / request.blocks)}%)` : "0";
   cells[6].textContent = request.preemptions;
   const button = cells[7].firstChild;
   button.dataset.replica = request.replica;

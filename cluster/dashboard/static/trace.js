@@ -38,6 +38,10 @@ export function showTrace(parts, trace) {
   const reused = trace.reused.map(([target, donor, donorRequest, time]) => ({ target, donor, donorRequest, time }));
   const byTarget = new Map(reused.map((reuse) => [reuse.target, reuse]));
   const donors = new Set(reused.filter((r) => r.donorRequest === null).map((r) => r.donor));
+  const [thinFrom, thinTo, dropped, thinnedAt] = trace.thinned || [0, 0, 0, 0];
+  const isThinned = (block) => thinFrom <= block && block < thinTo;
+  // What has been dropped differs by layer and head: all of the range is greyed by how much is gone.
+  const left = (block) => (isThinned(block) ? 1 - (0.75 * dropped) / (thinTo - thinFrom) : 1);
   const tokensOf = (block) => `${block * size}–${Math.min((block + 1) * size, trace.tokens) - 1}`;
   const kindOf = (block) => {
     if (byTarget.has(block)) return "given-up";
@@ -49,7 +53,7 @@ export function showTrace(parts, trace) {
     trace.request,
     trace.live ? "live" : "ended",
     `${trace.tokens} tokens (${trace.prompt_tokens} of prompt) in ${count} blocks of ${size}`,
-    `${reused.length} given up`,
+    `${reused.length + dropped} given up`,
     ["never preempted", "preempted once"][trace.preempted.length] || `preempted ${trace.preempted.length} times`,
   ].join(" · ");
 
@@ -65,7 +69,7 @@ export function showTrace(parts, trace) {
     const floor = Math.ceil(Math.max(0, ...own.map(rise)) * 0.75) + 6;
     const svg = element("svg", {
       viewBox: `0 0 ${width} ${floor + HEIGHT + 20}`, role: "img",
-      "aria-label": `${count} blocks, ${reused.length} of them given up`,
+      "aria-label": `${count} blocks, ${reused.length + dropped} of them given up`,
     });
     arcOf.clear();
     for (const reuse of own) {
@@ -81,6 +85,7 @@ export function showTrace(parts, trace) {
         x: block * cellWidth, y: floor, width: Math.max(cellWidth, 0.5), height: HEIGHT, class: `cell ${kind}`, ...fill,
       });
       cell.dataset.block = block;
+      cell.style.fillOpacity = left(block);
       return cell;
     });
     svg.append(patterns(), ...cells);
@@ -101,6 +106,7 @@ export function showTrace(parts, trace) {
     span.textContent = text;
     span.className = kindOf(block);
     span.dataset.block = block;
+    span.style.opacity = left(block);
     return span;
   });
   parts.text.replaceChildren(...spans);
@@ -140,11 +146,13 @@ export function showTrace(parts, trace) {
   };
   const describe = (block, reuse) => {
     const place = `Block ${block}, tokens ${tokensOf(block)}: `;
+    if (isThinned(block)) return `${place}compacted at ${new Date(thinnedAt * 1000).toLocaleTimeString()}; ${thinning}`;
     if (!reuse) return place + { prompt: "prompt", donor: "a donor, read in place of blocks that were given up", kept: "its own KV" }[kindOf(block)] + ".";
     const when = new Date(reuse.time * 1000).toLocaleTimeString();
     const where = reuse.donorRequest === null ? `block ${reuse.donor}, tokens ${tokensOf(reuse.donor)}` : `block ${reuse.donor} of ${reuse.donorRequest}`;
     return `${place}given up at ${when}; ${where} is read instead.`;
   };
+  const thinning = `tokens of ${dropped} of the blocks ${thinFrom}–${thinTo - 1} are dropped, others in each layer and head.`;
   const point = (event) => {
     const { block } = event.target.dataset;
     if (block !== undefined) light(Number(block), parts.text.contains(event.target));
@@ -167,9 +175,11 @@ export function showTrace(parts, trace) {
     return row;
   }));
   parts.list.hidden = reused.length === 0;
-  parts.detail.textContent = reused.length
-    ? "An arc leads from each block that was given up to its donor, the block that is read instead. Point at one."
-    : "Nothing of it was given up.";
+  if (reused.length) {
+    parts.detail.textContent = "An arc leads from each block that was given up to its donor, the block that is read instead. Point at one.";
+  } else {
+    parts.detail.textContent = dropped ? `Grey: ${thinning}` : "Nothing of it was given up.";
+  }
   draw();
   return draw;
 }

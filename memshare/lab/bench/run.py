@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memshare.errors import UserError
 from memshare.lab.bench.arms import Arm
@@ -22,6 +22,8 @@ from memshare.lab.bench.progress import follow
 from memshare.lab.bench.workloads import Task
 from memshare.lab.problems import read_answer
 from memshare.lab.simulate.costs import Recomputation, StepWork, work_of
+from memshare.mechanisms.remap.scheduler import RemapPart
+from memshare.mechanisms.remap.view import TableView
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from memshare.core.interfaces import EngineRequest
     from memshare.engine.scheduler_side import SchedulerSide
     from memshare.engine.usage import ReturnedUsage
-    from memshare.mechanisms.remap.scheduler import RemapPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,9 +342,12 @@ class _Watch:
         state = side.tracker.get(request_id)
         if state is not None and side.tables.table(request_id) is not None:
             self._repointed[request_id] = state.lost / max(state.full, 1)
-            part = cast("RemapPart", side.part)
-            view = part.view(state)
-            self._fates += fates(view, partial(part.objection, state, view))
+            part = side.part
+            if isinstance(part, RemapPart):
+                view = part.view(state)
+                self._fates += fates(view, partial(part.objection, state, view))
+            else:  # compaction objects to nothing that may go
+                self._fates += fates(TableView(side.tracker, side.tables, state), lambda _: None)
 
     def step(self, start: float) -> None:
         """One engine step."""
@@ -397,7 +401,7 @@ class _Watch:
             recomputed=self._again.tokens,
             running=statistics.fmean(moment.requests for moment in self.moments),
             peak=max(moment.requests for moment in self.moments),
-            remaps=self._total("applied"),
+            remaps=self._total("applied") + self._total("compactions"),
             reclaimed=self._total("blocks_reclaimed"),
             first_token=_percentiles([arrivals[0] for arrivals in self._arrivals.values()]),
             between_tokens=_percentiles(gaps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from memshare.core.requests import RequestState
@@ -10,7 +11,7 @@ from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
 from memshare.mechanisms.compaction.params import CompactionParams
 from memshare.mechanisms.contract import SchedulerContext, SchedulerPart
 from memshare.telemetry.explain import Cause
-from memshare.telemetry.stats import DropReason
+from memshare.telemetry.stats import CompactionNote, DropReason
 
 
 class CompactionPart(SchedulerPart):
@@ -92,6 +93,10 @@ class CompactionPart(SchedulerPart):
         counters.add("compactions")
         counters.add("tokens_dropped", tokens)
         counters.add("blocks_reclaimed", freed)
+        first, end = entries[0], max(entries[-1], *state.holes) + 1
+        counters.note_compaction(
+            CompactionNote(time.time(), request_id, first, end, freed, len(state.holes))
+        )
         self._recorder.explainer.reclaimed(request_id, freed, cause)
         self._recorder.event(
             "compacted", request=request_id, entries=len(entries), freed=freed, tokens=tokens,

@@ -60,7 +60,7 @@ class TableView:
     @property
     def has_budget(self) -> bool:
         """Whether another block of the request may be re-pointed."""
-        return len(self._state.repointed) < self.budget and self.first < self.end
+        return self._state.lost < self.budget and self.first < self.end
 
     @property
     def shared_fraction(self) -> float:
@@ -75,7 +75,7 @@ class TableView:
 
     def is_own(self, index: int) -> bool:
         """See :meth:`RequestView.is_own`."""
-        return index not in self._state.repointed
+        return index not in self._state.repointed and index not in self._state.holes
 
     def is_alone(self, index: int) -> bool:
         """Whether no other request's table holds the entry's block."""

@@ -13,9 +13,10 @@ import pytest
 from cluster.config import PageConfig
 from cluster.dashboard.engine_sampler import EngineSampler
 from cluster.dashboard.hub import DashboardHub
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import Report, Reuse, Sample, Thinned, Trace
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import (
+    CompactionNote,
     Payload,
     PreemptionNote,
     RemapNote,
@@ -152,6 +153,19 @@ def test_a_preemption_clears_the_trace_and_a_later_remap_begins_anew(rig: Rig) -
     assert trace is not None
     assert [reuse.target for reuse in trace.reused] == [1]
     assert trace.preempted == [7.0]
+
+
+def test_a_trace_says_what_compaction_has_left(rig: Rig) -> None:
+    rig.step(payload(compactions=[CompactionNote(5.0, "a", 1, 3, 1, 1)]))
+    rig.step(payload(compactions=[CompactionNote(6.0, "a", 1, 4, 1, 2)], gauges={"holes": 2.0}))
+    trace = rig.trace("a")
+    assert trace is not None
+    assert trace.thinned == Thinned(1, 4, 2, 6.0)
+    assert rig.next_sample().shared == 2
+    rig.step(payload(preempted=[PreemptionNote(7.0, "a", 4)]))
+    trace = rig.trace("a")
+    assert trace is not None
+    assert trace.thinned is None
 
 
 def test_text_is_shown_by_block_and_only_if_allowed() -> None:

@@ -15,7 +15,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 
 from cluster.telemetry.step_sample import StepSample
 from cluster.telemetry.tracing import RequestSpans
-from memshare.telemetry.stats import PreemptionNote, RemapNote, empty_payload
+from memshare.telemetry.stats import CompactionNote, PreemptionNote, RemapNote, empty_payload
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 FROM_CLIENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
@@ -35,8 +35,15 @@ def output(times: RequestStateStats) -> RequestOutput:
     return RequestOutput("a", None, None, None, [], False, metrics=times)  # type: ignore[arg-type]
 
 
-def step(remaps: list[RemapNote], preempted: list[PreemptionNote]) -> StepSample:
-    payload = {**empty_payload(), "remaps": remaps, "preempted": preempted}
+def step(
+    remaps: list[RemapNote],
+    preempted: list[PreemptionNote],
+    compactions: list[CompactionNote] | None = None,
+) -> StepSample:
+    payload = {
+        **empty_payload(), "remaps": remaps, "preempted": preempted,
+        "compactions": compactions or [],
+    }  # fmt: skip
     return StepSample(0.5, 1, 0, 1, 0, payload)  # type: ignore[arg-type]
 
 
@@ -138,9 +145,11 @@ async def test_requests_of_one_id_have_spans_of_their_own(exporter: InMemorySpan
     await anext(second)
     spans.record(step([RemapNote(50.0, "a-1", 2, "a-1", 7)], []))
     assert await drain(first) == 1
-    spans.record(step([], [PreemptionNote(60.0, "a-2", 9)]))
+    compaction = CompactionNote(55.0, "a-2", 3, 9, 4, 6)
+    spans.record(step([], [PreemptionNote(60.0, "a-2", 9)], [compaction]))
     assert await drain(second) == 1
     events = [[event.name for event in span.events] for span in exporter.get_finished_spans()]
-    assert events == [["memshare.reclaimed"], ["memshare.reclaimed", "memshare.preempted"]]
+    assert events[0] == ["memshare.reclaimed"]
+    assert events[1] == ["memshare.reclaimed", "memshare.compacted", "memshare.preempted"]
     assert not spans._open
     assert not spans._blocks

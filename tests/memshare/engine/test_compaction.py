@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.memshare.engine.harness import Engine, StartEngine
+from tests.memshare.engine.harness import BLOCK, Engine, StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -60,7 +61,7 @@ def assert_clean(engine: Engine) -> None:
     assert worker._memshare.parts["compaction"].slots._entries == {}
 
 
-def finished(engine: Engine, names: dict[str, str], **params: Any) -> dict[str, Any]:
+def finished(engine: Engine, names: dict[str, Any], **params: Any) -> dict[str, Any]:
     """Add requests, run them to their ends, and return their last outputs by name."""
     from vllm import SamplingParams
 
@@ -79,7 +80,7 @@ def test_under_pressure_requests_are_compacted_and_leave_nothing_behind(engine: 
     counted = engine.totals - before
     assert all(len(tokens) == TOKENS for tokens in outputs)
     assert counted["compactions"] > 10
-    assert counted["tokens_dropped"] == 32 * counted["blocks_reclaimed"] > 0
+    assert counted["tokens_dropped"] == BLOCK * counted["blocks_reclaimed"] > 0
 
 
 def test_without_pressure_nothing_is_dropped_and_every_token_is_vllms(
@@ -106,29 +107,6 @@ def test_requests_that_must_stay_exact_do_beside_compacted_ones(
     assert counted["opted_out:requested"] == counted["opted_out:prompt_logprobs"] == 1
     for i, name in enumerate(exact):
         assert tuple(outputs[name].outputs[0].token_ids) == dense[i], name
-
-
-def test_a_later_turn_is_served_exact_blocks_alone(
-    engine: Engine, dense: list[tuple[int, ...]]
-) -> None:
-    """Sixteen requests are compacted; what they have published must still be exact."""
-    engine.scheduler.reset_prefix_cache()
-    first = finished(engine, {f"first-{i}": prompt for i, prompt in enumerate(PROMPTS)})
-    cached = 0
-    for i, expected in enumerate(dense):
-        tokenizer = engine.llm.get_tokenizer()
-        answer = list(first[f"first-{i}"].outputs[0].token_ids)
-        pairs = zip(answer, expected, strict=True)
-        same = next((n for n, (ours, exact) in enumerate(pairs) if ours != exact), TOKENS)
-        turn = [*tokenizer.encode(PROMPTS[i]), *expected[:same]]
-        again = finished(
-            engine,
-            {f"again-{i}": {"prompt_token_ids": turn}},  # type: ignore[dict-item]
-            **{f"again-{i}": {"max_tokens": TOKENS - same + 1, "extra_args": OFF}},
-        )[f"again-{i}"]
-        cached += again.num_cached_tokens
-        assert tuple(again.outputs[0].token_ids)[: TOKENS - same] == expected[same:]
-    assert cached > 0
 
 
 def test_aborts_and_preemptions_in_the_middle(engine: Engine) -> None:
@@ -163,7 +141,7 @@ def test_usage_says_what_was_dropped(engine: Engine) -> None:
     usages = [output.kv_transfer_params["memshare"] for output in outputs.values()]
     dropped = sum(usage["tokens_dropped"] for usage in usages)
     assert dropped == engine.totals["tokens_dropped"] - before > 0
-    assert all(usage["tokens_dropped"] == 32 * usage["blocks_shared"] for usage in usages)
+    assert all(usage["tokens_dropped"] == BLOCK * usage["blocks_shared"] for usage in usages)
 
 
 def test_a_request_may_ask_to_lose_less(engine: Engine) -> None:
@@ -173,7 +151,7 @@ def test_a_request_may_ask_to_lose_less(engine: Engine) -> None:
     for name in ("least-0", "least-1"):
         usage = outputs[name].kv_transfer_params["memshare"]
         lives = 1 + usage["preemptions"]
-        assert usage["blocks_shared"] <= 0.1 * lives * (TOKENS + 100) / 32
+        assert usage["blocks_shared"] <= 0.1 * lives * (TOKENS + 100) / BLOCK
 
 
 def test_what_is_reported_agrees_with_the_books(engine: Engine) -> None:
@@ -194,21 +172,64 @@ def test_what_is_reported_agrees_with_the_books(engine: Engine) -> None:
     assert engine.metric("vllm:memshare_compactions") == engine.totals["compactions"]
 
 
-@pytest.mark.parametrize("mode", ["eager", "speculation", "observe"])
-def test_other_ways_to_run(mode: str, start_engine: StartEngine, tiny: str) -> None:
-    """Once verified room exists (eager), with drafted tokens, and in a mode that drops nothing."""
-    memshare = CHECKED | {"observe": {"mode": "observe"}}.get(mode, {})
-    options = dict(SMALL)
-    if mode == "eager":
-        memshare |= {"trigger": {"kind": "eager"}}
-    if mode == "speculation":
-        options["speculative_config"] = {
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }  # fmt: skip
-    with start_engine(tiny, memshare, **options) as engine:
+EAGER = CHECKED | {"trigger": {"kind": "eager"}, "budget": {"max_thinning": 0.5}}
+
+
+def test_a_later_turn_is_served_exact_blocks_alone(
+    dense: list[tuple[int, ...]], start_engine: StartEngine, tiny: str
+) -> None:
+    """A whole answer is compacted as soon as it may be; its conversation goes on, exactly."""
+    with start_engine(tiny, EAGER, **SMALL | {"num_gpu_blocks_override": 200}) as engine:
+        prompt = engine.llm.get_tokenizer().encode(PROMPTS[0])
+        turn = {"prompt_token_ids": [*prompt, *dense[0]]}
+        first = finished(engine, {"first": PROMPTS[0]})["first"]
+        assert engine.totals["compactions"] > 2
+        tokens, exact = first.outputs[0].token_ids, dense[0]
+        same = next((n for n in range(TOKENS) if tokens[n] != exact[n]), TOKENS)
+        assert 100 < same < TOKENS, "it is exact until it loses something, and no longer"
+
+        asked = {"extra_args": OFF, "max_tokens": 8}
+        later = finished(engine, {"later": turn}, later=asked)["later"]
+        # The prompt's blocks are found. The first behind them was packed, and cannot be.
+        assert later.num_cached_tokens == len(prompt) // BLOCK * BLOCK
+        engine.llm.reset_prefix_cache()
+        alone = finished(engine, {"alone": turn}, alone=asked)["alone"]
+        assert alone.num_cached_tokens == 0
+        assert later.outputs[0].token_ids == alone.outputs[0].token_ids
+        assert engine.is_clean()
+
+        # Negative control: packed blocks that stay published are found, and are wrong.
+        engine.side.tables.make_writable = lambda request_id, indexes: True
+        finished(engine, {"again": PROMPTS[0]})
+        wrong = finished(engine, {"wrong": turn}, wrong=asked)["wrong"]
+        assert wrong.num_cached_tokens > later.num_cached_tokens
+
+
+def test_observe_drops_nothing(start_engine: StartEngine, tiny: str) -> None:
+    with start_engine(tiny, CHECKED | {"mode": "observe"}, **SMALL) as engine:
         outputs = engine.generate(PROMPTS, TOKENS)
         assert all(len(tokens) == TOKENS for tokens in outputs)
-        assert (engine.totals["compactions"] > 10) == (mode != "observe")
+        assert engine.totals["compactions"] == 0
+        assert engine.metric("vllm:num_preemptions") > 0, "memory was short"
         assert engine.is_clean()
-        assert "integrity_checks:failed" not in engine.totals
+
+
+def test_drafted_tokens(start_engine: StartEngine, tiny: str) -> None:
+    options: dict[str, Any] = {
+        "speculative_config": {
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        }
+    }  # fmt: skip
+    try:
+        with start_engine(tiny, CHECKED, **SMALL | options) as engine:
+            outputs = engine.generate(PROMPTS, TOKENS)
+            assert all(len(tokens) == TOKENS for tokens in outputs)
+            assert engine.totals["compactions"] > 10
+            assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
+            assert_clean(engine)
+    finally:
+        # vLLM looks through all modules when it starts, and cannot look into those that n-gram
+        # brings (vllm/triton_utils/dispatcher.py): no later engine of this process would start.
+        for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+            del sys.modules[name]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from memshare.telemetry.metrics import COUNTERS, GAUGES, LABELLED
 from memshare.telemetry.stats import (
+    CompactionNote,
     Counters,
     DropReason,
     Payload,
@@ -37,12 +38,23 @@ ACTS: st.SearchStrategy[Act] = st.one_of(
     st.builds(lambda d: lambda t: t.observe_distance(d), NUMBERS),
     st.builds(lambda s: lambda t: t.observe_lag(s), NUMBERS),
     st.builds(lambda n: lambda t: t.note_remap(RemapNote(n, "a", 1, "b", 2)), NUMBERS),
+    st.builds(lambda n: lambda t: t.note_compaction(CompactionNote(n, "a", 1, 9, 2, 3)), NUMBERS),
     st.builds(lambda n: lambda t: t.note_preemption(PreemptionNote(n, "a", 3)), NUMBERS),
     st.builds(
         lambda n: (
             lambda t: t.note_blocks(
                 {"free": n},
-                [RequestRow(request="a", tokens=n, blocks=n, prompt=1, shared=0, preemptions=0)],
+                [
+                    RequestRow(
+                        request="a",
+                        tokens=n,
+                        blocks=n,
+                        prompt=1,
+                        shared=0,
+                        dropped=0,
+                        preemptions=0,
+                    )
+                ],
             )
         ),
         st.integers(1, 9),
@@ -98,6 +110,7 @@ def test_a_payload_crosses_processes_unchanged(
                 msgspec.msgpack.decode(msgspec.msgpack.encode(payload)),
             ):
                 crossed["remaps"] = [RemapNote(*row) for row in crossed["remaps"]]
+                crossed["compactions"] = [CompactionNote(*row) for row in crossed["compactions"]]
                 crossed["preempted"] = [PreemptionNote(*row) for row in crossed["preempted"]]
                 assert crossed == payload
 

@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from cluster.config import PageConfig
-from cluster.dashboard.records import Report, Reuse, Sample, Trace
+from cluster.dashboard.records import Report, Reuse, Sample, Thinned, Trace
 from tests.cluster.dashboard.page.browsing import open_browser
 from tests.cluster.dashboard.page.serving import PageServer, serve_page
 
@@ -191,6 +191,24 @@ def test_a_trace_shows_what_was_given_up_and_text_stays_text(
         page.locator("#trace-list tbody tr").first.focus()
         expect(page.locator("#trace-detail")).to_contain_text(f"Block {first.target}, tokens")
         assert page.locator("#trace-strip .arc.on").count() == 1
+        assert visit.errors == []
+
+
+def test_a_trace_greys_what_compaction_has_dropped(
+    browser: BrowserContext, server: PageServer
+) -> None:
+    made = {"reused": [], "thinned": Thinned(3, 11, 4, 1.0)}
+    trace = Trace(**{**vars(recorded_trace()), **made})
+    with visiting(browser, server) as visit:
+        page = visit.page
+        open_trace(page, server, trace)
+        opacity = "(all) => all.map((one) => Number(one.style.fillOpacity || one.style.opacity))"
+        for cells in ("#trace-strip .cell", "#trace-text span"):
+            shown = page.eval_on_selector_all(cells, opacity)
+            assert [block for block, left in enumerate(shown) if left < 1] == list(range(3, 11))
+            assert shown[3] == 1 - 0.75 * 4 / 8
+        expect(page.locator("#trace-facts")).to_contain_text("4 given up")
+        expect(page.locator("#trace-detail")).to_contain_text("tokens of 4 of the blocks 3")
         assert visit.errors == []
 
 
