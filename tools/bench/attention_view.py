@@ -1,0 +1,156 @@
+"""What compaction costs on a worker: hiding holes from attention, and packing tokens.
+
+On tensors of the real shapes, without an engine; on a GPU if there is one.
+
+    python -m tools.bench.attention_view
+
+``build`` is the work before a backend builds its metadata, for 256 requests of 1000 entries.
+``pack`` is one round on a worker: reading and scoring what is new, choosing, moving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from memshare.core.token_map import TokenMap
+from memshare.engine.vllm_0_32.attention_view import SqueezedTables
+from memshare.lab.markdown import table_head, table_row
+from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
+from memshare.mechanisms.compaction.worker import CompactionWorkerPart
+from memshare.mechanisms.contract import WorkerContext
+
+REQUESTS, ENTRIES, SLOTS = 256, 1000, 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's KV cache."""
+
+    name: str
+    layers: int
+    heads: int
+    channels: int
+    dtype: torch.dtype
+
+
+SHAPES = (
+    Shape("135M", 30, 3, 64, torch.float32),
+    Shape("1.1B", 22, 4, 64, torch.bfloat16),
+    Shape("8B", 32, 8, 128, torch.bfloat16),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=100)
+    repeats = parser.parse_args().repeats
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    print(f"{device.type}, {torch.get_num_threads()} threads, load {load:.1f} per core\n")
+    print(table_head(("build", "median ms", "best ms")))
+    for name, rows in (("nobody has holes", 0), ("16 rows", 16), ("all rows", REQUESTS)):
+        print(table_row((name, *measure(build(rows, device), device, repeats))), flush=True)
+    print()
+    print(table_head(("pack, model", "tokens", "freed", "median ms", "best ms")))
+    for shape in SHAPES:
+        for packing in (2, 8, 62, 125):
+            step = pack(shape, packing, device)
+            times = measure(step, device, max(3, repeats // packing))
+            dropped = packing // 2
+            print(table_row((shape.name, f"{packing * 32}", f"{dropped}", *times)), flush=True)
+
+
+def measure(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[str, str]:
+    """Median and best milliseconds of a step, what it has enqueued included."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return f"{statistics.median(times[2:]):.3f}", f"{min(times[2:]):.3f}"
+
+
+def build(rows: int, device: torch.device) -> Callable[[], object]:
+    """The view of a batch in which some rows have lost half of their entries."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    rng = np.random.default_rng(0)
+    table = rng.integers(1, 60000, (REQUESTS, ENTRIES)).astype(np.int32)
+    counts = np.zeros(REQUESTS, np.int32)
+    for row in range(0, REQUESTS, REQUESTS // rows) if rows else ():
+        table[row, rng.choice(ENTRIES - 1, ENTRIES // 2, replace=False)] = 0
+        counts[row] = ENTRIES // 2
+    lens = torch.full((REQUESTS,), ENTRIES * SLOTS - 3, dtype=torch.int32)
+    starts = torch.arange(REQUESTS + 1, dtype=torch.int32)
+    batch = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lens.to(device),
+        num_reqs=REQUESTS,
+        num_actual_tokens=REQUESTS,
+        max_query_len=1,
+        max_seq_len=int(lens.max()),
+        block_table_tensor=torch.from_numpy(table).to(device),
+        slot_mapping=torch.zeros(REQUESTS, dtype=torch.int64, device=device),
+        seq_lens_cpu_upper_bound=lens,
+    )
+    tables = SqueezedTables(REQUESTS, ENTRIES, SLOTS, device, captured=False)
+    return lambda: tables.view(batch, counts if rows else None, 1)
+
+
+class PlainLayer:
+    """A layer whose backend stores K beside V, as those for GPUs do."""
+
+    rotary = None
+    cache_dtype = "auto"
+
+    def __init__(self, shape: Shape) -> None:
+        self.head_size, self.dtype = shape.channels, shape.dtype
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        size = cache.shape[2]
+        cache[slots // size, :, slots % size] = torch.cat((keys, values), -1)
+
+
+def pack(shape: Shape, entries: int, device: torch.device) -> Callable[[], object]:
+    """One round that frees half of some entries of 32 tokens, none of them packed before."""
+    memory = torch.randn(
+        shape.layers, entries + 1, 32, shape.heads, 2 * shape.channels, device=device
+    ).to(shape.dtype)
+    names = [f"layer.{index}" for index in range(shape.layers)]
+    tables: Any = SimpleNamespace(repoint=lambda *args: True)
+    view: Any = SimpleNamespace(leave_out=lambda holes: None)
+    context = WorkerContext(
+        config=None,  # type: ignore[arg-type]
+        tables=tables,
+        token_map=TokenMap(32),
+        layers=dict.fromkeys(names, PlainLayer(shape)),
+        caches=dict(zip(names, memory.transpose(2, 3), strict=True)),
+        view=view,
+    )
+    part = CompactionWorkerPart(context, _Random())
+    packing = Packing("r", tuple(range(entries)), tuple(range(1, entries + 1)), entries // 2)
+    commands = CompactionCommands((packing,), {"r": entries - entries // 2}, ended=("r",))
+    return lambda: part.before_step(commands)
+
+
+class _Random:
+    scorer, seed, probe, position_weight = "random", 0, None, 0.7
+
+
+if __name__ == "__main__":
+    main()
