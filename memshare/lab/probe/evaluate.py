@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memshare.lab.probe.collect import Sample
 from memshare.lab.probe.reader import CacheReader, CacheReading
-from memshare.lab.replay.damage import COLUMNS
+from memshare.lab.replay.divergence import COLUMNS
 from memshare.mechanisms.compaction.probe.card import Judged
 from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 from memshare.mechanisms.compaction.scorers.contract import TokenScorer, choose
@@ -165,7 +165,7 @@ def judge(
     """Drop tokens of a prefix, read on, and compare.
 
     Returns:
-        ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.damage`).
+        ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.divergence`).
     """
     if how.every:
         left = drop_in_rounds(reader, reading, scorer, how)

@@ -18,7 +18,7 @@ from torch import Tensor
 from memshare.errors import UserError
 from memshare.kv.rotary import Rotation, RotationUnknown
 from memshare.lab.probe.texts import Text
-from memshare.lab.replay.damage import measure
+from memshare.lab.replay.divergence import measure
 from memshare.mechanisms.compaction.probe.turn import upright
 from memshare.small_model.names import tokenizer_of
 
@@ -157,7 +157,7 @@ class CacheReader:
             values: the same of V.
 
         Returns:
-            ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.damage`).
+            ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.divergence`).
         """
         rest = reading.tokens[reading.prefix :]
         cache = _filled(keys, values)

@@ -40,7 +40,7 @@ def test_a_simulated_engine_gains_by_sharing_and_only_under_pressure() -> None:
 def test_dropped_tokens_are_not_read_by_attention() -> None:
     """Compaction frees no more than remaps do here; its steps are shorter."""
     jobs = [SimulatedJob(0.0, 45, 400)] * 24
-    engine = SimulatedEngine(109, 32, 64, 2048, StepCosts(0.001, 0.0, 0.0, 1e-5))
+    engine = PredictedEngine(109, 32, 64, 2048, StepCosts(0.001, 0.0, 0.0, 1e-5))
     budget = {"budget": {"max_shared_fraction": 0.5, "max_dropped_fraction": 0.5}}
     remapped = simulate(engine, jobs, by_age(budget))
     compacted = simulate(engine, jobs, by_age(budget | {"policy": {"name": "compaction"}}))
