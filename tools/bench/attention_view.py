@@ -1,11 +1,13 @@
 """What compaction costs on a worker: hiding holes from attention, and packing tokens.
 
-On tensors of the real shapes, without an engine; on a GPU if there is one.
+On tensors of the real shapes, on a GPU if there is one; and, if a model is named, in its engine.
 
     python -m tools.bench.attention_view
+    python -m tools.bench.attention_view --model smollm2-135m
 
 ``build`` is the work before a backend builds its metadata, for 256 requests of 1000 entries.
-``pack`` is one round on a worker: reading and scoring what is new, choosing, moving.
+``pack`` is one round on a worker: reading and scoring what is new, choosing, moving. ``decode``
+compares steps of one batch before and after it has lost half of its context.
 """
 
 from __future__ import annotations
@@ -53,7 +55,11 @@ SHAPES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=100)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--model", help="measure decode steps of this model, too")
+    parser.add_argument("--context", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    repeats = args.repeats
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"{device.type}, {torch.get_num_threads()} threads, load {load:.1f} per core\n")
@@ -68,6 +74,14 @@ def main() -> None:
             times = measure(step, device, max(3, repeats // packing))
             dropped = packing // 2
             print(table_row((shape.name, f"{packing * 32}", f"{dropped}", *times)), flush=True)
+
+    if args.model:
+        print()
+        print(table_head(("decode", "context", "batch", "whole ms", "half ms", "steps per second")))
+        whole, half = decode(args.model, args.context, args.batch)
+        gain = f"{whole / half:.2f}x"
+        row = (args.model, str(args.context), str(args.batch), f"{whole:.1f}", f"{half:.1f}", gain)
+        print(table_row(row))
 
 
 def measure(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[str, str]:
@@ -146,6 +160,66 @@ def pack(shape: Shape, entries: int, device: torch.device) -> Callable[[], objec
     packing = Packing("r", tuple(range(entries)), tuple(range(1, entries + 1)), entries // 2)
     commands = CompactionCommands((packing,), {"r": entries - entries // 2}, ended=("r",))
     return lambda: part.before_step(commands)
+
+
+def decode(model: str, context: int, batch: int) -> tuple[float, float]:
+    """Median milliseconds of a step before and after all requests have lost half of their context.
+
+    The worker is told so by hand; the scheduler keeps the blocks, of which there are enough.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "8")
+    from vllm import LLM, SamplingParams
+
+    from memshare.plug_in import plug_in
+    from memshare.small_model.names import resolve_model
+
+    memshare = {"policy": {"name": "compaction", "scorer": "random"}}
+    llm = LLM(
+        resolve_model(model), dtype="float32", max_model_len=context + 512, block_size=32,
+        max_num_seqs=batch, max_num_batched_tokens=2048, enforce_eager=True,
+        num_gpu_blocks_override=batch * (context // 32 + 17), enable_prefix_caching=False,
+        disable_log_stats=True, **plug_in(memshare),
+    )  # fmt: skip
+    engine: Any = llm.llm_engine
+    core = engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    rng = np.random.default_rng(0)
+    for name in range(batch):
+        prompt = rng.integers(10, 40000, context).tolist()
+        engine.add_request(str(name), {"prompt_token_ids": prompt}, params)
+    requests = core.scheduler.requests
+    while any(request.num_computed_tokens < context for request in requests.values()):
+        engine.step()
+    whole = _steps(engine, 40)
+    side, part = worker._memshare, worker._memshare.parts["compaction"]
+    entries = tuple(range(context // 32 - 2))
+    tables = core.scheduler.connector.scheduler_side.tables
+    packings = tuple(
+        Packing(name, entries, tuple(tables.block_ids()[name][: len(entries)]), len(entries) // 2)
+        for name in requests
+    )
+    holes = dict.fromkeys(requests, len(entries) - len(entries) // 2)
+    pending = [CompactionCommands(packings, holes)]
+    before_step = side.before_step
+
+    def with_holes(message: Any) -> None:
+        before_step(message)
+        part.before_step(pending.pop() if pending else CompactionCommands(holes=holes))
+
+    side.before_step = with_holes
+    engine.step()
+    return whole, _steps(engine, 40)
+
+
+def _steps(engine: Any, count: int) -> float:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        engine.step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
 
 
 class _Random:
