@@ -34,7 +34,9 @@ BUILT_IN = {
 """Our mechanisms."""
 ENTRY_POINTS = "memshare.mechanisms"
 """The entry point group of mechanisms from other packages; an entry's name is the policy's name."""
-_PARTS = ("params", "searches", "drops_tokens", "refusals", "scheduler_part", "worker_part")
+_PARTS = (
+    "params", "searches", "drops_tokens", "edits_view", "refusals", "scheduler_part", "worker_part",
+)  # fmt: skip
 DEFAULT = "twins"
 """The policy of a configuration that names none."""
 

@@ -60,6 +60,7 @@ class WorkerSide:
             self._view = adapter.attention_view(runner, self._group)
         self._tables = adapter.worker_tables(runner, self._group)
         own = set(self._group.layers)
+        parallel = self._vllm_config.parallel_config
         context = WorkerContext(
             config=self._config,
             tables=self._tables,
@@ -67,6 +68,9 @@ class WorkerSide:
             layers=adapter.attention_layers(self._vllm_config, runner),
             caches={name: cache for name, cache in self._kv_caches.items() if name in own},
             view=self._view,
+            model=self._vllm_config.model_config.model,
+            tensor_rank=parallel.rank % parallel.tensor_parallel_size,
+            tensor_ranks=parallel.tensor_parallel_size,
         )
         for name, mechanism in registry.mechanisms_of(self._config).items():
             self.parts[name] = mechanism.worker_part(context)

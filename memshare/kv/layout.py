@@ -9,7 +9,7 @@ scratch block and looked up again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,6 +86,11 @@ class KVLayout:
     keys: Tensor
     values: Tensor
     stored_as: torch.dtype
+    _strides: tuple[_Strides | None, _Strides | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = _Strides.of(self.keys), _Strides.of(self.values)
+        object.__setattr__(self, "_strides", found)  # the class is frozen
 
     @classmethod
     def learn(cls, layer: CachedLayer, kv_cache: Tensor) -> KVLayout:
@@ -128,8 +133,12 @@ class KVLayout:
         # Index the stored bytes first: torch cannot index every fp8 type.
         blocks = kv_cache[block_ids].view(self.stored_as).float().flatten(2)
         shape = (*blocks.shape[:2], self.slots, self.channels)
-        keys = blocks.index_select(2, self.keys).view(shape)
-        return keys, blocks.index_select(2, self.values).view(shape)
+        read = []
+        for places, strides in zip((self.keys, self.values), self._strides, strict=True):
+            # Element by element costs ten times as much as a copy along strides.
+            part = blocks.index_select(2, places) if strides is None else strides.view(blocks)
+            read.append(part.reshape(shape))
+        return read[0], read[1]
 
     def gather_tokens(
         self, kv_cache: Tensor, block_ids: Tensor, slots: Tensor
@@ -149,6 +158,40 @@ class KVLayout:
             stored = kv_cache[block_ids[:, None, None], heads, at // width, at % width]
             tensors.append(stored.view(self.stored_as).float())
         return tensors[0], tensors[1]
+
+
+class _Strides(NamedTuple):
+    """Places that nested strides go through, in order: what every backend of vLLM has."""
+
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+    first: int
+
+    @classmethod
+    def of(cls, places: Tensor) -> _Strides | None:
+        """The strides of these places; None if there are none."""
+        numbers = places.tolist()
+        sizes: list[int] = []
+        steps: list[int] = []
+        while len(numbers) > 1:
+            step, run = numbers[1] - numbers[0], 2
+            while run < len(numbers) and numbers[run] - numbers[run - 1] == step:
+                run += 1
+            while len(numbers) % run:
+                run -= 1
+            if run == 1 or step < 0:
+                return None
+            sizes.insert(0, run)
+            steps.insert(0, step)
+            numbers = numbers[::run]
+        found = cls(tuple(sizes), tuple(steps), numbers[0])
+        gone_through = found.view(torch.arange(int(places.max()) + 1)[None, None]).flatten()
+        return found if torch.equal(gone_through, places.cpu()) else None
+
+    def view(self, heads: Tensor) -> Tensor:
+        """Those places of each head's contiguous region, ``[blocks, heads, places]``, as a view."""
+        steps = (*heads.stride()[:2], *self.steps)
+        return heads.as_strided((*heads.shape[:2], *self.sizes), steps, self.first)
 
 
 def _stored_as(layer: CachedLayer, kv_cache: Tensor) -> torch.dtype:

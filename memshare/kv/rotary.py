@@ -79,6 +79,10 @@ class Rotation:
                         f"(off by {error:.3g})"
                     )
 
+    def to(self, device: torch.device) -> Self:
+        """The same, with its table on a device."""
+        return type(self)(self.cos.to(device), self.sin.to(device), self.neox)
+
     def turn(self, keys: Tensor, steps: Tensor) -> Tensor:
         """Move keys by a number of positions.
 

@@ -122,6 +122,9 @@ class WorkerContext:
         layers: the attention layers whose entries those are, by name.
         caches: the KV cache of each, ``[blocks, heads, slots, 2 * channels]``.
         view: what attention sees of the tables; None unless a mechanism edits it.
+        model: folder or hub id of the model.
+        tensor_rank: which of the ranks that share the heads this one is.
+        tensor_ranks: how many these are.
     """
 
     config: MemShareConfig
@@ -130,6 +133,9 @@ class WorkerContext:
     layers: Mapping[str, CachedLayer]
     caches: Mapping[str, Tensor]
     view: AttentionView | None = None
+    model: str = ""
+    tensor_rank: int = 0
+    tensor_ranks: int = 1
 
 
 class WorkerPart:

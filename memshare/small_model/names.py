@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from memshare.small_model.folders import (
     write_manifest,
 )
 from memshare.small_model.head_padding import padded_heads, read_shape, write_padded
+from memshare.user_cache import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,8 +122,7 @@ def tokenizer_of(model: str, option: str = "--model") -> PreTrainedTokenizerBase
 
 def cache_folder() -> Path:
     """Return the folder of prepared models, in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "memshare" / "models"
+    return user_cache() / "models"
 
 
 def prepare_model(

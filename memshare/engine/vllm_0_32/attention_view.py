@@ -200,7 +200,7 @@ class SqueezedTables:
             lens.copy_(batch.seq_lens)
             return replace(batch, block_table_tensor=table, seq_lens=lens)
         if self._device.type == "cpu":
-            rows = torch.from_numpy(np.flatnonzero(counts))
+            rows = np.flatnonzero(counts).tolist()
             squeeze_rows(
                 plain, batch.seq_lens, rows, self._block_size, split, table[:, :used], lens
             )

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,21 +41,25 @@ def squeeze_nulls(
 def squeeze_rows(
     table: Tensor,
     lens: Tensor,
-    rows: Tensor,
+    rows: Sequence[int],
     block_size: int,
     nulls: int,
     out: Tensor,
     out_lens: Tensor,
 ) -> None:
-    """The same where only ``rows``, an int64 index on the tensors' device, have null entries; the
-    others are copied."""
-    out.copy_(table)
-    out_lens.copy_(lens)
-    some, some_lens = table.index_select(0, rows), lens.index_select(0, rows)
-    squeezed, squeezed_lens = torch.empty_like(some), torch.empty_like(some_lens)
-    squeeze_nulls(some, some_lens, block_size, nulls, squeezed, squeezed_lens)
-    out.index_copy_(0, rows, squeezed)
-    out_lens.index_copy_(0, rows, squeezed_lens)
+    """The same in a CPU's memory, where the host knows which rows have null entries; the others are
+    copied. In NumPy, whose calls on single rows cost a third of torch's on all of them."""
+    source, lengths, target, new_lengths = (
+        tensor.numpy() for tensor in (table, lens, out, out_lens)
+    )
+    np.copyto(target, source)
+    np.copyto(new_lengths, lengths)
+    for row in rows:
+        used = -(-int(lengths[row]) // block_size)
+        entries = source[row, :used]
+        kept = entries.compress(entries >= nulls)
+        target[row, : kept.size] = kept
+        new_lengths[row] -= (len(entries) - kept.size) * block_size
 
 
 def squeeze_on(device: torch.device) -> Squeeze:

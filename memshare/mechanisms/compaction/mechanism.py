@@ -23,6 +23,9 @@ class Compaction(Mechanism[CompactionParams]):
 
     def refusals(self, setup: Setup) -> Iterator[str]:
         """See :meth:`Mechanism.refusals`."""
+        from memshare.mechanisms.compaction.scorers.refusals import scorer_refusals
+
+        yield from scorer_refusals(self._params, setup)
         if setup.config.scope != "request":
             yield (
                 f"scope = {setup.config.scope!r}: policy.name 'compaction' works within one "

@@ -6,15 +6,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from memshare.config.fields import Fraction, PolicyParams, Whole
+from memshare.config.fields import Fraction, NonEmpty, PolicyParams, Whole
 
 
 class CompactionParams(PolicyParams):
     """Tokens are dropped, by layer and KV head; those that stay move together."""
 
     name: Literal["compaction"]
-    scorer: Literal["recency", "random"] = "recency"
-    """What tells how much each token is worth."""
+    scorer: Literal["probe", "recency", "random"] = "probe"
+    """What tells how much each token is worth: a probe that was trained for the model (without one
+    that fits, recency), how new the token is, or chance."""
+    probe: NonEmpty | None = None
+    """File of the probe, or the name of an installed one; null looks for one that fits."""
+    position_weight: Fraction = 0.7
+    """How much a token's place counts beside its worth; 0 looks at its worth alone."""
     seed: Whole = Field(default=0, ge=0)
     """Seed of the scorer ``random``."""
     round_fraction: Fraction = Field(default=0.25, gt=0.0)

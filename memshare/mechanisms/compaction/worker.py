@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,18 +19,27 @@ from memshare.kv.layout import KVLayout, LayoutUnknown
 from memshare.kv.moves import TokenMover
 from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
 from memshare.mechanisms.compaction.packing import move_along, plan_moves
-from memshare.mechanisms.compaction.scorers import ScorerParams, build_scorer
 from memshare.mechanisms.compaction.scorers.contract import choose
+from memshare.mechanisms.compaction.scorers.registry import ScorerChoice, build_scorer
 from memshare.mechanisms.compaction.slots import SlotBook, SlotFacts
 from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
 logger = logging.getLogger(__name__)
 
-_SCORED_BYTES = 128 << 20  # of K and V in float32, read for a scorer at once
+_SCORED_BYTES = 16 << 20  # of K and V in float32, read for a scorer at once: caches hold it
 
 
 class CompactionUnsupported(ValueError):  # noqa: N818 - a finding about a model, not a fault
     """Tokens of this model's KV cache cannot be moved; the text says why and what to do."""
+
+
+class CompactionChoice(ScorerChoice, Protocol):
+    """What the policy's parameters say about choosing tokens."""
+
+    @property
+    def position_weight(self) -> float:
+        """See :func:`~memshare.mechanisms.compaction.scorers.contract.choose`."""
+        ...
 
 
 class CompactionWorkerPart(WorkerPart):
@@ -39,20 +49,22 @@ class CompactionWorkerPart(WorkerPart):
         slots: which tokens lie under packed entries.
     """
 
-    def __init__(self, context: WorkerContext, params: ScorerParams) -> None:
+    def __init__(self, context: WorkerContext, params: CompactionChoice) -> None:
         """Learn where K and V lie.
 
         Args:
             context: of this rank; with a view.
-            params: they name the scorer.
+            params: they name the scorer, and how much a token's place counts beside its worth.
 
         Raises:
             CompactionUnsupported: some layer's cache cannot be read.
+            ScorerUnusable: the scorer does not work with this model.
         """
         self._view: AttentionView | None = context.view
         self._tables = context.tables
         self._token_map = context.token_map
         self._scorer = build_scorer(params, context)
+        self._position_weight = params.position_weight
         self._caches = list(context.caches.values())
         self._layouts = [_layout(context, name, cache) for name, cache in context.caches.items()]
         size = context.token_map.block_size
@@ -83,7 +95,7 @@ class CompactionWorkerPart(WorkerPart):
         blocks = self._to_device(packing.blocks)
         facts = SlotFacts.joined(list(self._facts(packing, blocks)))
         room = keep * self._token_map.block_size
-        stays = choose(facts.worths, facts.positions, room)
+        stays = choose(facts.worths, facts.positions, room, self._position_weight)
         moves = plan_moves(stays, room)
         self._mover.move(blocks, moves.sources, moves.targets)
         packed = SlotFacts(
@@ -127,22 +139,20 @@ class CompactionWorkerPart(WorkerPart):
         if split > 1:  # the cache's blocks are parts of the engine's
             inner = torch.arange(split, device=blocks.device)
             blocks = (blocks[:, None] * split + inner).flatten()
-        read = [
-            layout.gather(cache, blocks)
-            for cache, layout in zip(self._caches, self._layouts, strict=True)
-        ]
-        keys, values = zip(*read, strict=True)
-        return _by_token(keys), _by_token(values)
+        heads, slots, channels = self._caches[0].shape[1], len(blocks), self._layouts[0].channels
+        slots *= self._layouts[0].slots
+        shape = (2, len(self._caches), heads, slots, channels)
+        read = torch.empty(shape, device=blocks.device)
+        for layer, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
+            for part, blockwise in zip(read, layout.gather(cache, blocks), strict=True):
+                by_head = blockwise.transpose(0, 1)
+                part[layer].view(by_head.shape).copy_(by_head)
+        return read[0], read[1]
 
     def _to_device(self, numbers: Sequence[int]) -> Tensor:
         device = self._caches[0].device
         tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
         return tensor.to(device, non_blocking=True)
-
-
-def _by_token(layers: Sequence[Tensor]) -> Tensor:
-    """``[layers, heads, blocks * slots, channels]`` from ``[blocks, heads, slots, channels]``."""
-    return torch.stack(tuple(layers)).transpose(1, 2).flatten(2, 3)
 
 
 def _layout(context: WorkerContext, name: str, cache: Tensor) -> KVLayout:

@@ -37,6 +37,8 @@ BAD: dict[str, list[object]] = {
     "policy[paper].survivor": NO_WORDS,
     "policy[random].seed": [-1, 0.5, *NO_NUMBERS],
     "policy[compaction].scorer": NO_WORDS,
+    "policy[compaction].probe": ["", 3],
+    "policy[compaction].position_weight": NO_FRACTIONS,
     "policy[compaction].seed": [-1, 0.5, *NO_NUMBERS],
     "policy[compaction].round_fraction": [0, *NO_FRACTIONS],
     "policy[compaction].min_round": NO_COUNTS,

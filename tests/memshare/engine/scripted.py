@@ -1,8 +1,8 @@
 """A mechanism that packs what a test tells it to, and a reference from which the same tokens are
 deleted.
 
-The scheduler half is the least that vLLM's pool and tables need. Everything behind it is the
-product's own: messages, view, worker part.
+Its scheduler half decides nothing. Everything else is the product's own: tables, messages, view,
+worker part.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class ScriptedParams(PolicyParams):
     name: Literal["scripted"]
     scorer: str = "random"
     seed: int = 0
+    probe: str | None = None
+    position_weight: float = 0.7
 
 
 class Scripted(Mechanism[ScriptedParams]):
@@ -80,7 +82,11 @@ class ScriptedPart(SchedulerPart):
                 ready = request.request_id.split("-")[0] == plan.request
                 ready &= request.num_computed_tokens >= plan.computed
                 ready &= bool(self._tables.entries(request.request_id))
-                if ready and state.sent_whole_at != self._tracker.step and self._take_back(request):
+                if (
+                    ready
+                    and state.sent_whole_at != self._tracker.step
+                    and self._tables.unpublish_step(request)
+                ):
                     self.plans.remove(plan)
                     packings.append(self._pack(request, plan))
         ended, self._ended = tuple(self._ended), []
@@ -94,32 +100,17 @@ class ScriptedPart(SchedulerPart):
 
     def _pack(self, request: Any, plan: Plan) -> Packing:
         name, tables = request.request_id, self._tables
-        blocks = tables._manager.req_to_blocks[name]
         committed = request.num_computed_tokens - request.num_in_flight_tokens
         assert max(plan.entries) < tables.token_map.full(committed)
+        blocks = tables.table(name)
         ids = tuple(blocks[entry].block_id for entry in plan.entries)
-        written = [blocks[entry] for entry in plan.entries[: plan.keep]]
-        assert all(block.ref_cnt == 1 for block in written)
-        tables._cache.evict_blocks({block.block_id for block in written if block.block_hash})
+        assert tables.make_writable(name, plan.entries[: plan.keep])
         tables.stop_publishing(name)
-        for entry in plan.entries[plan.keep :]:
-            block, blocks[entry] = blocks[entry], tables._pool.null_block
-            tables._pool.free_blocks([block])
-        gone = len(plan.entries) - plan.keep
+        gone = sum(tables.drop_entry(name, entry) for entry in plan.entries[plan.keep :])
+        assert gone == len(plan.entries) - plan.keep
         self._holes[name] = self._holes.get(name, 0) + gone
         self.freed[plan.request] = self.freed.get(plan.request, 0) + gone
         return Packing(name, tuple(plan.entries), ids, plan.keep)
-
-    def _take_back(self, request: Any) -> bool:
-        """Un-publish what this very step completes: it is computed with holes."""
-        tables = self._tables
-        first = tables.token_map.entry(request.num_computed_tokens)
-        blocks = tables._manager.req_to_blocks[request.request_id][first:]
-        published = [block for block in blocks if block.block_hash is not None]
-        if any(block.ref_cnt != 1 for block in published):
-            return False
-        tables._cache.evict_blocks({block.block_id for block in published})
-        return True
 
 
 @dataclass

@@ -4,7 +4,8 @@ A real engine is compared with transformers in float64, with a cache from which 
 deleted in each layer and KV head.
 
 The bound is one and a half times what the engine itself is away from float64 where nothing was
-dropped. One engine, compiled, with chunked prefill and prefix caching.
+dropped. One engine, with chunked prefill and prefix caching. A small model does the same, compiled
+and in bfloat16, in `test_compaction_kinds.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from tests.memshare.engine.scripted import NAME, Plan, Reference, Watched, regis
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 OPTIONS = {
-    "enforce_eager": False,
     "num_gpu_blocks_override": 200,
     "max_num_batched_tokens": 256,
     "max_num_seqs": 8,
@@ -30,7 +30,7 @@ OPTIONS = {
 
 def policy(scorer: str) -> dict[str, Any]:
     return {
-        "policy": {"name": NAME, "scorer": scorer},
+        "policy": {"name": NAME, "scorer": scorer, "position_weight": 0.0},
         "integrity": {"check_every": 1, "on_failure": "raise"},
     }
 
@@ -86,7 +86,7 @@ def test_sets_of_its_own_in_each_layer_and_head_packed_twice(
     ]
     watched.run()
     assert watched.part.freed["a"] == 12
-    assert differ(watched, "a") > 0.9
+    assert differ(watched, "a") > 0.4
     tokens, events = watched.tokens["a"], watched.events["a"]
     start = events[0].start
     assert watched.worst("a", reference.logits(tokens, events)) <= bound

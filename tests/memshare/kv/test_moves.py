@@ -123,3 +123,25 @@ def test_much_is_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     TokenMover(made, [how] * LAYERS, SLOTS).move(torch.tensor([0, 3]), at + SLOTS + 2, at)
     for cache, wanted in zip(made, expected, strict=True):
         assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+@pytest.mark.parametrize("arranged", ARRANGED)
+def test_a_gpu_moves_what_a_cpu_moves(arranged: str) -> None:
+    torch.manual_seed(0)
+    here = caches(arranged, torch.bfloat16)
+    how = layout("plain", torch.bfloat16)
+    storage = here[0].untyped_storage()
+    memory = torch.empty(0, dtype=torch.bfloat16, device="cuda").set_(storage.cuda())
+    there = [
+        memory.as_strided(cache.shape, cache.stride(), cache.storage_offset()) for cache in here
+    ]
+    order = torch.rand(LAYERS, HEADS, 3 * SLOTS).argsort(-1)
+    sources, targets, blocks = order[..., :5], order[..., 5:10], torch.tensor([4, 1, 3])
+    TokenMover(here, [how] * LAYERS, SLOTS).move(blocks, sources, targets)
+    mover = TokenMover(there, [how] * LAYERS, SLOTS)
+    assert mover.launches == 1
+    mover.move(blocks.cuda(), sources.cuda(), targets.cuda())
+    for cpu, gpu in zip(here, there, strict=True):
+        assert torch.equal(cpu.view(torch.uint8), gpu.cpu().view(torch.uint8))

@@ -79,7 +79,7 @@ def test_nothing_of_it_is_imported_before_it_is_named(install: Install) -> None:
     ("text", "said"),
     [
         ("raise RuntimeError('no GPU')", r"cannot be imported \(RuntimeError\('no GPU'\)\)"),
-        ("class Its: params = None", "has no searches, refusals, scheduler_part, worker_part"),
+        ("class Its: params = None", "has no searches, drops_tokens, edits_view, refusals, "),
         (GOOD.format(name="other"), r"name: Literal\['slow'\]"),
     ],
 )

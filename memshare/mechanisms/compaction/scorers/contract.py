@@ -7,46 +7,55 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-POSITION_WEIGHT = 0.7
-"""How much a token's age counts beside its worth."""
+from memshare.kv.ranking import stable_order
 
 
 class TokenScorer(Protocol):
     """Tells what tokens are worth, once each, from what the cache holds of them."""
 
     def score(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """What each token is worth to each layer and KV head.
+        """Score consecutive tokens of one request.
 
         Args:
-            keys: ``[layers, heads, tokens, channels]`` float32, as cached (rotated), of this rank's
-                heads and of consecutive tokens.
-            values: like ``keys``.
-            positions: ``[tokens]`` int32.
+            keys: ``[layers, heads, tokens, channels]`` float32 as cached (rotated), this rank's
+                heads; not modified.
+            values: the same of V.
+            positions: ``[tokens]`` int32, ascending.
 
         Returns:
-            ``[layers, heads, tokens]`` float32: larger is worth more.
+            ``[layers, heads, tokens]`` float32: larger is worth more. Compared within a layer and
+            head alone.
         """
         ...
 
 
-def choose(worth: Tensor, positions: Tensor, keep: int) -> Tensor:
-    """The tokens that stay: those with the largest max(rank of worth, weighted rank of position).
+def choose(worth: Tensor, positions: Tensor, keep: int, position_weight: float = 0.7) -> Tensor:
+    """Choose the tokens that stay, anew for each layer and head.
+
+    A token counts by its worth or by its place, whichever says more: the larger of its rank by
+    worth and ``position_weight`` times its rank by position, both 0..1 among the candidates. Old
+    facts that will be needed stay for their worth, and the recent text for its place.
 
     Args:
-        worth: ``[layers, heads, candidates]`` float32.
-        positions: like ``worth``, int32.
-        keep: how many stay in each layer and head.
+        worth: ``[layers, heads, candidates]``; not a number is worth most.
+        positions: the same shape; no position twice within a layer and head.
+        keep: tokens, 0 to candidates.
+        position_weight: 0..1; 0 looks at worth alone.
 
     Returns:
-        ``[layers, heads, candidates]`` bool, exactly ``keep`` true in each layer and head.
+        Bool mask of the same shape, with exactly ``keep`` True per layer and head.
     """
-    value = torch.maximum(_ranks(worth), POSITION_WEIGHT * _ranks(positions))
-    best = value.topk(keep, dim=-1).indices
-    return torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
+    by_worth = _ranks(worth)
+    by_place = _ranks(positions)
+    # Whole numbers below 2**24 are exact in float32: equal ranks tie, and a tie goes to the first.
+    value = torch.maximum(by_worth.float(), position_weight * by_place.float())
+    order = stable_order(-value)
+    chosen = torch.zeros_like(worth, dtype=torch.bool)
+    return chosen.scatter_(-1, order[..., :keep], True)
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks in 0..1 among the candidates."""
-    order = values.argsort(-1)
-    steps = torch.linspace(0, 1, values.shape[-1], device=values.device).expand(values.shape)
-    return torch.zeros(values.shape, device=values.device).scatter_(-1, order, steps)
+    """Place of each value among those of its row, from 0 up; of equals, the first has the least."""
+    order = stable_order(values)
+    places = torch.arange(values.shape[-1], device=values.device)
+    return torch.empty_like(order).scatter_(-1, order, places.expand_as(order))

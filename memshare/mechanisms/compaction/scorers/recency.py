@@ -1,4 +1,4 @@
-"""The newer a token, the more it is worth."""
+"""``recency``: the newest tokens are worth most, whatever they are. Needs nothing of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memshare.mechanisms.compaction.scorers import ScorerParams
+    from memshare.mechanisms.compaction.scorers.registry import ScorerChoice
     from memshare.mechanisms.contract import WorkerContext
 
 
@@ -16,9 +16,9 @@ class Recency:
 
     def score(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See :meth:`TokenScorer.score`."""
-        return positions.float().expand(keys.shape[:3])
+        return positions.float().expand(keys.shape[:3]).contiguous()
 
 
-def build(params: ScorerParams, context: WorkerContext) -> Recency:
-    """See :func:`memshare.mechanisms.compaction.scorers.build_scorer`."""
+def build(choice: ScorerChoice, context: WorkerContext) -> Recency:
+    """See :func:`~memshare.mechanisms.compaction.scorers.registry.build_scorer`."""
     return Recency()

@@ -303,3 +303,57 @@ def test_alibi_is_refused_once_the_layers_are_there() -> None:
 def test_what_the_refusals_look_at_exists_in_this_vllm(config: Any) -> None:
     assert list(vllm_adapter().view_refusals(config)) == []
     assert not config.parallel_config.use_ubatching
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_a_captured_graph_reads_what_each_step_leaves() -> None:
+    """A stand-in for attention is captured once, and replayed for tables with and without holes."""
+    device = torch.device("cuda")
+    tables = attention_view.SqueezedTables(8, WIDTH, SIZE, device, captured=True)
+    table, lens, holes = batch()
+
+    def seen(counts: Any, longest: int) -> Any:
+        given: Any = common_metadata(table.to(device), lens.to(device), longest)
+        return tables.view(given, counts, 1)
+
+    def attention(view: Any) -> torch.Tensor:
+        used = (view.seq_lens[:, None] + SIZE - 1) // SIZE
+        columns = torch.arange(WIDTH, device=device)
+        return torch.where(columns < used, view.block_table_tensor, 0).sum(1) + view.seq_lens
+
+    captured = seen(None, 1024)
+    attention(captured)  # warm up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(captured)
+    counts = np.array([holes.get(f"r{4 - row}", 0) for row in range(5)], np.int32)
+    for step in (None, counts, None):
+        seen(step, int(lens.max()))
+        graph.replay()
+        torch.cuda.synchronize()
+        nulls = 0 if step is None else 1
+        wanted = [sum(kept) + length for kept, length in squeezed(table, lens, SIZE, nulls)]
+        assert out.tolist() == wanted
+
+
+def common_metadata(table: torch.Tensor, lens: torch.Tensor, longest: int) -> Any:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to(table.device),
+        query_start_loc_cpu=starts,
+        seq_lens=lens,
+        num_reqs=len(lens),
+        num_actual_tokens=len(lens),
+        max_query_len=1,
+        max_seq_len=longest,
+        block_table_tensor=table,
+        slot_mapping=torch.zeros(len(lens), dtype=torch.int64, device=table.device),
+        seq_lens_cpu_upper_bound=lens.cpu(),
+    )

@@ -91,7 +91,7 @@ class Rig:
             caches=dict(zip(names, self.caches, strict=True)),
             view=self.view,
         )
-        params = SimpleNamespace(scorer="random", seed=seed)
+        params = SimpleNamespace(scorer="random", seed=seed, probe=None, position_weight=0.7)
         self.part = CompactionWorkerPart(context, params)
         # Which token each slot of each entry holds, by layer and head; None: a hole.
         self.model: list[Any] = []

@@ -1,0 +1,136 @@
+"""``memshare probe evaluate``: scorers on texts, the probe's on texts that it has not seen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from memshare.errors import UserError
+from memshare.lab.probe.evaluate import Dropping, Tally, judge
+from memshare.lab.probe.reader import CacheReader
+from memshare.lab.probe.texts import Text, recorded_texts, solutions
+from memshare.mechanisms.compaction.probe.card import Judged
+from memshare.mechanisms.compaction.probe.file import Probe, ProbeUnusable, read_probe
+from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
+from memshare.mechanisms.compaction.scorers.contract import TokenScorer
+from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
+from memshare.mechanisms.compaction.scorers.random import Random
+from memshare.mechanisms.compaction.scorers.recency import Recency
+
+logger = logging.getLogger(__name__)
+
+JUDGED_SEED = 20_000  # of solutions
+
+
+@dataclass(frozen=True, slots=True)
+class JudgingPlan:
+    """What to judge, and on what.
+
+    Attributes:
+        model: resolved: folder or hub id.
+        recorded: folders of texts by their kinds.
+        solutions: worked problems of the test reasoner.
+        probe: file or name; None takes the one that fits.
+        scorers: ``probe``, ``recency``, ``random``; the last one without a weight of positions.
+        prefix: tokens of each text of which some are dropped.
+        continuation: tokens behind it.
+        freed: fractions of the prefix.
+        recent: last tokens that always stay.
+        position_weight: see :func:`choose`.
+        every: tokens from one compaction to the next; 0 compacts once.
+        limit: texts.
+        device: as torch names it.
+        dtype: of weights and cache.
+    """
+
+    model: str
+    recorded: dict[str, Path]
+    solutions: int
+    probe: str | None
+    scorers: tuple[str, ...]
+    prefix: int
+    continuation: int
+    freed: tuple[float, ...]
+    recent: int
+    position_weight: float
+    every: int
+    limit: int
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+
+
+def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
+    """Judge every scorer at every fraction, kind of texts by kind.
+
+    Raises:
+        UserError: model, probe or texts cannot be used.
+    """
+    reader = CacheReader(plan.model, plan.device, plan.dtype)
+    probe = _probe(plan, reader) if "probe" in plan.scorers else None
+    texts = _texts(plan, reader, frozenset(probe.card.seen if probe else ()))
+    tallies: dict[tuple[str, str, float], Tally] = {}
+    for text in tqdm(texts, desc="judging", unit="text", disable=None):
+        prefix = text.cut or plan.prefix
+        rest = len(text.tokens) - prefix if text.cut else plan.continuation
+        reading = reader.read(text, prefix, rest)
+        for name in plan.scorers:
+            weight = 0.0 if name == "random" else plan.position_weight
+            for freed in plan.freed:
+                how = Dropping(freed, plan.recent, weight, plan.every)
+                tally = tallies.setdefault((name, text.kind, freed), Tally(text.kind, prefix))
+                tally.measured.append(judge(reader, reading, _scorer(name, probe, reader), how))
+    return [(name, tally.judged(freed)) for (name, _, freed), tally in tallies.items()]
+
+
+def _probe(plan: JudgingPlan, reader: CacheReader) -> Probe:
+    model = ServedModel(plan.model, reader.layers, reader.heads, reader.channels)
+    try:
+        path = find_probe(plan.probe, model)
+        if path is None:
+            raise UserError(
+                f"no probe fits {plan.model}; name one with --probe, or train one with `memshare "
+                "probe train`"
+            )
+        return read_probe(path)
+    except ProbeUnusable as reason:
+        raise UserError(str(reason)) from None
+
+
+def _texts(plan: JudgingPlan, reader: CacheReader, seen: frozenset[str]) -> list[Text]:
+    shortest = plan.prefix + plan.continuation
+    texts = [
+        text
+        for kind, folder in plan.recorded.items()
+        for text in recorded_texts(folder, reader.tokenizer, shortest, kind)
+    ]
+    texts += solutions(reader.tokenizer, plan.solutions, JUDGED_SEED)
+    if not texts:
+        raise UserError("there is nothing to judge by; give --texts DIR or --solutions COUNT")
+    unseen = [text for text in texts if text.digest not in seen]
+    if not unseen:
+        raise UserError(
+            "the probe was trained on each of these texts, and would look better than it is; give "
+            "others (the cross-validation's figures are in its card: `memshare probe show`)"
+        )
+    if len(unseen) < len(texts):
+        logger.warning(
+            "%d of %d texts are left out: the probe was trained on them",
+            len(texts) - len(unseen), len(texts),
+        )  # fmt: skip
+    return unseen[: plan.limit]
+
+
+def _scorer(name: str, probe: Probe | None, reader: CacheReader) -> TokenScorer:
+    if name == "recency":
+        return Recency()
+    if name == "random":
+        return Random(seed=0, first_head=0)
+    assert probe is not None  # it was asked for
+    network = probe.network()
+    whole = network.part(0, reader.heads, torch.device(reader.device))
+    return ProbeScorer(whole, reader.rotation, probe.card.neighbours)

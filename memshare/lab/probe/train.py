@@ -1,0 +1,229 @@
+"""Trains a probe from texts to file: reads them, cross-validates by text, trains on all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from memshare import __version__
+from memshare.errors import UserError
+from memshare.lab.probe.collect import Sample, Samples
+from memshare.lab.probe.evaluate import Dropping, Tally, judge, rank_correlation
+from memshare.lab.probe.fit import Fit, fit
+from memshare.lab.probe.reader import CacheReader
+from memshare.lab.probe.texts import SHORTEST, Text, folds, own_texts, recorded_texts, solutions
+from memshare.lab.problems import FAMILIES
+from memshare.mechanisms.compaction.probe.card import Judged, ProbeCard, TrainingTexts
+from memshare.mechanisms.compaction.probe.file import Probe
+from memshare.mechanisms.compaction.probe.network import ProbeNetwork
+from memshare.mechanisms.compaction.probe.turn import turn_of
+from memshare.mechanisms.compaction.probe.weights import fingerprint
+from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
+
+logger = logging.getLogger(__name__)
+
+TARGET = "logarithm of the largest attention that a token gets when the model repeats the text"
+TRAINING_SEED = 1_000_000  # of solutions: far from those that are judged
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What to train, and how well to measure it.
+
+    Attributes:
+        model: resolved: folder or hub id.
+        name: how the card calls it.
+        recorded: folders of texts by their kinds.
+        own: texts that the model writes itself.
+        solutions: worked problems of the test reasoner.
+        prefix: tokens of a text that are read, at most.
+        continuation: tokens behind the prefix by which damage is judged.
+        freed: fractions of the prefix that are dropped to judge it.
+        folds: of the cross-validation; 0 leaves it out.
+        judged: texts whose damage is measured, at most; 0 measures rank correlation alone.
+        how: hyperparameters.
+        work: folder for what was read and trained so far.
+        device: as torch names it.
+        dtype: of weights and cache.
+        licences: of model and texts, for the card.
+    """
+
+    model: str
+    name: str
+    recorded: dict[str, Path]
+    own: int
+    solutions: int
+    prefix: int
+    continuation: int
+    freed: tuple[float, ...]
+    folds: int
+    judged: int
+    how: Fit
+    work: Path
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    licences: str
+
+
+def train(plan: TrainingPlan) -> Probe:
+    """Train a probe.
+
+    Raises:
+        UserError: the model or the texts cannot be used.
+    """
+    reader = CacheReader(plan.model, plan.device, plan.dtype)
+    weights = fingerprint(plan.model)
+    samples = Samples(plan.work, weights, plan.prefix)
+    texts = _texts(plan, reader)
+    read = samples.collect(texts, reader)
+    validation = _cross_validate(plan, reader, read) if plan.folds else _Validation()
+    tensors = _fit(plan, reader, read, "training")
+    counts = Counter(text.kind for text in texts)
+    card = ProbeCard(
+        model=plan.name,
+        weights=weights,
+        layers=reader.layers,
+        heads=reader.heads,
+        channels=reader.channels,
+        together=plan.how.together or reader.heads,
+        turn=turn_of(reader.rotation),
+        neighbours=plan.how.neighbours,
+        hidden=plan.how.hidden,
+        target=TARGET,
+        trained_on=tuple(
+            TrainingTexts(
+                kind=kind,
+                texts=count,
+                tokens=sum(sample.length for sample in read if sample.text.kind == kind),
+            )
+            for kind, count in counts.items()
+        ),
+        seen=tuple(sorted(text.digest for text in texts)),
+        rank_correlation=validation.rank_correlation,
+        judged=validation.judged(),
+        made_by=f"MemShare {__version__}, {datetime.now(UTC):%Y-%m-%d}",
+        licences=plan.licences,
+    )
+    return Probe(card, tensors)
+
+
+@dataclass(slots=True)
+class _Validation:
+    """What was found on texts that the probe of their fold had not seen."""
+
+    correlations: list[float] = field(default_factory=list)
+    tallies: dict[tuple[str, float], Tally] = field(default_factory=dict)
+
+    @property
+    def rank_correlation(self) -> float | None:
+        return sum(self.correlations) / len(self.correlations) if self.correlations else None
+
+    def judged(self) -> tuple[Judged, ...]:
+        return tuple(tally.judged(freed) for (_, freed), tally in self.tallies.items())
+
+
+def _cross_validate(plan: TrainingPlan, reader: CacheReader, read: Sequence[Sample]) -> _Validation:
+    """Train without each fold in turn, and measure on it."""
+    if len(read) < 2:
+        raise UserError("--folds: cross-validation takes two texts; give more, or --folds 0")
+    found = _Validation()
+    to_judge = _to_judge(plan, read)
+    parts = folds([sample.text for sample in read], plan.folds)
+    for number, part in enumerate(parts, start=1):
+        seen = [sample for i, sample in enumerate(read) if i not in part]
+        unseen = [read[i] for i in part]
+        tensors = _fit(plan, reader, seen, f"fold {number} of {len(parts)}")
+        network = _by_layer(tensors, plan.how.neighbours)
+        found.correlations.append(rank_correlation(unseen, reader.layers, network))
+        chosen = [sample.text for sample in unseen if sample.text.digest in to_judge]
+        probe = ProbeNetwork(tensors, plan.how.neighbours)
+        scorer = ProbeScorer(probe, reader.rotation, plan.how.neighbours)
+        for text in tqdm(chosen, desc="judging", unit="text", disable=None):
+            _judge(plan, reader, text, scorer, found)
+        logger.info(
+            "fold %d: rank correlation %.3f on %d texts",
+            number, found.correlations[-1], len(unseen),
+        )  # fmt: skip
+    return found
+
+
+def _to_judge(plan: TrainingPlan, read: Sequence[Sample]) -> frozenset[str]:
+    """Digests of the texts that are long enough to be judged, evenly spread over all."""
+    long = [
+        sample.text.digest
+        for sample in read
+        if len(sample.text.tokens) >= (sample.text.cut or plan.prefix) + 2
+        and (sample.text.cut or len(sample.text.tokens) >= plan.prefix + plan.continuation)
+    ]
+    count = min(plan.judged, len(long))
+    return frozenset(long[i * len(long) // count] for i in range(count))
+
+
+def _judge(
+    plan: TrainingPlan, reader: CacheReader, text: Text, scorer: ProbeScorer, found: _Validation
+) -> None:
+    prefix = text.cut or plan.prefix
+    rest = len(text.tokens) - prefix if text.cut else plan.continuation
+    reading = reader.read(text, prefix, rest)
+    for freed in plan.freed:
+        tally = found.tallies.setdefault((text.kind, freed), Tally(text.kind, prefix))
+        tally.measured.append(judge(reader, reading, scorer, Dropping(freed)))
+
+
+def _fit(
+    plan: TrainingPlan, reader: CacheReader, samples: Sequence[Sample], title: str
+) -> dict[str, Tensor]:
+    return fit(samples, reader.layers, plan.how, plan.work, plan.device, title)
+
+
+def _by_layer(tensors: dict[str, Tensor], neighbours: int) -> Callable[[int], ProbeNetwork]:
+    def network(layer: int) -> ProbeNetwork:
+        return ProbeNetwork({name: t[layer : layer + 1] for name, t in tensors.items()}, neighbours)
+
+    return network
+
+
+def _texts(plan: TrainingPlan, reader: CacheReader) -> list[Text]:
+    texts = [
+        text
+        for kind, folder in plan.recorded.items()
+        for text in recorded_texts(folder, reader.tokenizer, SHORTEST, kind)
+    ]
+    texts += solutions(reader.tokenizer, plan.solutions, TRAINING_SEED, FAMILIES)
+    if plan.own:
+        texts += _own_texts(plan, reader)
+    if not texts:
+        raise UserError("there is nothing to train on; give --texts DIR or --own COUNT")
+    return texts
+
+
+def _own_texts(plan: TrainingPlan, reader: CacheReader) -> list[Text]:
+    """Texts that the model writes, or has written in an earlier run."""
+    file = plan.work / "own.jsonl"
+    known = {}
+    if file.exists():
+        rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")]
+        known = dict(rows)
+
+    with file.open("a") as lines:
+
+        def write(prompt: list[int], number: int) -> list[int]:
+            if number not in known:
+                longest = max(plan.prefix - len(prompt), SHORTEST)
+                known[number] = reader.write(prompt, SHORTEST, longest, seed=number)
+                lines.write(f"{json.dumps([number, known[number]])}\n")
+                lines.flush()
+            return list(known[number])
+
+        written = own_texts(reader.tokenizer, plan.own, write)
+        bar = tqdm(written, total=plan.own, desc="the model writes", unit="text", disable=None)
+        return list(bar)

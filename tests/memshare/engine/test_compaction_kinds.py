@@ -1,0 +1,80 @@
+"""Compaction in engines of other kinds: compiled, and in bfloat16.
+
+A small model with weights of its own, which starts at once; `test_compaction_exactness.py` has the
+cases.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.memshare.engine.harness import StartEngine
+from tests.memshare.engine.scripted import NAME, Plan, Reference, Watched, registered
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "compiled": {"dtype": "float32", "enforce_eager": False},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with weights large enough for attention to prefer some tokens."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = tmp_path_factory.mktemp("weights") / "model"
+    shutil.copytree(folder, made)
+    config = AutoConfig.from_pretrained(made)
+    config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(config)
+    # What both hold is the same numbers, whatever the engine's type.
+    model.to(torch.bfloat16).to(torch.float32).save_pretrained(made)
+    return str(made)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def watched(
+    request: pytest.FixtureRequest, start_engine: StartEngine, weights: str
+) -> Iterator[Any]:
+    memshare = {
+        "policy": {"name": NAME, "position_weight": 0.0},
+        "integrity": {"check_every": 1, "on_failure": "raise"},
+    }
+    options = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 128, "max_num_seqs": 4}
+    kind = KINDS[request.param]
+    with registered(), start_engine(weights, memshare, **options | kind) as engine:
+        yield Watched(engine)
+        assert engine.is_clean()
+
+
+def test_sets_of_its_own_in_each_layer_and_head(watched: Watched, weights: str) -> None:
+    reference = Reference(weights)
+    watched.add("plain", reference.text(0, 300), 60)
+    watched.run()
+    noise = watched.worst("plain", reference.logits(watched.tokens["plain"], []))
+    bound = 1.5 * noise
+    watched.add("a", reference.text(300, 400), 60)
+    watched.add("b", reference.text(900, 200), 60)
+    watched.part.plans = [
+        Plan("a", 260, list(range(6)), 3),  # between chunks of its prompt
+        Plan("a", 420, [0, 1, 2, 6, 7, 8, 9, 10], 4),
+        Plan("b", 210, list(range(1, 6)), 2),
+    ]
+    watched.run()
+    assert watched.part.freed == {"a": 7, "b": 3}
+    for name in "ab":
+        tokens, events = watched.tokens[name], watched.events[name]
+        assert watched.worst(name, reference.logits(tokens, events)) <= bound
+        start = events[0].start
+        for control in ({"swap": True}, {"shift": 1}):
+            wrong = reference.logits(tokens, events, **control)  # type: ignore[arg-type]
+            assert watched.worst(name, wrong, start) > 10 * bound, control

@@ -1,0 +1,230 @@
+"""What compaction costs on a worker: hiding holes from attention, and packing tokens.
+
+On tensors of the real shapes, on a GPU if there is one; and, if a model is named, in its engine.
+
+    python -m tools.bench.attention_view
+    python -m tools.bench.attention_view --model smollm2-135m
+
+``build`` is the work before a backend builds its metadata, for 256 requests of 1000 entries.
+``pack`` is one round on a worker: reading and scoring what is new, choosing, moving. ``decode``
+compares steps of one batch before and after it has lost half of its context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from memshare.core.token_map import TokenMap
+from memshare.engine.vllm_0_32.attention_view import SqueezedTables
+from memshare.lab.markdown import table_head, table_row
+from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
+from memshare.mechanisms.compaction.worker import CompactionWorkerPart
+from memshare.mechanisms.contract import WorkerContext
+
+REQUESTS, ENTRIES, SLOTS = 256, 1000, 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's KV cache."""
+
+    name: str
+    layers: int
+    heads: int
+    channels: int
+    dtype: torch.dtype
+
+
+SHAPES = (
+    Shape("135M", 30, 3, 64, torch.float32),
+    Shape("1.1B", 22, 4, 64, torch.bfloat16),
+    Shape("8B", 32, 8, 128, torch.bfloat16),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--model", help="measure decode steps of this model, too")
+    parser.add_argument("--context", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    repeats = args.repeats
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    print(f"{device.type}, {torch.get_num_threads()} threads, load {load:.1f} per core\n")
+    print(table_head(("build", "median ms", "best ms")))
+    for name, rows in (("nobody has holes", 0), ("16 rows", 16), ("all rows", REQUESTS)):
+        print(table_row((name, *measure(build(rows, device), device, repeats))), flush=True)
+    print()
+    print(table_head(("pack, model", "tokens", "freed", "median ms", "best ms")))
+    for shape in SHAPES:
+        for packing in (2, 8, 62, 125):
+            step = pack(shape, packing, device)
+            times = measure(step, device, max(3, repeats // packing))
+            dropped = packing // 2
+            print(table_row((shape.name, f"{packing * 32}", f"{dropped}", *times)), flush=True)
+
+    if args.model:
+        print()
+        print(table_head(("decode", "context", "batch", "whole ms", "half ms", "steps per second")))
+        whole, half = decode(args.model, args.context, args.batch)
+        gain = f"{whole / half:.2f}x"
+        row = (args.model, str(args.context), str(args.batch), f"{whole:.1f}", f"{half:.1f}", gain)
+        print(table_row(row))
+
+
+def measure(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[str, str]:
+    """Median and best milliseconds of a step, what it has enqueued included."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return f"{statistics.median(times[2:]):.3f}", f"{min(times[2:]):.3f}"
+
+
+def build(rows: int, device: torch.device) -> Callable[[], object]:
+    """The view of a batch in which some rows have lost half of their entries."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    rng = np.random.default_rng(0)
+    table = rng.integers(1, 60000, (REQUESTS, ENTRIES)).astype(np.int32)
+    counts = np.zeros(REQUESTS, np.int32)
+    for row in range(0, REQUESTS, REQUESTS // rows) if rows else ():
+        table[row, rng.choice(ENTRIES - 1, ENTRIES // 2, replace=False)] = 0
+        counts[row] = ENTRIES // 2
+    lens = torch.full((REQUESTS,), ENTRIES * SLOTS - 3, dtype=torch.int32)
+    starts = torch.arange(REQUESTS + 1, dtype=torch.int32)
+    batch = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lens.to(device),
+        num_reqs=REQUESTS,
+        num_actual_tokens=REQUESTS,
+        max_query_len=1,
+        max_seq_len=int(lens.max()),
+        block_table_tensor=torch.from_numpy(table).to(device),
+        slot_mapping=torch.zeros(REQUESTS, dtype=torch.int64, device=device),
+        seq_lens_cpu_upper_bound=lens,
+    )
+    tables = SqueezedTables(REQUESTS, ENTRIES, SLOTS, device, captured=False)
+    return lambda: tables.view(batch, counts if rows else None, 1)
+
+
+class PlainLayer:
+    """A layer whose backend stores K beside V, as those for GPUs do."""
+
+    rotary = None
+    cache_dtype = "auto"
+
+    def __init__(self, shape: Shape) -> None:
+        self.head_size, self.dtype = shape.channels, shape.dtype
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        size = cache.shape[2]
+        cache[slots // size, :, slots % size] = torch.cat((keys, values), -1)
+
+
+def pack(shape: Shape, entries: int, device: torch.device) -> Callable[[], object]:
+    """One round that frees half of some entries of 32 tokens, none of them packed before."""
+    memory = torch.randn(
+        shape.layers, entries + 1, 32, shape.heads, 2 * shape.channels, device=device
+    ).to(shape.dtype)
+    names = [f"layer.{index}" for index in range(shape.layers)]
+    tables: Any = SimpleNamespace(repoint=lambda *args: True)
+    view: Any = SimpleNamespace(leave_out=lambda holes: None)
+    context = WorkerContext(
+        config=None,  # type: ignore[arg-type]
+        tables=tables,
+        token_map=TokenMap(32),
+        layers=dict.fromkeys(names, PlainLayer(shape)),
+        caches=dict(zip(names, memory.transpose(2, 3), strict=True)),
+        view=view,
+    )
+    part = CompactionWorkerPart(context, _Random())
+    packing = Packing("r", tuple(range(entries)), tuple(range(1, entries + 1)), entries // 2)
+    commands = CompactionCommands((packing,), {"r": entries - entries // 2}, ended=("r",))
+    return lambda: part.before_step(commands)
+
+
+def decode(model: str, context: int, batch: int) -> tuple[float, float]:
+    """Median milliseconds of a step before and after all requests have lost half of their context.
+
+    The worker is told so by hand; the scheduler keeps the blocks, of which there are enough.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "8")
+    from vllm import LLM, SamplingParams
+
+    from memshare.plug_in import plug_in
+    from memshare.small_model.names import resolve_model
+
+    memshare = {"policy": {"name": "compaction", "scorer": "random"}}
+    llm = LLM(
+        resolve_model(model), dtype="float32", max_model_len=context + 512, block_size=32,
+        max_num_seqs=batch, max_num_batched_tokens=2048, enforce_eager=True,
+        num_gpu_blocks_override=batch * (context // 32 + 17), enable_prefix_caching=False,
+        disable_log_stats=True, **plug_in(memshare),
+    )  # fmt: skip
+    engine: Any = llm.llm_engine
+    core = engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    rng = np.random.default_rng(0)
+    for name in range(batch):
+        prompt = rng.integers(10, 40000, context).tolist()
+        engine.add_request(str(name), {"prompt_token_ids": prompt}, params)
+    requests = core.scheduler.requests
+    while any(request.num_computed_tokens < context for request in requests.values()):
+        engine.step()
+    whole = _steps(engine, 40)
+    side, part = worker._memshare, worker._memshare.parts["compaction"]
+    entries = tuple(range(context // 32 - 2))
+    tables = core.scheduler.connector.scheduler_side.tables
+    packings = tuple(
+        Packing(name, entries, tuple(tables.block_ids()[name][: len(entries)]), len(entries) // 2)
+        for name in requests
+    )
+    holes = dict.fromkeys(requests, len(entries) - len(entries) // 2)
+    pending = [CompactionCommands(packings, holes)]
+    before_step = side.before_step
+
+    def with_holes(message: Any) -> None:
+        before_step(message)
+        part.before_step(pending.pop() if pending else CompactionCommands(holes=holes))
+
+    side.before_step = with_holes
+    engine.step()
+    return whole, _steps(engine, 40)
+
+
+def _steps(engine: Any, count: int) -> float:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        engine.step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+class _Random:
+    scorer, seed, probe, position_weight = "random", 0, None, 0.7
+
+
+if __name__ == "__main__":
+    main()
