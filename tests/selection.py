@@ -27,7 +27,8 @@ def may_select(expression: str, source: str) -> bool:
     Marks of ``pytestmark`` are on every test of the file; others that it names may be on some.
     """
     everywhere = set(_MARK.findall(_module_marks(source)))
-    somewhere = set(_MARK.findall(source)) - everywhere
+    # Parameters of shared fixtures bring `complete`, which no file needs to name.
+    somewhere = {"complete", *_MARK.findall(source)} - everywhere
     return any(
         selects(expression, dict.fromkeys(everywhere, True) | some)
         for some in assignments(*somewhere & set(MARKS))

@@ -15,8 +15,10 @@ PROMPTS = [
     "Write a short poem about the sea.",
 ] * 4  # sixteen requests
 SHORT = {
-    "steps": {"max_tokens": 32, "min_tokens": 8, "similarity_threshold": 0.0},
-    "distance": {"similarity_threshold": 0.0},
+    # Whatever the model writes, steps match, and pairs are compared.
+    "policy": {"name": "paper"},
+    "steps": {"similarity_threshold": 0.0, "min_tokens": 8, "max_tokens": 32, "max_matches": 4},
+    "distance": {"similarity_threshold": 0.0, "max_jobs_per_step": 64},
     "protect": {"recent_tokens": 32},
     "integrity": {"check_every": 1, "on_failure": "raise"},
 }
