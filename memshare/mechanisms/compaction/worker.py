@@ -144,9 +144,8 @@ class CompactionWorkerPart(WorkerPart):
         shape = (2, len(self._caches), heads, slots, channels)
         read = torch.empty(shape, device=blocks.device)
         for layer, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
-            for part, blockwise in zip(read, layout.gather(cache, blocks), strict=True):
-                by_head = blockwise.transpose(0, 1)
-                part[layer].view(by_head.shape).copy_(by_head)
+            keys, values = read[:, layer].view(2, heads, len(blocks), layout.slots, channels)
+            layout.gather_into(cache, blocks, keys.transpose(0, 1), values.transpose(0, 1))
         return read[0], read[1]
 
     def _to_device(self, numbers: Sequence[int]) -> Tensor:
