@@ -70,6 +70,9 @@ class CompactionWorkerPart(WorkerPart):
         size = context.token_map.block_size
         self._mover = TokenMover(self._caches, self._layouts, size)
         self.slots = SlotBook(size)
+        logger.info(
+            "tokens of %d layers move by %d copies", len(self._caches), self._mover.launches
+        )
 
     def before_step(self, commands: CompactionCommands) -> None:
         """Forget, pack, edit the table, and tell attention how many entries are holes."""
