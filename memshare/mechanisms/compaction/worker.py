@@ -70,6 +70,9 @@ class CompactionWorkerPart(WorkerPart):
         size = context.token_map.block_size
         self._mover = TokenMover(self._caches, self._layouts, size)
         self.slots = SlotBook(size)
+        logger.info(
+            "tokens of %d layers move by %d copies", len(self._caches), self._mover.launches
+        )
 
     def before_step(self, commands: CompactionCommands) -> None:
         """Forget, pack, edit the table, and tell attention how many entries are holes."""
@@ -144,9 +147,8 @@ class CompactionWorkerPart(WorkerPart):
         shape = (2, len(self._caches), heads, slots, channels)
         read = torch.empty(shape, device=blocks.device)
         for layer, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
-            for part, blockwise in zip(read, layout.gather(cache, blocks), strict=True):
-                by_head = blockwise.transpose(0, 1)
-                part[layer].view(by_head.shape).copy_(by_head)
+            keys, values = read[:, layer].view(2, heads, len(blocks), layout.slots, channels)
+            layout.gather_into(cache, blocks, keys.transpose(0, 1), values.transpose(0, 1))
         return read[0], read[1]
 
     def _to_device(self, numbers: Sequence[int]) -> Tensor:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from memshare.config import load_config
 from memshare.core.interfaces import CacheGroup
 from memshare.engine.adapter import vllm_adapter
+from memshare.engine.compatibility import edits_view
 from memshare.engine.vllm_0_32 import attention_view
 from tests.memshare.engine.adapter.tables import assert_squeezed, squeezed
 
@@ -298,6 +300,23 @@ def test_alibi_is_refused_once_the_layers_are_there() -> None:
     changes = {"compilation_config": {"static_forward_context": layers}}
     (said,) = vllm_adapter().view_refusals(setup(**changes))
     assert "biased has ALiBi" in said
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "wanted"),
+    [
+        ("compaction", "share", True),
+        ("compaction", "observe", False),
+        ("compaction", "off", False),
+        ("twins", "share", False),
+        ("paper", "share", False),
+    ],
+)
+def test_only_a_mechanism_that_leaves_holes_gets_a_view(
+    policy: str, mode: str, wanted: bool
+) -> None:
+    config = load_config({"mode": mode, "policy": {"name": policy}}, {})
+    assert edits_view(config) == wanted
 
 
 def test_what_the_refusals_look_at_exists_in_this_vllm(config: Any) -> None:
