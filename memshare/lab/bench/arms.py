@@ -82,8 +82,9 @@ def sharing_arms() -> dict[str, dict[str, Any]]:
 
     An arm of our own keeps its name where a package has one by the same name.
     """
-    outside = (name for name in registry.names() if name not in registry.BUILT_IN)
-    return {name: {"policy": {"name": name}} for name in outside} | POLICIES
+    ours = {*registry.BUILT_IN, *NAMES}
+    outside = {name: {"policy": {"name": name}} for name in registry.names() if name not in ours}
+    return POLICIES | outside
 
 
 def require_usable(policy: str) -> None:
