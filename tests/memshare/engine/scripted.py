@@ -106,7 +106,7 @@ class ScriptedPart(SchedulerPart):
         ids = tuple(blocks[entry].block_id for entry in plan.entries)
         assert tables.make_writable(name, plan.entries[: plan.keep])
         tables.stop_publishing(name)
-        gone = sum(tables.drop_entry(name, entry) for entry in plan.entries[plan.keep :])
+        gone = tables.drop_entries(name, plan.entries[plan.keep :])
         assert gone == len(plan.entries) - plan.keep
         self._holes[name] = self._holes.get(name, 0) + gone
         self.freed[plan.request] = self.freed.get(plan.request, 0) + gone
