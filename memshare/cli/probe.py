@@ -98,6 +98,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "instead of once",
     )  # fmt: skip
     parser.add_argument("--limit", type=count, default=16, help="texts")
+    parser.add_argument("--record", action="store_true", help="add the probe's figures to its card")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the table there")
 
 
@@ -196,6 +197,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         position_weight=args.position_weight,
         every=args.every,
         limit=args.limit,
+        record=args.record,
         device=args.device,
         dtype=args.dtype,
     )

@@ -174,10 +174,10 @@ class BlockTables(Protocol):
         """Let entry ``index`` point at ``donor`` instead; returns how many blocks became free."""
         ...
 
-    def drop_entry(self, request_id: str, index: int) -> int:
-        """Let entry ``index``, not the last, point at the null block instead: a hole. Returns how
-        many blocks became free. A published block can still be found, as long as it is not reused:
-        it is exact."""
+    def drop_entries(self, request_id: str, indexes: Sequence[int]) -> int:
+        """Let these entries, not the last of the table, point at the null block instead: holes.
+        Returns how many blocks became free. A published block can still be found, as long as it is
+        not reused: it is exact."""
         ...
 
     def make_writable(self, request_id: str, indexes: Sequence[int]) -> bool:

@@ -84,14 +84,15 @@ class ManagerTables:
         self._pool.free_blocks([target])
         return self.free - before
 
-    def drop_entry(self, request_id: str, index: int) -> int:
-        """See :meth:`BlockTables.drop_entry`. vLLM's sliding windows leave the same behind."""
+    def drop_entries(self, request_id: str, indexes: Sequence[int]) -> int:
+        """See :meth:`BlockTables.drop_entries`. vLLM's sliding windows leave the same behind."""
         blocks = self._manager.req_to_blocks[request_id]
-        dropped = blocks[index]
-        assert not dropped.is_null, f"entry {index} of request {request_id} is a hole already"
+        dropped = [blocks[index] for index in indexes]
+        assert not any(block.is_null for block in dropped), f"{request_id}: a hole already"
         before = self.free
-        blocks[index] = self._pool.null_block
-        self._pool.free_blocks([dropped])
+        for index in indexes:
+            blocks[index] = self._pool.null_block
+        self._pool.free_blocks(dropped)
         return self.free - before
 
     def make_writable(self, request_id: str, indexes: Sequence[int]) -> bool:

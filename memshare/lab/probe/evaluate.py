@@ -146,13 +146,14 @@ class Tally:
     prefix: int
     measured: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
-    def judged(self, freed: float) -> Judged:
+    def judged(self, freed: float, every: int = 0) -> Judged:
         """Means over the texts."""
         return Judged(
             kind=self.kind,
             texts=len(self.measured),
             prefix=self.prefix,
             freed=freed,
+            every=every,
             kl=float(np.mean([one[:, _KL].mean() for one in self.measured])),
             same_top=float(np.mean([one[:, _TOP].mean() for one in self.measured])),
             unchanged=sum(bool((one[:, _TOP] == 1).all()) for one in self.measured),

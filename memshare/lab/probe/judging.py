@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from memshare.lab.probe.evaluate import Dropping, Tally, judge
 from memshare.lab.probe.reader import CacheReader
 from memshare.lab.probe.texts import Text, recorded_texts, solutions
 from memshare.mechanisms.compaction.probe.card import Judged
-from memshare.mechanisms.compaction.probe.file import Probe, ProbeUnusable, read_probe
+from memshare.mechanisms.compaction.probe.file import Probe, ProbeUnusable, read_probe, write_probe
 from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
 from memshare.mechanisms.compaction.scorers.contract import TokenScorer
 from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
@@ -44,6 +44,7 @@ class JudgingPlan:
         position_weight: see :func:`choose`.
         every: tokens from one compaction to the next; 0 compacts once.
         limit: texts.
+        record: whether the probe's figures are added to its card.
         device: as torch names it.
         dtype: of weights and cache.
     """
@@ -60,6 +61,7 @@ class JudgingPlan:
     position_weight: float
     every: int
     limit: int
+    record: bool
     device: str
     dtype: Literal["float32", "bfloat16"]
 
@@ -71,7 +73,8 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
         UserError: model, probe or texts cannot be used.
     """
     reader = CacheReader(plan.model, plan.device, plan.dtype)
-    probe = _probe(plan, reader) if "probe" in plan.scorers else None
+    found = _probe(plan, reader) if "probe" in plan.scorers else None
+    probe = found and found[1]
     texts = _texts(plan, reader, frozenset(probe.card.seen if probe else ()))
     tallies: dict[tuple[str, str, float], Tally] = {}
     for text in tqdm(texts, desc="judging", unit="text", disable=None):
@@ -84,10 +87,15 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
                 how = Dropping(freed, plan.recent, weight, plan.every)
                 tally = tallies.setdefault((name, text.kind, freed), Tally(text.kind, prefix))
                 tally.measured.append(judge(reader, reading, _scorer(name, probe, reader), how))
-    return [(name, tally.judged(freed)) for (name, _, freed), tally in tallies.items()]
+    rows = [(name, tally.judged(freed, plan.every)) for (name, _, freed), tally in tallies.items()]
+    if plan.record and found is not None:
+        path, probe = found
+        card = probe.card.with_judged(row for name, row in rows if name == "probe")
+        write_probe(replace(probe, card=card), path)
+    return rows
 
 
-def _probe(plan: JudgingPlan, reader: CacheReader) -> Probe:
+def _probe(plan: JudgingPlan, reader: CacheReader) -> tuple[Path, Probe]:
     model = ServedModel(plan.model, reader.layers, reader.heads, reader.channels)
     try:
         path = find_probe(plan.probe, model)
@@ -96,7 +104,7 @@ def _probe(plan: JudgingPlan, reader: CacheReader) -> Probe:
                 f"no probe fits {plan.model}; name one with --probe, or train one with `memshare "
                 "probe train`"
             )
-        return read_probe(path)
+        return path, read_probe(path)
     except ProbeUnusable as reason:
         raise UserError(str(reason)) from None
 

@@ -84,7 +84,7 @@ class CompactionPart(SchedulerPart):
         may_go = each.room.may_go
         blocks = tuple(table[entry].block_id for entry in entries)
         self._packings.append(Packing(request_id, entries, blocks, keep))
-        freed = sum(self._tables.drop_entry(request_id, entry) for entry in entries[keep:])
+        freed = self._tables.drop_entries(request_id, entries[keep:])
         state.holes.update(entries[keep:])
         state.given_up += each.blocks
         state.dropped_tokens += (tokens := self._tables.token_map.first_position(each.blocks))

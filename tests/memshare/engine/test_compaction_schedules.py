@@ -163,8 +163,8 @@ def test_the_checks_can_fail(
         tables.make_writable = lambda request_id, indexes: True
         monkeypatch.setattr(RequestState, "holds_alone", lambda state, block: True)
     elif sabotage == "a hole is forgotten":
-        drop = tables.drop_entry
-        tables.drop_entry = lambda name, entry: drop(name, entry) + drop(name, entry - 1)
+        drop = tables.drop_entries
+        tables.drop_entries = lambda name, entries: drop(name, [entries[0] - 1, *entries])
     elif sabotage == "a hole is not told":
         commands = part.commands
         part.commands = lambda: told(commands(), holes={})

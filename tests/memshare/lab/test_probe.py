@@ -230,7 +230,7 @@ def test_the_command_trains_judges_and_shows(
     assert probe.card.together == HEADS
     assert [(row.kind, row.texts) for row in probe.card.judged] == [("sums", 2)]
     assert probe.card.rank_correlation is not None
-    assert "| 2 sums | 300 | 40% |" in capsys.readouterr().out
+    assert "| 2 sums | 300 | 40% | yes |" in capsys.readouterr().out
 
     others = tmp_path / "others"
     others.mkdir()
@@ -244,7 +244,10 @@ def test_the_command_trains_judges_and_shows(
     assert [(row["scorer"], row["kind"], row["texts"]) for row in rows] == [
         ("probe", "others", 1), ("random", "others", 1),
     ]  # fmt: skip
-    assert main([*evaluate, "--every", "64", "--texts", str(others)]) == 0
+    assert main([*evaluate, "--every", "64", "--record", "--texts", str(others)]) == 0
+    recorded = read_probe(tmp_path / "cache/memshare/probes/tiny.safetensors")
+    assert [(row.kind, row.every) for row in recorded.card.judged] == [("others", 64), ("sums", 0)]
+    assert all(torch.equal(recorded.tensors[n], tensor) for n, tensor in probe.tensors.items())
     assert main([*evaluate, "--texts", str(texts)]) == 1
     assert "was trained on each of these texts" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,6 +32,7 @@ class Judged(_Record):
         texts: how many, of what kind.
         prefix: tokens of each, of which some were dropped.
         freed: fraction of them that was dropped, in every layer and head.
+        every: tokens from one compaction to the next, as serving does it; 0 if once, at the end.
         kl: KL divergence of the next-token distributions from the exact ones, nats per token.
         same_top: fraction of tokens whose most likely next token stays the same.
         unchanged: texts in which it stays so at every token.
@@ -41,9 +42,15 @@ class Judged(_Record):
     texts: int
     prefix: int
     freed: Fraction
+    every: int = 0
     kl: float
     same_top: Fraction
     unchanged: int
+
+    @property
+    def how_often(self) -> str:
+        """In words."""
+        return f"every {self.every} tokens" if self.every else "yes"
 
 
 class ProbeCard(_Record):
@@ -89,6 +96,12 @@ class ProbeCard(_Record):
     made_by: str
     licences: str = ""
 
+    def with_judged(self, rows: Iterable[Judged]) -> Self:
+        """The card with some measurements more, instead of older ones of the same kind."""
+        known = {(row.kind, row.freed, row.every): row for row in self.judged}
+        known |= {(row.kind, row.freed, row.every): row for row in rows}
+        return self.model_copy(update={"judged": tuple(known[key] for key in sorted(known))})
+
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
         if self.heads % self.together:
@@ -112,11 +125,11 @@ class ProbeCard(_Record):
             "Tells from cached keys and values which tokens will be needed. MemShare's policy "
             "`compaction` keeps tokens by it.\n"
         )
-        yield f"- **Model**: {self.model}, {self.layers} layers, {self.heads} KV heads, "
+        yield f"- **Model**: {self.model}, {self.layers} layers, {self.heads} KV heads,"
         yield f"  {self.channels} channels. Other weights or shapes are refused."
         yield f"- **Target**: {self.target}."
-        yield f"- **Network**: a perceptron per layer for {self.together} of its KV heads, of"
-        yield f"  {self.hidden} hidden units; reads a token's K and V and their average over"
+        yield f"- **Network**: a perceptron per layer and {self.together} of its KV heads, with"
+        yield f"  {self.hidden} hidden units; reads a token's K and V, and their average over"
         yield f"  {2 * self.neighbours + 1} tokens."
         sizes = ", ".join(map(str, self.tensor_parallel_sizes))
         yield f"- **Tensor-parallel sizes**: {sizes}."
@@ -129,11 +142,11 @@ class ProbeCard(_Record):
             yield f"- **Licences**: {self.licences}"
         if self.judged:
             yield "\nDamage on texts that the probe has not seen (mean over texts):\n"
-            yield "| texts | prefix | dropped | KL | same top token | texts unchanged |"
-            yield "| --- | --- | --- | --- | --- | --- |"
+            yield "| texts | prefix | dropped | at once? | KL | same top token | texts unchanged |"
+            yield "| --- | --- | --- | --- | --- | --- | --- |"
         for row in self.judged:
             yield (
-                f"| {row.texts} {row.kind} | {row.prefix} | {row.freed:.0%} | {row.kl:.4f} | "
-                f"{row.same_top:.3f} | {row.unchanged} |"
+                f"| {row.texts} {row.kind} | {row.prefix} | {row.freed:.0%} | {row.how_often} | "
+                f"{row.kl:.4f} | {row.same_top:.3f} | {row.unchanged} |"
             )
         yield ""

@@ -23,7 +23,7 @@ def test_a_hole_frees_its_block_and_the_request_ends_as_any_other(engine: Schedu
     table = tables.table("a")
     assert table is not None
     dropped, free = table[1], tables.free
-    assert tables.drop_entry("a", 1) == 1
+    assert tables.drop_entries("a", [1]) == 1
     assert table[1].is_null, "what was returned is live"
     assert dropped.ref_cnt == 0
     assert tables.free == free + 1
@@ -31,7 +31,7 @@ def test_a_hole_frees_its_block_and_the_request_ends_as_any_other(engine: Schedu
     assert tables.block_ids()["a"][1] == 0
     assert tables.reference_faults() == []
     with pytest.raises(AssertionError, match="a hole already"):
-        tables.drop_entry("a", 1)
+        tables.drop_entries("a", [1])
     engine.compute(request, 2 * BLOCK)
     assert tables.entries("a") == 7, "it grows as if nothing had gone"
     engine.manager.free(request)
@@ -44,7 +44,7 @@ def test_the_block_under_a_hole_can_be_found_as_long_as_it_is_not_reused(
 ) -> None:
     request = engine.start("a", 5 * BLOCK)
     assert engine.published(request) == 5 * BLOCK
-    engine.tables.drop_entry("a", 1)
+    engine.tables.drop_entries("a", [1])
     assert engine.published(request) == 5 * BLOCK, "it is exact"
     room = BLOCK * engine.tables.free // len(engine.manager.coordinator.single_type_managers)
     other = engine.request("b", list(range(1000, 1000 + room)))
@@ -61,7 +61,7 @@ def test_a_block_that_another_request_reads_frees_nothing(engine: Scheduled) -> 
     assert engine.manager.allocate_slots(twin, 1, found, blocks) is not None
     assert not engine.tables.make_writable("a", [0, 1])
     assert engine.published(request) == 3 * BLOCK, "nothing has changed"
-    assert engine.tables.drop_entry("a", 1) == 0
+    assert engine.tables.drop_entries("a", [1]) == 0
     assert engine.tables.reference_faults() == []
 
 
@@ -73,7 +73,7 @@ def test_what_is_written_to_cannot_be_found(engine: Scheduled) -> None:
     assert engine.published(request) == 1 * BLOCK
     pool = engine.manager.block_pool
     assert [pool.is_block_writable(block) for block in table] == [False, True, True, False]
-    engine.tables.drop_entry("a", 3)
+    engine.tables.drop_entries("a", [3])
     assert not engine.tables.make_writable("a", [2, 3]), "a hole has nothing to write to"
 
 
