@@ -125,11 +125,11 @@ class ProbeCard(_Record):
             "Tells from cached keys and values which tokens will be needed. MemShare's policy "
             "`compaction` keeps tokens by it.\n"
         )
-        yield f"- **Model**: {self.model}, {self.layers} layers, {self.heads} KV heads, "
+        yield f"- **Model**: {self.model}, {self.layers} layers, {self.heads} KV heads,"
         yield f"  {self.channels} channels. Other weights or shapes are refused."
         yield f"- **Target**: {self.target}."
-        yield f"- **Network**: a perceptron per layer for {self.together} of its KV heads, of"
-        yield f"  {self.hidden} hidden units; reads a token's K and V and their average over"
+        yield f"- **Network**: a perceptron per layer and {self.together} of its KV heads, with"
+        yield f"  {self.hidden} hidden units; reads a token's K and V, and their average over"
         yield f"  {2 * self.neighbours + 1} tokens."
         sizes = ", ".join(map(str, self.tensor_parallel_sizes))
         yield f"- **Tensor-parallel sizes**: {sizes}."

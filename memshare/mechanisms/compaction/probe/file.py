@@ -98,5 +98,6 @@ def write_probe(probe: Probe, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in probe.tensors.items()}
     save_file(tensors, partial, metadata={_KEY: probe.card.model_dump_json()})
+    partial.chmod(0o644)  # safetensors makes files that only their owner can read
     partial.replace(path)
     path.with_suffix(".md").write_text(probe.card.markdown(), encoding="utf-8")

@@ -53,6 +53,7 @@ def test_a_file_holds_the_probe_and_lies_beside_its_card(tmp_path: Path) -> None
     assert again.card == probe.card
     assert all(torch.equal(again.tensors[name], t) for name, t in probe.tensors.items())
     assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.md", "tiny.safetensors"]
+    assert path.stat().st_mode & 0o777 == 0o644
     text = path.with_suffix(".md").read_text()
     assert "| 3 chains of thought | 100 | 40% | yes | 0.0100 | 0.970 | 1 |" in text
 
