@@ -89,8 +89,8 @@ def build(choice: ScorerChoice, context: WorkerContext) -> TokenScorer:
         path = find_probe(choice.probe, model)
         if path is None:
             logger.warning(
-                "no probe fits %s: tokens are kept by recency alone, which loses old facts and "
-                "about twice the exactness; train one with `memshare probe train --model %s`",
+                "no probe fits %s: tokens are kept by recency alone, which loses old facts; train "
+                "one with `memshare probe train --model %s`",
                 model.name, model.name,
             )  # fmt: skip
             return Recency()
