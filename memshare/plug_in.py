@@ -39,7 +39,15 @@ def connector_options(memshare: Mapping[str, object]) -> dict[str, Any]:
 
 
 def plug_in(memshare: Mapping[str, object] | None) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` or ``EngineArgs``; none for None, which is plain vLLM."""
+    """Arguments of ``vllm.LLM`` or ``EngineArgs``; none for None, which is plain vLLM.
+
+    Raises:
+        ConfigError: a field is unknown or wrong. The engine would say so later, in a process of its
+            own, above tracebacks that end in "Engine core initialization failed".
+    """
     if memshare is None:
         return {}
+    from memshare.config import load_config  # not for `register_connector`, see there
+
+    load_config(memshare)
     return {"kv_transfer_config": connector_options(memshare), "worker_cls": WORKER_CLASS}

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from memshare.cli.options import say_how_to_reach
 from memshare.config import ENV_KEY
 from memshare.errors import UserError
 
@@ -51,10 +52,9 @@ def run(args: argparse.Namespace) -> int:
     key = args.key or os.environ.get(ENV_KEY)
     with Client(args.address, key=key, session=uuid.uuid4().hex, credentials=credentials) as client:
         talk = _Talk(client, args)
-        if args.question is not None:
-            talk.answer(args.question)
-        elif not sys.stdin.isatty():
-            talk.answer(sys.stdin.read())
+        if args.question is not None or not sys.stdin.isatty():
+            with say_how_to_reach("make serve"):
+                talk.answer(sys.stdin.read() if args.question is None else args.question)
         else:
             _converse(talk)
     return 0

@@ -13,9 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memshare.cli.options import count
+from memshare.cli.options import count, say_how_to_reach
 from memshare.config import ENV_KEY
-from memshare.errors import UserError
 from memshare.lab.markdown import table
 
 if TYPE_CHECKING:
@@ -60,17 +59,12 @@ class _Story:
 
 
 async def _press(address: str, key: str | None, stories: int, tokens: int) -> None:
-    from memshare.client import AsyncClient, UnavailableError
+    from memshare.client import AsyncClient
 
     asked = [_Story(_HEROES[i % len(_HEROES)]) for i in range(stories)]
     async with AsyncClient(address, key=key, retries=0) as client:
-        try:
+        with say_how_to_reach("make serve CONFIG=configs/demo.yaml"):
             info = await client.model_info()
-        except UnavailableError as error:
-            raise UserError(
-                f"{error}\n    fix: start a server with 'make serve CONFIG=configs/demo.yaml', or "
-                "name one with --address"
-            ) from None
         print(
             f"{stories} stories of {tokens} tokens want about "
             f"{stories * (-(-tokens // info.block_size) + 1)} KV blocks; {info.model} has "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,25 @@ def fractions(option: str, text: str) -> list[float]:
     if not all(number is not None and number <= 1 for number in found):
         raise UserError(f"{option} {text}: give fractions from 0 to 1, separated by ','")
     return [number for number in found if number is not None]
+
+
+@contextmanager
+def say_how_to_reach(start: str) -> Iterator[None]:
+    """Say what to do where no gRPC server answers: its library's words name no way out.
+
+    Args:
+        start: the command that starts a server, as a user would type it.
+
+    Raises:
+        UserError: with that, for an ``UnavailableError`` of a call inside.
+    """
+    from memshare.client import UnavailableError
+
+    try:
+        yield
+    except UnavailableError as error:
+        if error.retry_after_s is not None:  # a server answered: it asks for patience
+            raise
+        raise UserError(
+            f"{error}\n    fix: start a server with '{start}', or name one with --address"
+        ) from None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from memshare.cli.options import count, fractions, new_file, whole
 from memshare.errors import UserError
-from memshare.lab.bench.arms import DENSE, POLICIES, Arm
+from memshare.lab.bench.arms import DENSE, POLICIES, Arm, require_usable, sharing_arms
 from memshare.lab.bench.engine_process import OnProgress, call_in_process
 from memshare.lab.bench.estimate import Work, estimate, in_words
 from memshare.lab.bench.progress import ProgressBars
@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--traces", type=Path, metavar="DIR", help="folder of recorded texts")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
-    parser.add_argument("--arms", default=_ARMS, help=f"separated by ','; of {', '.join(POLICIES)}")
+    parser.add_argument(
+        "--arms", default=_ARMS,
+        help=f"separated by ','; of {', '.join(POLICIES)}; or a policy of an installed package",
+    )  # fmt: skip
     parser.add_argument("--freed", default="0.25", help="fractions of the blocks, separated by ','")
     parser.add_argument(
         "--observe", action="store_true", help="report whether the texts are suitable, and end"
@@ -73,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: traces, arms or fractions cannot be used, or an engine failed.
     """
     arms, freed = args.arms.split(","), fractions("--freed", args.freed)
-    unknown = [arm for arm in arms if arm not in POLICIES]
-    if unknown:
-        raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(POLICIES)}")
+    _require_arms(arms)
     if args.traces is None:
         raise UserError("say where the recorded texts are: --traces DIR")
     if args.text_only and not args.observe:
@@ -179,6 +180,14 @@ def _plan(args: argparse.Namespace, folder: str) -> ReplayPlan:
     return plan
 
 
+def _require_arms(arms: list[str]) -> None:
+    known = sharing_arms()
+    for arm in arms:
+        if arm not in known:
+            raise UserError(f"there is no arm {arm!r}; choose of {', '.join(known)}")
+        require_usable(arm)
+
+
 def _how_long(plan: ReplayPlan, runs: int) -> str:
     """All texts are written at once, a token in a step."""
     texts = len(plan.outputs)
@@ -191,7 +200,7 @@ def _how_long(plan: ReplayPlan, runs: int) -> str:
 
 
 def _row(plan: ReplayPlan, arm: str, fraction: float, on_progress: OnProgress) -> ReplayRow:
-    options = POLICIES[arm] | {
+    options = sharing_arms()[arm] | {
         "trigger": {"kind": "eager"},
         "budget": {"max_shared_fraction": fraction},
         "protect": {"recent_tokens": plan.recent},

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from memshare.config import ConfigError, load_config, registry
 from memshare.errors import UserError
 
 # As published: 0.9 for steps, 0.8 for blocks (arXiv 2507.21433).
@@ -24,7 +25,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     # Memory before exactness.
     "twins-no-floor": {"policy": {"name": "twins", "min_coverage": 0.0}},
 }
-"""MemShare's options of every arm that gives up blocks."""
+"""MemShare's options of every arm of our own that gives up blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,33 @@ _OTHERS = {
 }
 _FP8 = "-fp8"
 NAMES = (*_OTHERS, *POLICIES)
-CHOICES = f"{', '.join(NAMES)}; or a policy on an fp8 KV cache, as twins{_FP8}"
-"""What users may name, for help and errors."""
+_ON_FP8 = f"or a policy on an fp8 KV cache, as twins{_FP8}"
+CHOICES = f"{', '.join(NAMES)}; a policy of an installed package, by its name; {_ON_FP8}"
+"""What users may name, for help: the same on every machine."""
+
+
+def sharing_arms() -> dict[str, dict[str, Any]]:
+    """:data:`POLICIES`, and the policies of installed packages with their default parameters.
+
+    An arm of our own keeps its name where a package has one by the same name.
+    """
+    ours = {*registry.BUILT_IN, *NAMES}
+    outside = {name: {"policy": {"name": name}} for name in registry.names() if name not in ours}
+    return POLICIES | outside
+
+
+def require_usable(policy: str) -> None:
+    """Refuse a policy of another package that cannot run with its defaults, before engines start.
+
+    Raises:
+        UserError: its module cannot be imported, is no mechanism, or a parameter has no default.
+    """
+    if policy in POLICIES:
+        return
+    try:
+        load_config(sharing_arms()[policy], environ={})
+    except ConfigError as error:
+        raise UserError(f"--arms: {policy}: {error}") from error
 
 
 def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator[Arm]:
@@ -84,23 +110,26 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
         common: further options of all arms with MemShare.
 
     Raises:
-        UserError: there is no such arm, or one comes twice.
+        UserError: there is no such arm, one comes twice, or its package cannot be used.
     """
     _require_once("--arms", names.split(","))
     _require_once("--budget", [f"{budget:g}" for budget in budgets])
+    policies = sharing_arms()
     for name in names.split(","):
         policy = name.removesuffix(_FP8)
         if name in _OTHERS:
             arm = _OTHERS[name]
             yield arm if arm.memshare is None else Arm(name, common | arm.memshare)
-        elif policy in POLICIES:
+        elif policy in policies:
+            require_usable(policy)
             kv_dtype = "auto" if policy == name else "fp8"
             for budget in budgets:
                 shown = name if len(budgets) == 1 else f"{name} {budget:g}"
                 limit = {"budget": {"max_shared_fraction": budget}}
-                yield Arm(shown, common | POLICIES[policy] | limit, kv_dtype)
+                yield Arm(shown, common | policies[policy] | limit, kv_dtype)
         else:
-            raise UserError(f"there is no arm {name!r}; choose of {CHOICES}")
+            known = ", ".join((*_OTHERS, *policies))
+            raise UserError(f"there is no arm {name!r}; choose of {known}; {_ON_FP8}")
 
 
 def _require_once(option: str, values: list[str]) -> None:

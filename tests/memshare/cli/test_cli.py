@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -87,3 +88,19 @@ def test_serve_prepares_the_process_and_leaves_all_words_to_vllm(
         main(["serve", "--dtype", "bfloat16", "MODEL", "--help=all", "--memshare.mode", "off"])
     wanted = engine_env({}) | {"TOKENIZERS_PARALLELISM": "true"}
     assert wanted.items() <= seen.items()
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [(["chat", "Hello"], "'make serve'"), (["demo"], "'make serve CONFIG=configs/demo.yaml'")],
+)
+def test_without_a_server_the_error_says_how_to_start_one(
+    capsys: pytest.CaptureFixture[str], words: list[str], start: str
+) -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        assert main([*words, "--address", address]) == 1
+    error = capsys.readouterr().err
+    assert "UNAVAILABLE" in error
+    assert f"fix: start a server with {start}, or name one with --address" in error

@@ -22,6 +22,7 @@ from memshare.config import (
     without_fields,
 )
 from memshare.mechanisms.baselines.params import OldestParams, RandomParams
+from memshare.plug_in import plug_in
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS = ["x", [], {}, None, True, NAN]
@@ -459,3 +460,14 @@ def test_a_configuration_is_frozen() -> None:
 def test_a_section_given_as_a_number_is_not_hidden_by_a_later_source() -> None:
     with pytest.raises(ConfigError, match="steps = 5"):
         load_config({"steps": {"min_tokens": 4}}, {"MEMSHARE_STEPS": "5"})
+
+
+def test_options_for_an_engine_are_checked_before_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.min_coverage = 7"):
+        plug_in({"policy": {"name": "twins", "min_coverage": 7}})
+    monkeypatch.setenv("MEMSHARE_TRIGGER__LOW_WATERMARK", "7")
+    with pytest.raises(ConfigError, match=r"trigger\.low_watermark = "):
+        plug_in({})  # an engine would read the variable too
+    assert plug_in(None) == {}, "plain vLLM is nobody's business"

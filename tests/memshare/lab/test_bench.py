@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.cli.main import main
-from memshare.config import load_config
+from memshare.config import load_config, registry
 from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.lab.bench.block_outcomes import count_outcomes
@@ -121,6 +123,43 @@ def test_an_unknown_arm_is_named() -> None:
     for name in ("best", "dense-fp8"):
         with pytest.raises(UserError, match=f"no arm '{name}'"):
             list(expand(f"dense,{name}", [0.5], {}))
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two installed packages: a policy that is the example of the documentation, and a broken one.
+    Only the entry points are made up."""
+    example = Path(__file__).resolve().parents[3] / "docs" / "examples" / "newest_policy"
+    monkeypatch.syspath_prepend(str(example))
+    entries = [
+        EntryPoint("newest", "newest_policy:Newest", registry.ENTRY_POINTS),
+        EntryPoint("broken", "no_such_module:Policy", registry.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    registry.forget_packages()
+    yield
+    sys.modules.pop("newest_policy", None)
+    monkeypatch.undo()
+    registry.forget_packages()
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_policy_of_an_installed_package_is_an_arm_by_its_name() -> None:
+    eager = {"trigger": {"kind": "eager"}}
+    plain, narrow = expand("newest,newest-fp8", [0.3], eager)
+    assert plain.shares
+    assert (narrow.memshare, narrow.kv_dtype) == (plain.memshare, "fp8")
+    config = load_config(plain.memshare, environ={})
+    assert (config.policy.name, config.budget.max_shared_fraction) == ("newest", 0.3)
+    assert config.trigger.kind == "eager"
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_policy_whose_package_is_broken_is_refused_before_engines_start() -> None:
+    with pytest.raises(UserError, match=r"--arms: broken: (.|\n)*cannot be imported"):
+        list(expand("dense,broken", [0.5], {}))
+    with pytest.raises(UserError, match=r"no arm 'best'; choose of .*newest"):
+        list(expand("best", [0.5], {}))
 
 
 @pytest.mark.parametrize(
