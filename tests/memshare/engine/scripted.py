@@ -215,7 +215,8 @@ class Watched:
     def computed(self, request_id: str) -> int:
         """Tokens whose KV is written before the step that begins."""
         state = next(s for s in self.part._tracker if s.request_id == request_id)
-        return int(state.request.num_computed_tokens)
+        # vLLM has counted the step's own tokens when its workers begin it.
+        return int(state.request.num_computed_tokens - state.request.num_in_flight_tokens)
 
 
 class Reference:

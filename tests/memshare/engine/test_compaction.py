@@ -172,7 +172,12 @@ def test_what_is_reported_agrees_with_the_books(engine: Engine) -> None:
     assert engine.metric("vllm:memshare_compactions") == engine.totals["compactions"]
 
 
-EAGER = CHECKED | {"trigger": {"kind": "eager"}, "budget": {"max_thinning": 0.5}}
+EAGER = CHECKED | {
+    "trigger": {"kind": "eager"},
+    "policy": {"name": "compaction", "scorer": "recency", "min_round": 1},
+    "protect": {"recent_tokens": 32},
+    "budget": {"max_thinning": 0.5},
+}
 
 
 def test_a_later_turn_is_served_exact_blocks_alone(
@@ -183,7 +188,7 @@ def test_a_later_turn_is_served_exact_blocks_alone(
         prompt = engine.llm.get_tokenizer().encode(PROMPTS[0])
         turn = {"prompt_token_ids": [*prompt, *dense[0]]}
         first = finished(engine, {"first": PROMPTS[0]})["first"]
-        assert engine.totals["compactions"] > 2
+        assert engine.totals["compactions"] > 0
         tokens, exact = first.outputs[0].token_ids, dense[0]
         same = next((n for n in range(TOKENS) if tokens[n] != exact[n]), TOKENS)
         assert 100 < same < TOKENS, "it is exact until it loses something, and no longer"

@@ -62,7 +62,8 @@ def bound(watched: Watched, reference: Reference) -> float:
 
 @pytest.fixture(autouse=True)
 def clean(engine: Any, watched: Watched) -> Iterator[None]:
-    watched.logits.clear()
+    for noted in (watched.logits, watched.tokens, watched.events):
+        noted.clear()
     yield
     assert not watched.part.plans, "everything planned was done"
     assert engine.is_clean()
@@ -118,6 +119,8 @@ def test_a_mixed_batch(watched: Watched, reference: Reference, bound: float, eng
     for name in "abcd":
         expected = reference.logits(watched.tokens[name], watched.events[name])
         assert watched.worst(name, expected) <= bound, name
+    watched.add("next", reference.text(0, 40), 2)  # with its step workers hear of who has ended
+    watched.run()
     assert not part.slots._entries, "all are forgotten"
 
 
