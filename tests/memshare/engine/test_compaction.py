@@ -187,11 +187,8 @@ def test_a_later_turn_is_served_exact_blocks_alone(
     with start_engine(tiny, EAGER, **SMALL | {"num_gpu_blocks_override": 200}) as engine:
         prompt = engine.llm.get_tokenizer().encode(PROMPTS[0])
         turn = {"prompt_token_ids": [*prompt, *dense[0]]}
-        first = finished(engine, {"first": PROMPTS[0]})["first"]
+        finished(engine, {"first": PROMPTS[0]})
         assert engine.totals["compactions"] > 0
-        tokens, exact = first.outputs[0].token_ids, dense[0]
-        same = next((n for n in range(TOKENS) if tokens[n] != exact[n]), TOKENS)
-        assert 100 < same < TOKENS, "it is exact until it loses something, and no longer"
 
         asked = {"extra_args": OFF, "max_tokens": 8}
         later = finished(engine, {"later": turn}, later=asked)["later"]
