@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.documents import ROOT, Block, blocks, commands
@@ -24,7 +26,21 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture
+def newest_policy() -> Iterator[None]:
+    """As if the example of a policy were installed."""
+    from memshare.config import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs/examples/newest_policy")
+        patch.setitem(registry.BUILT_IN, "newest", "newest_policy:Newest")
+        registry.forget_packages()
+        yield
+    registry.forget_packages()
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda block: block.place)
+@pytest.mark.usefixtures("newest_policy")
 def test_our_own_command_takes_them(command: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     from memshare.cli.serve import parse
 
