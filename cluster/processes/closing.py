@@ -40,12 +40,13 @@ def drain(handles: list[DeploymentHandle[Any]]) -> None:
         handles: one of each deployment that has the method ``close`` of
             :class:`cluster.replica.EngineReplica`.
     """
-    began = time.monotonic()
+    began, grace = time.monotonic(), 0.0
     told = False
     # Closed again each time: replicas that were just starting open for all who come.
     while closed := [answer for handle in handles for answer in _close(handle)]:
         running = sum(answer.under_way for answer in closed)
-        grace = max(answer.grace_s for answer in closed)
+        # What a replica has said once holds, also when its next answer is late.
+        grace = max(grace, *(answer.grace_s for answer in closed))
         if running and not told:
             logger.warning("%d running requests may finish, within %g s", running, grace)
             told = True

@@ -91,6 +91,13 @@ def test_streams_of_replicas_that_answer_late_are_not_cut() -> None:
     assert handle.calls == 4
 
 
+def test_a_late_answer_shortens_no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closing, "_LATE", Closed(grace_s=0.0, under_way=1))
+    handle = Handle(replicas(60.0, 1), TimeoutError(), replicas(60.0, 1), replicas(60.0, 0))
+    assert drained(handle) < 30
+    assert handle.calls == 4
+
+
 def test_replicas_that_never_answer_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closing, "_LATE", Closed(grace_s=0.1, under_way=1))
     assert drained(Handle(TimeoutError())) < 30
