@@ -111,7 +111,7 @@ bench-serving: venv model ## Our server beside vLLM's own, in alternation
 
 test-long: venv model ## Hours instead of minutes: random schedules, and bad input to a server
 	SCHEDULER_TEST_STEPS=100000 $(RUN) pytest tests/memshare/engine/test_state_machine.py \
-		tests/memshare/engine/test_compaction_schedules.py --timeout 3600
+		tests/memshare/engine/compaction/test_schedules.py --timeout 3600
 	FUZZ_TIMES=20 $(RUN) pytest tests/cluster -k "bad_input or any_grpc_message" --timeout 7200
 
 gpu-acceptance: ## Measure on your GPUs and print a report (GPU_ARGS="--help" lists options)

@@ -23,13 +23,13 @@ from starlette.types import ASGIApp
 
 from cluster.config import AuthConfig, ClusterArgs, without_secrets
 from cluster.dashboard.routes import PREFIX, page_app
-from cluster.dashboard.sample_reporter import SampleReporter
+from cluster.dashboard.sample_reporter import CountFault, SampleReporter
 from cluster.grpc.service import GrpcService
 from cluster.http.asgi import DisconnectOnCancel, KeyGate, RetryAfter
 from cluster.http.body import StrictBody
 from cluster.processes.closing import Closed
 from cluster.processes.engine_prewarm import EnginePrewarm, collector_at_rest
-from cluster.processes.orphan_reaper import Guard
+from cluster.processes.orphan_reaper import OrphanReaper
 from cluster.processes.workers import Workers
 from cluster.routing.load import LoadMeter, to_stats
 from cluster.telemetry.metrics import ReplicaMetrics
@@ -42,14 +42,17 @@ from cluster.telemetry.serve_logs import (
 from cluster.tenancy.exposure import require_keys_or_localhost
 from cluster.tenancy.gate import Gate, TenantCounters
 from cluster.tenancy.keys import WatchedKeys
-from cluster.tenancy.ledger import LedgerDesk
-from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
+from cluster.tenancy.ledger import RayLedgerClient
+from cluster.tenancy.limits import Ledger, Limiter, LocalLedgerClient
 from memshare.config import MemShareConfig
 from memshare.small_model.names import resolve_model
 from memshare.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from cluster.dashboard.engine_sampler import EngineSampler
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,12 @@ class EngineReplica(GrpcService):
     the metrics port of the replica's Ray node. With several replicas the HTTP port shows the one
     that Ray Serve happens to choose; scrape the Ray nodes, where a label tells replicas apart.
     """
+
+    # None also where a constructor has failed: Ray Serve calls the destructor all the same.
+    _engine: AsyncLLM | None = None
+    _watch: asyncio.Task[None] | None = None
+    _tending: asyncio.Task[None] | None = None
+    _page: SampleReporter | None = None
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self,
@@ -85,24 +94,16 @@ class EngineReplica(GrpcService):
         Raises:
             ConfigError: the key table is wrong, or missing where others can reach the server.
         """
-        self._engine: AsyncLLM | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._tending: asyncio.Task[None] | None = None
-        self._page: SampleReporter | None = None
-        guard = Guard()
-        log_no_calls()
-        log_no_refusals()
-        set_up_logging(args.memshare.logs)
+        reaper = OrphanReaper()
+        _set_up_logs(args)
         await asyncio.to_thread(require_keys_or_localhost, args.auth)
-        head_start = EnginePrewarm()
+        prewarm = EnginePrewarm()
         replica_id = serve.get_replica_context().replica_id.unique_id
         counts = ReplicaMetrics(args.public_name, replica_id)
-        gate = _gate(args.auth, ledger, replica_id, counts)
-        self._meter = LoadMeter()
+        gate, self._meter = _gate(args.auth, ledger, replica_id, counts), LoadMeter()
         if args.replica.pin_cpus:
             _pin(args)
-        if pool is not None:
-            await _await_pool(pool)
+        await _await_pool(pool)
         model = await asyncio.to_thread(resolve_model, args.model)
 
         with collector_at_rest():
@@ -120,7 +121,7 @@ class EngineReplica(GrpcService):
         feed = StepFeed(count_fault)
         with logs_kept():
             options = parse_engine_options(args, model, _on_this_machine(args.memshare))
-            with head_start.taken():
+            with prewarm.taken():
                 engine = start_engine(
                     options, args.uses_memshare, unavailable_s, gate, self._meter, feed
                 )
@@ -130,21 +131,30 @@ class EngineReplica(GrpcService):
         if board is not None:
             watch = watch_engine(engine, replica_id, platform.node(), args.page.show_text)
             feed.listeners.append(watch.record)
-            self._page = SampleReporter(watch, board, args.page.interval_s, count_fault)
-            self._page.start()
-            shown = without_secrets(args).model_dump(mode="json")
-            app.mount(PREFIX, page_app(board, shown, count_fault))
-        strict = StrictBody(app, args.replica.max_body_bytes, args.replica.body_timeout_s)
-        hinted = RetryAfter(
-            strict, lambda: unavailable_s if engine.errored else args.replica.retry_after_s
-        )
-        self._asgi = DisconnectOnCancel(KeyGate(hinted, gate), routes=app.routes)
+            self._open_page(app, args, board, watch, count_fault)
+        self._asgi = _gated(app, args, gate, engine, unavailable_s)
         self._start_grpc(args, gate, Generation(engine, app.state))
+        self._watch_over(engine, gate, reaper)
+        freeze_gc_heap()  # as vLLM's own server: what is here now stays, and is not searched again
+
+    def _watch_over(self, engine: AsyncLLM, gate: Gate, reaper: OrphanReaper) -> None:
         workers = Workers()
-        guard.remove_at_the_end(workers.shared_memory())
+        reaper.remove_at_the_end(workers.shared_memory())
         self._watch = asyncio.create_task(_exit_with(engine, workers, gate))
         self._tending = asyncio.create_task(gate.tend())
-        freeze_gc_heap()  # as vLLM's own server: what is here now stays, and is not searched again
+
+    def _open_page(
+        self,
+        app: FastAPI,
+        args: ClusterArgs,
+        board: DeploymentHandle[Any],
+        watch: EngineSampler,
+        count_fault: CountFault,
+    ) -> None:
+        self._page = SampleReporter(watch, board, args.page.interval_s, count_fault)
+        self._page.start()
+        shown = without_secrets(args).model_dump(mode="json")
+        app.mount(PREFIX, page_app(board, shown, count_fault))
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app that Ray Serve runs, called once after the constructor."""
@@ -187,12 +197,29 @@ class EngineReplica(GrpcService):
             await asyncio.to_thread(self._engine.shutdown)
 
 
+def _set_up_logs(args: ClusterArgs) -> None:
+    log_no_calls()
+    log_no_refusals()
+    set_up_logging(args.memshare.logs)
+
+
+def _gated(
+    app: FastAPI, args: ClusterArgs, gate: Gate, engine: AsyncLLM, unavailable_s: float
+) -> ASGIApp:
+    """vLLM's app behind what comes before it: keys, strict bodies, and when to come again."""
+    strict = StrictBody(app, args.replica.max_body_bytes, args.replica.body_timeout_s)
+    hinted = RetryAfter(
+        strict, lambda: unavailable_s if engine.errored else args.replica.retry_after_s
+    )
+    return DisconnectOnCancel(KeyGate(hinted, gate), routes=app.routes)
+
+
 def _gate(
     auth: AuthConfig, ledger: DeploymentHandle[Any] | None, replica_id: str, counts: TenantCounters
 ) -> Gate:
     keys = WatchedKeys(auth.keys) if auth.keys.exists else None
-    desk = LocalDesk(Ledger()) if ledger is None else LedgerDesk(ledger)
-    return Gate(keys, Limiter(desk, replica_id), counts, auth.without_keys)
+    ledger_client = LocalLedgerClient(Ledger()) if ledger is None else RayLedgerClient(ledger)
+    return Gate(keys, Limiter(ledger_client, replica_id), counts, auth.without_keys)
 
 
 async def _exit_with(engine: AsyncLLM, workers: Workers, gate: Gate) -> None:
@@ -211,8 +238,10 @@ async def _exit_with(engine: AsyncLLM, workers: Workers, gate: Gate) -> None:
     os._exit(1)
 
 
-async def _await_pool(pool: DeploymentHandle[Any]) -> None:
+async def _await_pool(pool: DeploymentHandle[Any] | None) -> None:
     """Give the pool a chance to be first. An engine serves without it as well."""
+    if pool is None:
+        return
     try:
         await asyncio.wait_for(pool.ready.remote(), _POOL_WAIT_S)
     except Exception as error:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +37,20 @@ class Block(NamedTuple):
 
 def blocks(*languages: str) -> Iterator[Block]:
     """Blocks in these languages; in all of them if none is named."""
+    return (block for block in _all_blocks() if not languages or block.language in languages)
+
+
+@cache
+def _all_blocks() -> list[Block]:
+    found = []
+    markdown = MarkdownIt("commonmark").disable("inline")  # what is inside lines takes longest
     for page in PAGES:
         name = page.relative_to(ROOT).as_posix()
-        for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
+        for token in markdown.parse(page.read_text(encoding="utf-8")):
             if token.type in ("fence", "code_block"):
-                language = token.info.strip()
-                if not languages or language in languages:
-                    assert token.map is not None
-                    yield Block(name, token.map[0] + 1, language, token.content)
+                assert token.map is not None
+                found.append(Block(name, token.map[0] + 1, token.info.strip(), token.content))
+    return found
 
 
 def commands(block: Block) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Which tests an expression of ``-m`` selects, as far as files tell that are not imported."""
+"""Which tests ``-m`` selects, as far as files tell that are not imported; what stays together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 
 MARKS = ("alone", "browser", "cluster", "complete", "engine")
 """Marks that decide which command runs a test (pyproject.toml says what each means)."""
+
+SHARED = ("tests/cluster/serve",)
+"""Folders whose tests share a server: one process runs them all."""
 
 _MARK = re.compile(r"\bmark\.(\w+)")
 
@@ -33,6 +36,13 @@ def may_select(expression: str, source: str) -> bool:
         selects(expression, dict.fromkeys(everywhere, True) | some)
         for some in assignments(*somewhere & set(MARKS))
     )
+
+
+def work_unit(nodeid: str) -> str:
+    """What one process runs in a go: the test's file, or its folder if that is in ``SHARED``."""
+    file = nodeid.split("::", 1)[0]
+    folder = file.rpartition("/")[0]
+    return folder if folder in SHARED else file
 
 
 def assignments(*names: str) -> Iterator[dict[str, bool]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import ROOT
-from tests.selection import MARKS, assignments, may_select, selects
+from tests.selection import MARKS, SHARED, assignments, may_select, selects, work_unit
 
 
 def expressions(*targets: str) -> list[str]:
@@ -88,3 +88,10 @@ def test_a_file_that_is_left_out_is_not_imported(tmp_path: Path) -> None:
 
     assert "SystemError" not in collect("not engine")
     assert "SystemError" in collect("engine")
+
+
+def test_the_tests_of_a_server_stay_together_and_others_by_their_files() -> None:
+    assert all((ROOT / folder / "conftest.py").is_file() for folder in SHARED)
+    assert work_unit("tests/cluster/serve/test_http.py::test_a[x::y]") == "tests/cluster/serve"
+    assert work_unit("tests/cluster/test_run.py::test_a") == "tests/cluster/test_run.py"
+    assert work_unit("tests/k8s/test_page.py::test_a") != work_unit("tests/k8s/test_images.py::t")

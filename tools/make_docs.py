@@ -14,18 +14,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import make_config_docs, make_metrics_docs
-from tools.reference import cli, grpc, http
+from tools.docs import cli, configuration, grpc, http, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
 REFERENCE = ROOT / "docs" / "reference"
 # By name: the page, and what makes its text.
 PAGES: dict[str, tuple[Path, Callable[[], str]]] = {
-    "configuration": (make_config_docs.PAGE, make_config_docs.render),
+    "configuration": (configuration.PAGE, configuration.render),
     "metrics": (
-        make_metrics_docs.PAGE,
-        lambda: make_metrics_docs.render(make_metrics_docs.PAGE.read_text(encoding="utf-8")),
+        metrics.PAGE,
+        lambda: metrics.render(metrics.PAGE.read_text(encoding="utf-8")),
     ),
     "cli": (REFERENCE / "cli.md", lambda: generated(cli.render())),
     "grpc": (REFERENCE / "grpc.md", lambda: generated(grpc.render())),

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 
 from runtime_env import runtime_env
-from serve_log import ServeLog
-from serve_setup import KEY, ServeError, greeting, read_setup
+from serving.log import ServeLog
+from serving.setup import KEY, ServeError, greeting, read_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / ".run" / "serve.log"

@@ -24,7 +24,6 @@ from memshare.errors import UserError
 
 _PROMPT = 200  # tokens
 _OUTPUT = 4000  # tokens, at most as many as the model takes
-_TWINS = 0.25  # what `twins` gave up before it stopped, see docs/benchmarks.md
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +143,7 @@ def _capacity(
     max_model_len: int,
     max_num_seqs: int,
 ) -> tuple[list[CheckFinding], Capacity]:
+    from memshare.config.registry import mechanism_of
     from memshare.core.capacity import RequestShape, concurrency
 
     prompt = min(_PROMPT, max_model_len // 2) if args.prompt is None else args.prompt
@@ -153,7 +153,7 @@ def _capacity(
             f"--prompt {prompt} and --output {output}: both must be 1 or more, and together "
             f"at most max_model_len ({max_model_len})"
         )
-    freed = _usual(config) if args.freed is None else args.freed
+    freed = mechanism_of(config.policy).usually_freed(config) if args.freed is None else args.freed
     shape = RequestShape(prompt, output, min(freed, config.max_given_up))
     shares = config.mode == "share" and shape.freed > 0
 
@@ -167,12 +167,6 @@ def _capacity(
         list(_pressure(plain.spread, max_num_seqs)),
         Capacity(prompt, output, shape.freed, max_num_seqs, plain, shared),
     )
-
-
-def _usual(config: MemShareConfig) -> float:
-    """Fraction of a request's blocks that a policy gives up under pressure."""
-    known = {"twins": _TWINS, "paper": 0.0}
-    return known.get(config.policy.name, config.max_given_up)
 
 
 def _pressure(spread: int, max_num_seqs: int) -> Iterator[CheckFinding]:

@@ -100,7 +100,7 @@ class Generation:
         request = CompletionRequest.model_validate(dict(body))
         self.require_model(request.model or "")
         prompt = _only(await self._completion.render_completion_request(request))
-        meter = _Meter()
+        meter = _StreamMeter()
         outputs = self._outputs(self._completion, request, prompt, request_id, metadata)
         async with aclosing(outputs):
             async for output in outputs:
@@ -131,7 +131,7 @@ class Generation:
         parser = self._parser(request, kwargs)
         token_ids = extract_prompt_components(self._engine.model_config, prompt).token_ids
         reasoning = self._chat._engine_reasoning_kwargs(request, parser, kwargs, token_ids)
-        meter = _Meter(parser)
+        meter = _StreamMeter(parser)
         outputs = self._outputs(self._chat, request, prompt, request_id, metadata, **reasoning)
         async with aclosing(outputs):
             async for output in outputs:
@@ -188,7 +188,7 @@ class Generation:
                 yield output
 
 
-class _Meter:
+class _StreamMeter:
     """Adds up what a request uses."""
 
     def __init__(self, parser: Parser | None = None) -> None:

@@ -124,8 +124,8 @@ class _NeedsFilesError(Exception):
 class _Popen(popen_spawn_posix.Popen):
     """As its base in CPython's popen_spawn_posix.py, with a process that has been started."""
 
-    def __init__(self, process_obj: process.BaseProcess, head_start: EnginePrewarm) -> None:
-        self._head_start = head_start
+    def __init__(self, process_obj: process.BaseProcess, prewarm: EnginePrewarm) -> None:
+        self._prewarm = prewarm
         super().__init__(process_obj)
 
     def duplicate_for_child(self, fd: int) -> int:
@@ -139,7 +139,7 @@ class _Popen(popen_spawn_posix.Popen):
             ForkingPickler(data).dump(process_obj)
         finally:
             context.set_spawning_popen(None)
-        self.pid, self.sentinel, pipe = self._head_start.take(data.getvalue())
+        self.pid, self.sentinel, pipe = self._prewarm.take(data.getvalue())
         self.finalizer = util.Finalize(self, util.close_fds, (self.sentinel, pipe))  # type: ignore[attr-defined]
 
 

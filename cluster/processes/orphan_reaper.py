@@ -39,7 +39,7 @@ guard "$1" <&3 &
 """
 
 
-class Guard:
+class OrphanReaper:
     """A shell that outlives this process by an instant, to kill and remove what it leaves behind.
 
     vLLM's engine runs as a child process that does not notice when its parent is killed: it would

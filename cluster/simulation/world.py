@@ -136,7 +136,7 @@ class _Session:
     cached_until: float = 0.0  # of that engine's ``allocated``
 
 
-class _Replica:
+class _SimulatedReplica:
     def __init__(self, name: str, machine: SimulatedMachine, now: float) -> None:
         self.name = name
         self.engine = SimulatedEngine(machine, now)
@@ -173,8 +173,8 @@ class World:
         self._proxies = [
             _Proxy(cluster.routing, Random(seed * 1000 + i)) for i in range(cluster.proxies)
         ]
-        self._replicas: list[_Replica] = []  # that ever were
-        self._serving: dict[str, _Replica] = {}
+        self._replicas: list[_SimulatedReplica] = []  # that ever were
+        self._serving: dict[str, _SimulatedReplica] = {}
         self._target = cluster.replicas
         self._since: tuple[bool, float] | None = None  # whether up is wanted, since when
         self._sessions: list[_Session] = []
@@ -241,7 +241,7 @@ class World:
         )
         self._wake(replica)
 
-    def _route(self, proxy: _Proxy, session: str) -> _Replica:
+    def _route(self, proxy: _Proxy, session: str) -> _SimulatedReplica:
         began = time.thread_time()
         best = proxy.routing.rank(session, proxy.known.get)[0]
         self._outcome.decision_s += time.thread_time() - began
@@ -251,7 +251,7 @@ class World:
         proxy.known[name] = replica.engine.ongoing + 1
         return replica
 
-    def _ended(self, replica: _Replica, request: SimulatedRequest) -> None:
+    def _ended(self, replica: _SimulatedReplica, request: SimulatedRequest) -> None:
         self._proxies[request.proxy].ended(replica.name)
         self._outcome.requests += 1
         self._outcome.latencies.append((self._now - request.arrived) / request.output)
@@ -267,7 +267,9 @@ class World:
 
     def _add_replicas(self, count: int) -> None:
         for _ in range(count):
-            replica = _Replica(f"replica-{len(self._replicas)}", self._cluster.machine, self._now)
+            replica = _SimulatedReplica(
+                f"replica-{len(self._replicas)}", self._cluster.machine, self._now
+            )
             self._replicas.append(replica)
             self._serving[replica.name] = replica
             first = self._random.uniform(0.0, self._cluster.routing.report_period_s)
@@ -286,7 +288,7 @@ class World:
             self._outcome.update_s = max(self._outcome.update_s, time.thread_time() - began)
         self._outcome.replicas_over_time.append((self._now, len(self._serving)))
 
-    def _report(self, replica: _Replica) -> None:
+    def _report(self, replica: _SimulatedReplica) -> None:
         if replica.name not in self._serving:
             return
         load = replica.engine.load(self._now)
@@ -296,14 +298,14 @@ class World:
                 proxy.routing.report(replica.name, load)
         self._at(self._now + self._cluster.routing.report_period_s, partial(self._report, replica))
 
-    def _wake(self, replica: _Replica) -> None:
+    def _wake(self, replica: _SimulatedReplica) -> None:
         due = replica.engine.next_event()
         if due is None or due == replica.wakes_at:
             return
         replica.wakes_at = due
         self._at(due, partial(self._step, replica, due))
 
-    def _step(self, replica: _Replica, due: float) -> None:
+    def _step(self, replica: _SimulatedReplica, due: float) -> None:
         if due != replica.wakes_at:
             return
         replica.wakes_at = math.inf

@@ -32,7 +32,7 @@ class LimitLedger:
         return self._ledger.settle(replica, reports)
 
 
-class LedgerDesk:
+class RayLedgerClient:
     """A replica's way to :class:`LimitLedger`."""
 
     def __init__(self, ledger: DeploymentHandle[Any]) -> None:
@@ -41,7 +41,7 @@ class LedgerDesk:
     async def settle(
         self, replica: str, reports: Mapping[str, TenantReport]
     ) -> dict[str, TenantShare]:
-        """See :meth:`cluster.tenancy.limits.Desk.settle`."""
+        """See :meth:`cluster.tenancy.limits.LedgerClient.settle`."""
         answer: dict[str, TenantShare] = await asyncio.wait_for(
             self._ledger.settle.remote(replica, dict(reports)), _ANSWER_S
         )

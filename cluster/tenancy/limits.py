@@ -174,7 +174,7 @@ class Ledger:
         return account.bucket.balance(now)
 
 
-class Desk(Protocol):
+class LedgerClient(Protocol):
     """A way to the ledger."""
 
     async def settle(
@@ -184,7 +184,7 @@ class Desk(Protocol):
         ...
 
 
-class LocalDesk:
+class LocalLedgerClient:
     """A ledger in this process: for one replica, and for one that lost the way to the others."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -193,7 +193,7 @@ class LocalDesk:
     async def settle(
         self, replica: str, reports: Mapping[str, TenantReport]
     ) -> dict[str, TenantShare]:
-        """See :meth:`Desk.settle`."""
+        """See :meth:`LedgerClient.settle`."""
         return self._ledger.settle(replica, reports)
 
 
@@ -221,16 +221,18 @@ class _State:
 class Limiter:
     """Admits the requests of one replica. For one event loop."""
 
-    def __init__(self, desk: Desk, replica: str, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, ledger_client: LedgerClient, replica: str, clock: Clock = time.monotonic
+    ) -> None:
         """Make a limiter.
 
         Args:
-            desk: the way to the ledger.
+            ledger_client: the way to the ledger.
             replica: this replica's id, another one after every restart.
             clock: seconds.
         """
-        self._desk = desk
-        self._alone = LocalDesk(Ledger(clock))
+        self._ledger = ledger_client
+        self._alone = LocalLedgerClient(Ledger(clock))
         self._replica = replica
         self._clock = clock
         self._states: dict[str, _State] = {}
@@ -322,7 +324,7 @@ class Limiter:
                 state.limits, state.in_use, state.waiting, state.spent, state.told
             )
         try:
-            shares, reached = await self._desk.settle(self._replica, reports), True
+            shares, reached = await self._ledger.settle(self._replica, reports), True
         except Exception as error:
             self.desk_faults += 1
             if self._reached:

@@ -60,14 +60,16 @@ class _Story:
 
 async def _press(address: str, key: str | None, stories: int, tokens: int) -> None:
     from memshare.client import AsyncClient
+    from memshare.core.token_map import TokenMap
 
     asked = [_Story(_HEROES[i % len(_HEROES)]) for i in range(stories)]
     async with AsyncClient(address, key=key, retries=0) as client:
         with say_how_to_reach("make serve CONFIG=configs/demo.yaml"):
             info = await client.model_info()
+        entries = TokenMap(info.block_size).entries(tokens)
         print(
             f"{stories} stories of {tokens} tokens want about "
-            f"{stories * (-(-tokens // info.block_size) + 1)} KV blocks; {info.model} has "
+            f"{stories * (entries + 1)} KV blocks; {info.model} has "
             f"{info.kv_blocks - 1} (mode {info.memshare_mode}, policy {info.memshare_policy})",
             flush=True,
         )

@@ -178,6 +178,11 @@ class Mechanism(ABC, Generic[Params]):
         configuration is read, and again when the engine is known."""
         yield from ()
 
+    def usually_freed(self, config: MemShareConfig) -> float:
+        """Fraction of a request's full blocks that it gives up under pressure, 0..1: what
+        ``memshare check`` counts on. Where texts decide, what they were seen to allow."""
+        return config.max_given_up
+
     @abstractmethod
     def scheduler_part(self, context: SchedulerContext) -> SchedulerPart:
         """Build the scheduler's half."""

@@ -25,7 +25,7 @@ from memshare.client import (
     TimedOutError,
     UnavailableError,
 )
-from tests.cluster.grpc_replica import Replica
+from tests.cluster.support.grpc_replica import Replica
 from tools.bench.local_cluster import free_port, processes
 
 pytestmark = pytest.mark.cluster

@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         "applications": [
             {
                 "name": "memshare",
-                "import_path": "tests.cluster.stand_in:gated",
+                "import_path": "tests.cluster.support.stand_in:gated",
                 "args": {"model": "none", "replicas": 2},
             }
         ],

@@ -22,7 +22,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from vllm.utils.network_utils import get_open_port
 
 from cluster.config import ClusterArgs
-from tests.cluster.stand_in import stand_in
+from tests.cluster.support.stand_in import stand_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.complete]
 

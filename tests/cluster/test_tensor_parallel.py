@@ -14,9 +14,9 @@ import psutil
 import pytest
 import ray
 
-from tests.cluster.faults import PROMPT, Old, Record, Stream, recover
-from tests.cluster.loose import LOOSE
-from tests.cluster.monitoring import wait_for
+from tests.cluster.support.faults import PROMPT, Old, Record, Stream, recover
+from tests.cluster.support.loose import LOOSE
+from tests.cluster.support.monitoring import wait_for
 from tests.machine import DTYPE
 from tools.bench.local_cluster import (
     Server,

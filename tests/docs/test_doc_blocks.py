@@ -1,9 +1,10 @@
 """Every code block of the documentation is run, or checked as far as that goes without a server.
 
-Python that calls a server, and requests by curl, run in ``tests/cluster/test_serve.py``; options of
-vLLM's server are parsed by vLLM in ``tests/memshare/engine/test_doc_commands.py``; configurations
-are validated in ``tests/docs/test_docs.py``. A command that nothing here knows fails the test: it
-needs a check, or a reason in ``UNCHECKED``.
+Python that calls a server, and requests by curl, run in ``tests/cluster/serve/test_documented.py``;
+options of vLLM's server are parsed by vLLM in
+``tests/memshare/engine/commands/test_doc_commands.py``; configurations are validated in
+``tests/docs/test_docs.py``. A command that nothing here knows fails the test: it needs a check, or
+a reason in ``UNCHECKED``.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def take_options(words: list[str]) -> None:
 
 
 def lm_eval(words: list[str]) -> None:
-    """It runs in tests/cluster/test_serve.py; here its task is looked at."""
+    """It runs in tests/cluster/serve/test_documented.py; here its task is looked at."""
     assert words[1] == "run"
     task = Path(option(words, "--include_path") or "") / f"{option(words, '--tasks')}.yaml"
     assert yaml.safe_load((TOP / task).read_text(encoding="utf-8"))["task"] == task.stem

@@ -21,7 +21,7 @@ from memshare.request_options import RequestOptions
 from memshare.telemetry.event_log import EventKind
 from memshare.telemetry.metrics import METRICS
 from tests.documents import DOCS, PAGES, ROOT, Block, blocks
-from tools.make_config_docs import PAGE, anchor, render
+from tools.docs.configuration import PAGE, anchor, render
 from tools.make_docs import PAGES as GENERATED
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -58,7 +58,7 @@ def test_a_walk_goes_through_files_that_exist_each_once(walk: str) -> None:
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(), "run: python -m tools.make_config_docs"
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: python -m tools.docs.configuration"
 
 
 @pytest.mark.parametrize("name", ["cli", "grpc"])

@@ -1,10 +1,10 @@
-"""What the log of ``serve run`` says (tools/serve_log.py)."""
+"""What the log of ``serve run`` says (tools/serving/log.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tools.serve_log import ServeLog
+from tools.serving.log import ServeLog
 
 CONTROLLER = "\x1b[36m(ServeController pid=7)\x1b[0m "
 

@@ -1,4 +1,4 @@
-"""What it reads, prints and does with signals (tools/serve_setup.py, tools/serve_local.py)."""
+"""What it reads, prints and does with signals (tools/serving/setup.py, tools/serve_local.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.documents import ROOT, Block, commands, option
-from tools.serve_setup import ServeError, greeting, read_setup
+from tools.serving.setup import ServeError, greeting, read_setup
 
 SECRET = "msk_do-not-show"
 

@@ -136,8 +136,8 @@ class PlainLayer:
     def write(
         self, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        size = cache.shape[2]
-        cache[slots // size, :, slots % size] = torch.cat((keys, values), -1)
+        places = TokenMap(cache.shape[2])
+        cache[places.entry(slots), :, places.slot(slots)] = torch.cat((keys, values), -1)
 
 
 def pack(shape: Shape, entries: int, device: torch.device) -> Callable[[], object]:

@@ -102,7 +102,9 @@ def replica(
     if config is not None:
         bridge = EvaluatorBridge(lambda: open_source(config), config.evaluator.queue_size)
         _wait_for_the_first_answer(bridge)
-    streams = [_Stream(f"r{i}", texts[(number + i) % len(texts)], i) for i in range(pace.requests)]
+    streams = [
+        _StepStream(f"r{i}", texts[(number + i) % len(texts)], i) for i in range(pace.requests)
+    ]
     unit_s = _unit_s()
     ready.wait()
     report = ReplicaLags()
@@ -143,7 +145,7 @@ def _wait_for_the_first_answer(bridge: EvaluatorBridge) -> None:
     bridge.forget_request("first", "first")
 
 
-class _Stream:
+class _StepStream:
     """A request that writes a recorded text, a token at a time, over and over."""
 
     def __init__(self, request_id: str, text: Steps, offset: int) -> None:

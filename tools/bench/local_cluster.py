@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import psutil
 import yaml
 
@@ -28,6 +27,7 @@ from memshare.client import Client
 from tools.runtime_env import DEFAULTS
 
 if TYPE_CHECKING:
+    import openai
     from ray.serve.schema import ReplicaState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,8 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         """A client that tries once."""
+        import openai  # a second of CPU, for which unit tests have no use
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     def grpc_client(self, **options: Any) -> Client:
@@ -86,6 +88,8 @@ class Server:
 
     def completes(self) -> bool:
         """Whether a request succeeds now."""
+        import openai
+
         try:
             answer = self.client.completions.create(model="smollm2", prompt="Hello", max_tokens=1)
         except openai.APIError:

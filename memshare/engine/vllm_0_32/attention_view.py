@@ -24,6 +24,7 @@ import torch
 from vllm.v1.attention.backend import subclass_attention_backend
 
 from memshare.core.interfaces import CacheGroup
+from memshare.core.token_map import TokenMap
 from memshare.engine.vllm_0_32.cache_groups import is_full
 from memshare.engine.vllm_0_32.squeeze import squeeze_on, squeeze_rows
 
@@ -193,7 +194,7 @@ class SqueezedTables:
         if self._buffers is None:
             self._buffers = self._make()
         table, lens = (buffer[: batch.num_reqs] for buffer in self._buffers)
-        used = min(-(-batch.max_seq_len // self._block_size), table.shape[1])
+        used = min(TokenMap(self._block_size).entries(batch.max_seq_len), table.shape[1])
         plain = batch.block_table_tensor[: batch.num_reqs, :used]
         if counts is None:
             table[:, :used].copy_(plain)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memshare.core.token_map import TokenMap
+
 Squeeze = Callable[[Tensor, Tensor, int, int, Tensor, Tensor], None]
 
 
@@ -52,10 +54,11 @@ def squeeze_rows(
     source, lengths, target, new_lengths = (
         tensor.numpy() for tensor in (table, lens, out, out_lens)
     )
+    entries_of = TokenMap(block_size).entries
     np.copyto(target, source)
     np.copyto(new_lengths, lengths)
     for row in rows:
-        used = -(-int(lengths[row]) // block_size)
+        used = entries_of(int(lengths[row]))
         entries = source[row, :used]
         kept = entries.compress(entries >= nulls)
         target[row, : kept.size] = kept

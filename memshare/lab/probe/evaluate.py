@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memshare.lab.cache_reading import CacheReading
 from memshare.lab.probe.collect import Sample
-from memshare.lab.probe.reader import CacheReader, CacheReading
+from memshare.lab.probe.reader import CacheReader
 from memshare.lab.replay.divergence import COLUMNS
 from memshare.mechanisms.compaction.probe.card import Judged
 from memshare.mechanisms.compaction.probe.network import ProbeNetwork

@@ -19,7 +19,7 @@ from memshare.mechanisms.compaction.probe.file import Probe, ProbeUnusable, read
 from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
 from memshare.mechanisms.compaction.scorers.contract import TokenScorer
 from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
-from memshare.mechanisms.compaction.scorers.random import Random
+from memshare.mechanisms.compaction.scorers.random import RandomScorer
 from memshare.mechanisms.compaction.scorers.recency import Recency
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _scorer(name: str, probe: Probe | None, reader: CacheReader) -> TokenScorer:
     if name == "recency":
         return Recency()
     if name == "random":
-        return Random(seed=0, first_head=0)
+        return RandomScorer(seed=0, first_head=0)
     assert probe is not None  # it was asked for
     network = probe.network()
     whole = network.part(0, reader.heads, torch.device(reader.device))

@@ -7,7 +7,6 @@ in an engine, and in float32 unless it is asked otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from memshare.errors import UserError
 from memshare.kv.rotary import Rotation, RotationUnknown
+from memshare.lab.cache_reading import CacheReading, cached, empty_cache, filled_cache
 from memshare.lab.probe.texts import Text
 from memshare.lab.replay.divergence import measure
 from memshare.mechanisms.compaction.probe.turn import upright
@@ -33,27 +33,6 @@ class Watcher(Protocol):
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """queries: ``[heads, N, channels]`` of the last N tokens; keys, values: ``[KV heads, M,
         channels]``. None of them may be modified."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheReading:
-    """A text as the model has read it.
-
-    Attributes:
-        tokens: ``[P + C]`` token ids: prefix and continuation.
-        prompt: tokens of the prompt.
-        prefix: P.
-        keys: ``[layers, heads, P, channels]`` as cached (rotated).
-        values: the same of V.
-        log_probs: ``[C, vocabulary]`` over the exact cache.
-    """
-
-    tokens: Tensor
-    prompt: int
-    prefix: int
-    keys: Tensor
-    values: Tensor
-    log_probs: Tensor
 
 
 class CacheReader:
@@ -101,10 +80,10 @@ class CacheReader:
     def read(self, text: Text, prefix: int, continuation: int = 0) -> CacheReading:
         """Read ``prefix`` tokens of a text, and ``continuation`` more for the distributions."""
         tokens = torch.tensor(text.tokens[: prefix + continuation], device=self._device)
-        cache = _new_cache()
+        cache = empty_cache()
         out = self._model(tokens[None], past_key_values=cache, logits_to_keep=max(continuation, 1))
         log_probs = out.logits[0, : len(tokens) - prefix].float().log_softmax(-1)
-        keys, values = _cached(cache, prefix)
+        keys, values = cached(cache, prefix)
         return CacheReading(tokens, text.prompt, prefix, keys, values, log_probs)
 
     @torch.inference_mode()
@@ -121,7 +100,7 @@ class CacheReader:
                 reading.tokens[reading.prompt : reading.prefix],
             )
         )
-        cache = _filled(reading.keys, reading.values)
+        cache = filled_cache(reading.keys, reading.values)
         for chunk in again.split(_CHUNK):
             self._read_on(chunk, reading.prefix, cache, 1, watcher)
             cache.crop(-len(chunk))
@@ -141,10 +120,10 @@ class CacheReader:
         Returns:
             Their keys and values, ``[layers, heads, N, channels]``.
         """
-        cache = _filled(keys, values)
+        cache = filled_cache(keys, values)
         self._read_on(tokens, position, cache, 1)
         behind = keys.shape[2]
-        both = _cached(cache, behind + len(tokens))
+        both = cached(cache, behind + len(tokens))
         return both[0][:, :, behind:], both[1][:, :, behind:]
 
     @torch.inference_mode()
@@ -160,7 +139,7 @@ class CacheReader:
             ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.divergence`).
         """
         rest = reading.tokens[reading.prefix :]
-        cache = _filled(keys, values)
+        cache = filled_cache(keys, values)
         logits = self._read_on(rest[:-1], reading.prefix, cache, len(rest) - 1)
         shared = logits.float().log_softmax(-1)
         measured: npt.NDArray[np.float32] = (
@@ -198,9 +177,9 @@ class CacheReader:
 
     @torch.inference_mode()
     def _read_cache(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        cache = _new_cache()
+        cache = empty_cache()
         self._model(torch.tensor([tokens], device=self._device), past_key_values=cache)
-        return _cached(cache, len(tokens))
+        return cached(cache, len(tokens))
 
     def _learn_rotation(self) -> Rotation:
         rotary = getattr(getattr(self._model, "model", None), "rotary_emb", None)
@@ -285,23 +264,3 @@ class LargestAttention:
     def stacked(self) -> Tensor:
         """``[layers, KV heads, P]``."""
         return torch.stack([self.logs[layer] for layer in sorted(self.logs)])
-
-
-def _new_cache() -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def _filled(keys: Tensor, values: Tensor) -> Any:
-    cache = _new_cache()
-    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-        cache.update(k[None], v[None], layer)
-    return cache
-
-
-def _cached(cache: Any, length: int) -> tuple[Tensor, Tensor]:
-    def stack(name: str) -> Tensor:
-        return torch.stack([getattr(layer, name)[0, :, :length] for layer in cache.layers])
-
-    return stack("keys"), stack("values")

@@ -23,6 +23,7 @@ from memshare.core.capacity import end_target, first_target
 from memshare.core.token_map import TokenMap
 from memshare.kv.rotary import Rotation
 from memshare.kv.similarity import TokenScale, spread_layers, token_similarity_sums
+from memshare.lab.cache_reading import CacheReading, cached, empty_cache, filled_cache
 from memshare.lab.replay.divergence import measure
 from memshare.mechanisms.remap.mechanism import demand_policy
 from memshare.mechanisms.twins.copies import TokenCopies
@@ -36,27 +37,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefilledTrace:
-    """One text as the model has read it.
+class PrefilledTrace(CacheReading):
+    """One text as the model has read it, with what stage two compares of it.
 
     Attributes:
-        tokens: ``[P + C]`` token ids: prefix and continuation.
-        prompt: tokens of the prompt.
-        prefix: P.
-        keys: ``[layers, heads, P, channels]`` as cached (rotated).
-        values: the same of V.
-        log_probs: ``[C, vocabulary]`` over the exact cache.
         compared: per compared layer and tensor, ``[P, heads, channels]`` with the position of keys
             undone, and the distance of its random tokens.
         fp8: whether keys and values were and are to be rounded, see :meth:`Reader.in_fp8`.
     """
 
-    tokens: Tensor
-    prompt: int
-    prefix: int
-    keys: Tensor
-    values: Tensor
-    log_probs: Tensor
     compared: list[tuple[Tensor, TokenScale]]
     fp8: bool = False
 
@@ -142,10 +131,10 @@ class Reader:
     def read(self, prompt: Sequence[int], text: Sequence[int], prefix: int) -> PrefilledTrace:
         """Read ``text`` behind ``prompt``; the first ``prefix`` tokens of both are the prefix."""
         tokens = torch.tensor([*prompt, *text])
-        cache = _new_cache(fp8=False)
+        cache = empty_cache()
         hidden = self._model.model(tokens[None], past_key_values=cache).last_hidden_state
         log_probs = self._model.lm_head(hidden[0, prefix:]).log_softmax(-1)
-        keys, values = _cached(cache, prefix)
+        keys, values = cached(cache, prefix)
         compared = list(self._compared(keys, values))
         return PrefilledTrace(tokens, len(prompt), prefix, keys, values, log_probs, compared)
 
@@ -155,9 +144,9 @@ class Reader:
 
         What is judged of it is the damage of fp8, and of what is given up beside.
         """
-        cache = _new_cache(fp8=True)
+        cache = empty_cache(fp8=True)
         self._model.model(prefilled.tokens[None, : prefilled.prefix], past_key_values=cache)
-        keys, values = _cached(cache, prefilled.prefix)
+        keys, values = cached(cache, prefilled.prefix)
         compared = list(self._compared(keys, values))
         return replace(prefilled, keys=keys, values=values, compared=compared, fp8=True)
 
@@ -188,9 +177,7 @@ class Reader:
             for tensor, exact in ((keys, prefilled.keys), (values, prefilled.values)):
                 there = self._map.positions(donor)
                 tensor[:, :, self._map.positions(target)] = exact[:, :, there]
-        cache = _new_cache(prefilled.fp8)
-        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            cache.update(k[None], v[None], layer)
+        cache = filled_cache(keys, values, prefilled.fp8)
         rest = prefilled.tokens[prefilled.prefix :]
         hidden = self._model.model(rest[None], past_key_values=cache).last_hidden_state
         shared = self._model.lm_head(hidden[0, :-1]).log_softmax(-1)
@@ -246,21 +233,3 @@ class Reader:
                 earlier, later = links.earlier[apart], links.later[apart]
                 known.learn(earlier, later, prefilled.similarity(earlier, later))
         return known
-
-
-def _new_cache(fp8: bool) -> Any:
-    from transformers import DynamicCache
-
-    if not fp8:
-        return DynamicCache()
-    from memshare.lab.replay.fp8 import Fp8Cache
-
-    return Fp8Cache()
-
-
-def _cached(cache: Any, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first tokens, each ``[layers, heads, length, channels]``."""
-    layers = cache.layers
-    keys = torch.stack([layer.keys[0, :, :length] for layer in layers])
-    values = torch.stack([layer.values[0, :, :length] for layer in layers])
-    return keys, values

@@ -3,7 +3,7 @@
 vLLM's real scheduler, block pool and cache manager run, with MemShare's real connector; only the
 model is a stand-in, and time comes from a model of a step's cost.
 
-- ``rig``: the scheduler and the stand-in for its workers
+- ``harness``: the scheduler and the stand-in for its workers
 - ``costs``: how long an engine step takes, from published numbers or fitted to measured steps
 - ``run``: one workload under one configuration
 """

@@ -119,42 +119,42 @@ def simulate(
         longest = max(job.prompt + job.output for job in jobs) + 1
         config = _MODEL | {"max_position_embeddings": longest}
         (folder / "config.json").write_text(json.dumps(config))
-        rig = SchedulerHarness(
+        harness = SchedulerHarness(
             folder, {"mode": "off"} if memshare is None else memshare, engine.blocks + 1,
             max_num_seqs=engine.max_num_seqs, block_size=engine.block_size,
             max_model_len=longest, max_num_batched_tokens=engine.max_num_batched_tokens,
         )  # fmt: skip
         try:
-            return _run(rig, engine, jobs)
+            return _run(harness, engine, jobs)
         finally:
-            rig.close()
+            harness.close()
 
 
 def _run(
-    rig: SchedulerHarness, engine: PredictedEngine, jobs: Sequence[SimulatedJob]
+    harness: SchedulerHarness, engine: PredictedEngine, jobs: Sequence[SimulatedJob]
 ) -> Prediction:
     draw = random.Random(0)
     seconds = 0.0
     steps = added = preemptions = requests = 0
     again = Recomputation()
-    while added < len(jobs) or rig.scheduler.requests:
-        if not rig.scheduler.requests:
+    while added < len(jobs) or harness.scheduler.requests:
+        if not harness.scheduler.requests:
             seconds = max(seconds, jobs[added].arrival)
         while added < len(jobs) and jobs[added].arrival <= seconds:
             job = jobs[added]
             prompt = [draw.randrange(3, 30000) for _ in range(job.prompt)]
             options = {"memshare_max_shared_fraction": job.opportunity}
-            rig.add(str(added), prompt, job.output, extra_args=options)
+            harness.add(str(added), prompt, job.output, extra_args=options)
             added += 1
-        output = rig.scheduler.schedule()
-        work = work_of(rig.scheduler, output)
-        again.add_step(rig.scheduler, output)
-        rig.finish_step(output)
+        output = harness.scheduler.schedule()
+        work = work_of(harness.scheduler, output)
+        again.add_step(harness.scheduler, output)
+        harness.finish_step(output)
         seconds += engine.costs.seconds(work)
         steps += 1
         requests += work.requests
         preemptions += len(output.preempted_req_ids or ())
-    totals = rig.side.recorder.counters.totals if rig.side is not None else Counter[str]()
+    totals = harness.side.recorder.counters.totals if harness.side is not None else Counter[str]()
     return Prediction(
         seconds, steps, sum(job.output for job in jobs), preemptions, again.tokens,
         requests / steps, totals["applied"] + totals["compactions"],

@@ -34,6 +34,10 @@ class StepPairs(Mechanism[PaperParams]):
 
         return tokenizer_refusals(setup)
 
+    def usually_freed(self, config: MemShareConfig) -> float:
+        """See :meth:`Mechanism.usually_freed`: hardly anything, at the block sizes of engines."""
+        return 0.0
+
     def scheduler_part(self, context: SchedulerContext) -> StepPairsPart:
         """See :meth:`Mechanism.scheduler_part`."""
         from memshare.mechanisms.step_pairs.policy import PairProposer

@@ -128,20 +128,20 @@ class TokenCopies:
         Returns:
             Pairs that are worth comparing: who stands for a token already, and its new twin.
         """
-        heirs = self._next[gone]
+        successors = self._next[gone]
         for _ in range(_HOPS):
-            on = (heirs >= 0) & self._gone[heirs]
+            on = (successors >= 0) & self._gone[successors]
             if not on.any():
                 break
-            heirs = np.where(on, self._next[heirs], heirs)
-        alone = (heirs < 0) | self._gone[heirs]
+            successors = np.where(on, self._next[successors], successors)
+        alone = (successors < 0) | self._gone[successors]
         self._next[gone[alone]] = later[alone]
         self._needed[later[alone]] = True
         self._blocks = None
-        apart = ~alone & (self._map.entry(heirs) != self._map.entry(later))
-        heirs, later = heirs[apart], later[apart]
-        _, first = np.unique(heirs, return_index=True)
-        return heirs[first], later[first]
+        apart = ~alone & (self._map.entry(successors) != self._map.entry(later))
+        successors, later = successors[apart], later[apart]
+        _, first = np.unique(successors, return_index=True)
+        return successors[first], later[first]
 
     def _similarity_to_previous(self) -> _Similarities:
         has = self._previous >= 0

@@ -38,7 +38,7 @@ class Refusing(BaseHTTPRequestHandler):
 def hub() -> Iterator[str]:
     Refusing.asked = 0
     server = HTTPServer(("127.0.0.1", 0), Refusing)
-    thread = Thread(target=server.serve_forever)
+    thread = Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

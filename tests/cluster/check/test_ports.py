@@ -51,7 +51,7 @@ def http(answers: Answers) -> Iterator[int]:
             """Keep quiet."""
 
     server = HTTPServer(("127.0.0.1", 0), Proxy)
-    thread = Thread(target=server.serve_forever)
+    thread = Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     try:
         yield server.server_address[1]

@@ -15,7 +15,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from cluster.engine.client import GatedAsyncLLM
 from cluster.tenancy.gate import Gate
 from cluster.tenancy.keys import KeylessConfig
-from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
+from cluster.tenancy.limits import Ledger, Limiter, LocalLedgerClient
 
 pytestmark = pytest.mark.engine  # vLLM is loaded; no engine starts
 
@@ -60,7 +60,7 @@ class Engine(GatedAsyncLLM):
 
 
 def gate(**bounds: int) -> Gate:
-    return Gate(None, Limiter(LocalDesk(Ledger()), "r"), Counts(), KeylessConfig(**bounds))
+    return Gate(None, Limiter(LocalLedgerClient(Ledger()), "r"), Counts(), KeylessConfig(**bounds))
 
 
 async def outputs(engine: Engine, params: SamplingParams, name: str = "r") -> list[RequestOutput]:

@@ -16,7 +16,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from cluster.grpc.keys import CODES, host_of, identify
 from cluster.tenancy.call import RefusedError
 from cluster.tenancy.gate import Gate
-from tests.cluster.tenancy.test_auth import gate_for, open_gate
+from tests.cluster.support.gates import gate_for, open_gate
 
 METHOD = "/test.Test/Call"
 

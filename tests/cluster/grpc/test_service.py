@@ -39,7 +39,7 @@ from memshare.client import (
     UnavailableError,
 )
 from memshare.client.options import channel_options
-from tests.cluster.tenancy.test_auth import counted, gate_for, open_gate
+from tests.cluster.support.gates import counted, gate_for, open_gate
 from tests.stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[3]

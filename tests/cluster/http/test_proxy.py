@@ -24,7 +24,7 @@ from cluster.http.timeouts import Timeouts, timeouts
 from memshare.config import ConfigError
 from tools.bench.local_cluster import free_port
 
-HEAD_S, BODY_S = 0.3, 0.9
+HEAD_S, BODY_S = 0.15, 0.45
 PATIENCE_S = 30.0  # a loaded machine is slow, not wrong
 POST = b"POST /echo HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 HALF_BODY = POST + b"Content-Length: 9\r\n\r\n{"
@@ -53,7 +53,7 @@ class Proxy:
 
     port: int
 
-    async def talk(self, *pieces: bytes, every_s: float = 0.1) -> tuple[bytes, float]:
+    async def talk(self, *pieces: bytes, every_s: float = 0.05) -> tuple[bytes, float]:
         """Send pieces, the last again and again; what came until the server closed, and when."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         began = time.monotonic()
@@ -90,7 +90,7 @@ async def proxy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
 
 @asynccontextmanager
 async def served() -> AsyncIterator[Proxy]:
-    options = HTTPOptions(host="127.0.0.1", port=free_port(), keep_alive_timeout_s=3)
+    options = HTTPOptions(host="127.0.0.1", port=free_port(), keep_alive_timeout_s=1)
     options.middlewares.extend(middlewares())  # as a proxy does it
     loop = asyncio.get_running_loop()
     serving, server = await start_asgi_http_server(app, options, event_loop=loop)

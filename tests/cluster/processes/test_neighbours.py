@@ -1,6 +1,6 @@
 """Two applications of one Ray Serve must not share evaluators (cluster/processes/neighbours.py).
 
-``tests/cluster/test_gate.py`` deploys such a file on a real Ray Serve.
+``tests/cluster/tenancy/test_gate.py`` deploys such a file on a real Ray Serve.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The guard against orphans, in processes of its own."""
+"""The reaper against orphans, in processes of its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 REPLICA = """
 import subprocess, time
 from multiprocessing.shared_memory import SharedMemory
-from cluster.processes.orphan_reaper import Guard
-guard = Guard()
+from cluster.processes.orphan_reaper import OrphanReaper
+reaper = OrphanReaper()
 memory = SharedMemory(create=True, size=4096)
 print(subprocess.Popen(["sleep", "3600"]).pid, memory.name, flush=True)
 {then}
@@ -63,7 +63,7 @@ KILL_ALL = """
 import os, subprocess
 from pathlib import Path
 if {removes}:
-    guard.remove_at_the_end([Path("/dev/shm") / memory.name])
+    reaper.remove_at_the_end([Path("/dev/shm") / memory.name])
 subprocess.run(["pkill", "-KILL", "-P", str(os.getpid())])
 os.killpg(0, 9)
 """

@@ -21,7 +21,7 @@ from cluster.http.asgi import DisconnectOnCancel, KeyGate
 from cluster.telemetry.serve_logs import log_no_calls, log_no_refusals
 from memshare.client import NotAllowedError, NotFoundError, Sampling
 from tests.cluster.grpc.test_service import serving
-from tests.cluster.tenancy.test_auth import CHAT, bearer, client_of, gate_for, ok
+from tests.cluster.support.gates import CHAT, bearer, client_of, gate_for, ok
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ async def test_no_path_forges_a_line_or_fills_the_log(tmp_path: Path, lines: Any
 
 
 async def test_an_answer_that_a_client_left_is_told_from_a_whole_one(lines: Any) -> None:
-    from tests.cluster.tenancy.test_auth import open_gate
+    from tests.cluster.support.gates import open_gate
 
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -22,7 +22,7 @@ from cluster.tenancy.limits import (
     Limiter,
     LimitReachedError,
     Limits,
-    LocalDesk,
+    LocalLedgerClient,
     TenantReport,
     TenantShare,
 )
@@ -43,8 +43,8 @@ class Cluster:
 
     def __init__(self, replicas: int, limits: Limits) -> None:
         self.clock = Clock()
-        self.desk = LocalDesk(Ledger(self.clock))
-        self.limiters = [Limiter(self.desk, f"r{i}", self.clock) for i in range(replicas)]
+        self.ledger_client = LocalLedgerClient(Ledger(self.clock))
+        self.limiters = [Limiter(self.ledger_client, f"r{i}", self.clock) for i in range(replicas)]
         self.limits = limits
 
     async def admits(self, replica: int) -> bool:
@@ -117,7 +117,7 @@ async def test_lowered_limits_hold_at_once() -> None:
 async def test_many_that_wait_ask_together() -> None:
     calls: list[int] = []
 
-    class SlowDesk(LocalDesk):
+    class SlowLedgerClient(LocalLedgerClient):
         async def settle(
             self, replica: str, reports: Mapping[str, TenantReport]
         ) -> dict[str, TenantShare]:
@@ -125,7 +125,7 @@ async def test_many_that_wait_ask_together() -> None:
             await asyncio.sleep(0.001)
             return await super().settle(replica, reports)
 
-    limiter = Limiter(SlowDesk(Ledger()), "r0")
+    limiter = Limiter(SlowLedgerClient(Ledger()), "r0")
     answers = await asyncio.gather(
         *(limiter.admit(ACME, Limits(100, None)) for _ in range(150)), return_exceptions=True
     )
@@ -170,9 +170,9 @@ async def test_a_lost_ledger_learns_what_is_in_use() -> None:
     assert await cluster.admits(0)
     cluster.limiters[0].spend(ACME, 50)
     await cluster.report()
-    fresh = LocalDesk(Ledger(cluster.clock))
+    fresh = LocalLedgerClient(Ledger(cluster.clock))
     for limiter in cluster.limiters:
-        limiter._desk = fresh
+        limiter._ledger = fresh
     cluster.limiters[0].spend(ACME, 1)
     await cluster.report()
     assert await cluster.admits(1)
@@ -243,7 +243,7 @@ class Limited(RuleBasedStateMachine):
         asyncio.run(self.cluster.report())
         rate = self.cluster.limits.tokens_per_minute or 0
         asked = {ACME: TenantReport(self.cluster.limits, 0, 0, 0, 0)}
-        balance = asyncio.run(self.cluster.desk.settle("auditor", asked))[ACME].balance
+        balance = asyncio.run(self.cluster.ledger_client.settle("auditor", asked))[ACME].balance
         flown = (self.cluster.clock.now - self.began) * rate / 60
         assert rate - self.spent <= balance + 1e-6, "nothing is paid twice"
         assert balance <= min(rate, rate - self.spent + flown) + 1e-6, "nothing is forgotten"
@@ -282,7 +282,7 @@ async def test_the_checks_can_fail(broken: str, monkeypatch: pytest.MonkeyPatch)
     """Negative control: without the ledger's sums, replicas together exceed the limits."""
     cluster = Cluster(2, Limits(1, 60))
     if broken == "requests":
-        cluster.limiters[1]._desk = LocalDesk(Ledger(cluster.clock))
+        cluster.limiters[1]._ledger = LocalLedgerClient(Ledger(cluster.clock))
         assert await cluster.admits(0)
         assert await cluster.admits(1)
     else:

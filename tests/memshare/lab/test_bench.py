@@ -6,13 +6,10 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +20,6 @@ from memshare.cli.main import main
 from memshare.config import load_config, registry
 from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
-from memshare.lab.bench.block_outcomes import count_outcomes
 from memshare.lab.bench.engine_process import ProgressTeller, call_in_process
 from memshare.lab.bench.records import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.report import (
@@ -37,8 +33,6 @@ from memshare.lab.bench.report import (
 )
 from memshare.lab.bench.workloads import Source, Task, build
 from memshare.lab.problems import read_answer
-from memshare.mechanisms.remap.mechanism import demand_policy
-from memshare.mechanisms.step_pairs.scheduler import StepPairsPart
 from memshare.process_env import engine_env
 from memshare.small_model.names import tokenizer_of
 
@@ -407,54 +401,3 @@ def test_help_says_every_default_once(capsys: pytest.CaptureFixture[str]) -> Non
     assert "(default: smollm2-135m-reasoner where answers are graded" in shown
     assert "(default: None)" not in shown
     assert "(default: False)" not in shown
-
-
-@dataclass
-class Blocks:
-    """A finished request of ten blocks, of which the first is prompt and the last is recent."""
-
-    full: int = 10
-    first: int = 1
-    end: int = 9
-    given_up: tuple[int, ...] = (2,)
-    shared: tuple[int, ...] = (3,)
-    last_copies: tuple[int, ...] = (4,)
-    coverage: tuple[float, ...] = (0.0, 0.0, 0.9, 0.9, 0.9, 0.01, 0.9, 0.9, 0.9, 0.9)
-    has_budget: bool = True
-
-    def is_own(self, index: int) -> bool:
-        return index not in self.given_up
-
-    def is_alone(self, index: int) -> bool:
-        return index not in self.shared
-
-    def is_target(self, index: int) -> bool:
-        return self.is_own(index) and self.is_alone(index) and index not in self.last_copies
-
-
-def objection_of(policy: str, view: Any) -> Callable[[int], str | None]:
-    """What a policy says of the blocks; for ``paper``, pairs for 7 and 8 are at hand."""
-    if policy != "paper":
-        params = load_config({"policy": {"name": policy}}).policy
-        return partial(demand_policy(params).objection, view)
-    state: Any = SimpleNamespace(request_id="r", generation=0)
-    held_back = {"r": [SimpleNamespace(target_key=("r", 0, 8))]}
-    part: Any = SimpleNamespace(_queue={("r", 0, 7)}, _held_back=held_back)
-    return partial(StepPairsPart.objection, part, state, view)
-
-
-@pytest.mark.parametrize(
-    ("policy", "has_budget", "found"),
-    [
-        ("twins", True, {"badly covered": 2, "not asked for": 3}),
-        ("twins", False, {"badly covered": 2, "over budget": 3}),
-        ("oldest", True, {"not asked for": 5}),
-        ("paper", True, {"no similar block": 3, "not asked for": 2}),
-        ("paper", False, {"no similar block": 3, "over budget": 2}),
-    ],
-)
-def test_every_block_has_one_fate(policy: str, has_budget: bool, found: dict[str, int]) -> None:
-    view: Any = Blocks(has_budget=has_budget)
-    counted = count_outcomes(view, objection_of(policy, view))
-    same = {"prompt": 1, "given up": 1, "in other tables": 1, "last copy": 1, "recent window": 1}
-    assert counted == same | found

@@ -138,7 +138,7 @@ class StandIn(BaseHTTPRequestHandler):
 def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     StandIn.asked = []
     with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/v1", StandIn.asked
         http.shutdown()
 

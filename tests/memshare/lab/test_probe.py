@@ -16,7 +16,7 @@ from memshare.lab.probe.fit import Fit, fit
 from memshare.lab.probe.reader import CacheReader, LargestAttention
 from memshare.lab.probe.texts import Text, folds, recorded_texts, solutions
 from memshare.mechanisms.compaction.probe.file import read_probe
-from memshare.mechanisms.compaction.scorers.random import Random
+from memshare.mechanisms.compaction.scorers.random import RandomScorer
 from memshare.mechanisms.compaction.scorers.recency import Recency
 from tests.memshare.engine.harness import write_tiny_model
 
@@ -107,7 +107,7 @@ def test_reading_on_over_everything_changes_nothing(reader: CacheReader) -> None
 def test_as_many_tokens_go_as_are_asked_for(freed: float, reader: CacheReader) -> None:
     reading = reader.read(text(reader), PREFIX, REST)
     how = Dropping(freed, recent=64)
-    left = drop_once(reading, Random(0, 0), how)
+    left = drop_once(reading, RandomScorer(0, 0), how)
     assert left.keys.shape == (LAYERS, HEADS, PREFIX - round(freed * PREFIX), CHANNELS)
     safe = {*range(PROMPT), *range(PREFIX - 64, PREFIX)}
     for head in left.positions.flatten(0, 1):

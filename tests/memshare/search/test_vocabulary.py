@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,18 +77,27 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 KINDS = {
-    "byte-level": byte_level(),
-    "byte-level, DeepSeek's special tokens": byte_level(DEEPSEEK_BOS),
-    "byte-level, no merges": byte_level(vocab_size=257),
-    "SentencePiece BPE": sentencepiece_bpe(),
-    "Unigram": unigram(),
+    "byte-level": byte_level,
+    "byte-level, DeepSeek's special tokens": partial(byte_level, DEEPSEEK_BOS),
+    "byte-level, no merges": partial(byte_level, vocab_size=257),
+    "SentencePiece BPE": sentencepiece_bpe,
+    "Unigram": unigram,
 }
 # Models that `memshare model` or someone else has put into the user's cache.
 CACHED = sorted(Path("~/.cache/memshare/models").expanduser().glob("*/tokenizer.json"))[:2]
-KINDS |= {p.parent.name: PreTrainedTokenizerFast.from_pretrained(p.parent) for p in CACHED}
+KINDS |= {p.parent.name: partial(PreTrainedTokenizerFast.from_pretrained, p.parent) for p in CACHED}
 CACHED_NAMES = {p.parent.name for p in CACHED}
-BYTES = {kind: token_bytes(tokenizer) for kind, tokenizer in KINDS.items()}
 kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@cache
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    return KINDS[kind]()
+
+
+@cache
+def bytes_of(kind: str) -> list[bytes]:
+    return token_bytes(tokenizer_of(kind))
 
 
 @kinds
@@ -97,9 +107,9 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @example(text="<think>\n\U0001f9e0\n</think>")
 @example(text=f"a{DEEPSEEK_TOOL}b")
 def test_bytes_in_a_row_are_the_decoded_text(kind: str, text: str) -> None:
-    tokenizer = KINDS[kind]
+    tokenizer = tokenizer_of(kind)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    written = b"".join(BYTES[kind][i] for i in ids)
+    written = b"".join(bytes_of(kind)[i] for i in ids)
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
     assert written.decode(errors="replace") == decoded
     if kind not in CACHED_NAMES:  # a real one may lack rare bytes; these lack nothing
@@ -108,7 +118,7 @@ def test_bytes_in_a_row_are_the_decoded_text(kind: str, text: str) -> None:
 
 @kinds
 def test_every_id_has_bytes_and_special_tokens_have_none(kind: str) -> None:
-    tokenizer, vocabulary = KINDS[kind], BYTES[kind]
+    tokenizer, vocabulary = tokenizer_of(kind), bytes_of(kind)
     assert len(vocabulary) == len(tokenizer)
     special = set(tokenizer.all_special_ids)
     assert special
@@ -117,9 +127,9 @@ def test_every_id_has_bytes_and_special_tokens_have_none(kind: str) -> None:
 
 @kinds
 def test_steps_end_where_the_text_says(kind: str) -> None:
-    tokenizer = KINDS[kind]
+    tokenizer = tokenizer_of(kind)
     ids = tokenizer.encode(PROSE[0] + PROSE[1], add_special_tokens=False)
-    segmenter = StepSegmenter(compile_delimiters(["\n\n"], BYTES[kind]), 1, 10_000)
+    segmenter = StepSegmenter(compile_delimiters(["\n\n"], bytes_of(kind)), 1, 10_000)
     row, bounds = segmenter.feed(ids)
     steps = [tokenizer.decode(row[a:b]) for a, b in pairwise(bounds)]
     assert len(steps) == 3
@@ -127,11 +137,12 @@ def test_steps_end_where_the_text_says(kind: str) -> None:
 
 
 def test_what_the_kinds_test_is_what_they_say() -> None:
-    newlines = {kind: t.tokenize("\n\n") for kind, t in KINDS.items()}
+    newlines = {kind: tokenizer_of(kind).tokenize("\n\n") for kind in KINDS}
     assert newlines["byte-level, no merges"] == ["\u010a", "\u010a"]
     assert newlines["SentencePiece BPE"] == ["<0x0A>", "<0x0A>"]
     assert newlines["Unigram"] == ["\n\n"]
-    assert KINDS["byte-level, DeepSeek's special tokens"].convert_ids_to_tokens(0) == DEEPSEEK_BOS
+    deepseek = tokenizer_of("byte-level, DeepSeek's special tokens")
+    assert deepseek.convert_ids_to_tokens(0) == DEEPSEEK_BOS
 
 
 def test_ids_without_an_entry_write_nothing() -> None:

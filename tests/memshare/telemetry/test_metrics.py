@@ -10,7 +10,7 @@ import pytest
 
 from memshare.telemetry.metrics import COMMON_LABELS, LABELLED, METRICS, Metric
 from memshare.telemetry.stats import DropReason
-from tools.make_metrics_docs import PAGE, render
+from tools.docs.metrics import PAGE, render
 
 # Both exporters accept what matches (Ray: src/ray/stats/metric.cc).
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -62,7 +62,7 @@ def test_every_reason_that_a_pair_is_dropped_for_is_listed() -> None:
 
 def test_the_tables_of_the_page_are_up_to_date() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == render(page), "run: python -m tools.make_metrics_docs"
+    assert page == render(page), "run: python -m tools.docs.metrics"
     assert all(f"`{metric.prometheus}`" in page for metric in METRICS)
     stale = page.replace("remaps applied", "remaps")
     assert render(stale) == page, "negative control"

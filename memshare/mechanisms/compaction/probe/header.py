@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 _LONGEST = 100_000_000  # bytes: what the format allows
 
 
-class Entry(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file.
 
     Attributes:
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     start: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a file by name, and its metadata.
 
     Raises:
@@ -41,7 +41,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = {
-            name: Entry(
+            name: StoredTensor(
                 entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
             )
             for name, entry in header.items()

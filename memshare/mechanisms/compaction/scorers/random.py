@@ -21,7 +21,7 @@ _WORD = (1 << 32) - 1
 _ROUNDS = ((16, 0x45D9F3B), (16, 0x45D9F3B))
 
 
-class Random:
+class RandomScorer:
     """A :class:`~memshare.mechanisms.compaction.scorers.contract.TokenScorer`."""
 
     def __init__(self, seed: int, first_head: int) -> None:
@@ -50,7 +50,7 @@ def _mix(words: Tensor) -> Tensor:
     return words ^ (words >> 16)
 
 
-def build(choice: ScorerChoice, context: WorkerContext) -> Random:
+def build(choice: ScorerChoice, context: WorkerContext) -> RandomScorer:
     """See :func:`~memshare.mechanisms.compaction.scorers.registry.build_scorer`."""
     heads = next(iter(context.caches.values())).shape[1]
-    return Random(choice.seed, context.tensor_rank * heads)
+    return RandomScorer(choice.seed, context.tensor_rank * heads)

@@ -17,7 +17,7 @@ from vllm.utils.network_utils import get_open_port
 from cluster.app import _ledger, build
 from cluster.processes.neighbours import BUILD
 from cluster.tenancy.exposure import proxy_host
-from cluster.tenancy.ledger import LedgerDesk
+from cluster.tenancy.ledger import RayLedgerClient
 from cluster.tenancy.limits import REPORT_S, Limiter, LimitReachedError, Limits
 from memshare.config import ConfigError
 
@@ -37,8 +37,8 @@ def running_serve(ray_address: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ledger(running_serve: None) -> LedgerDesk:
-    return LedgerDesk(serve.run(_ledger(), name="limits", route_prefix=None))
+def ledger(running_serve: None) -> RayLedgerClient:
+    return RayLedgerClient(serve.run(_ledger(), name="limits", route_prefix=None))
 
 
 @pytest.mark.usefixtures("running_serve")
@@ -89,7 +89,7 @@ async def admits(limiter: Limiter) -> bool:
     return True
 
 
-async def test_replicas_share_limits_and_survive_their_ledger(ledger: LedgerDesk) -> None:
+async def test_replicas_share_limits_and_survive_their_ledger(ledger: RayLedgerClient) -> None:
     replicas = [Limiter(ledger, f"replica-{i}") for i in range(3)]
     began = time.monotonic()
     admitted = await asyncio.gather(*(admits(replicas[i % 3]) for i in range(30)))

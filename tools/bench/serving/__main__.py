@@ -13,7 +13,7 @@ others used of the CPU meanwhile is told.
 | ``http`` | ``serve run`` of ``--config``, OpenAI HTTP |
 | ``grpc`` | the same server, by gRPC |
 | ``direct-http``, ``direct-grpc`` | its replica's own ports, without Ray Serve's proxy |
-| ``rival`` | ``ray.serve.llm`` (tools/bench/rival_serve_llm.py), from an environment of its own |
+| ``rival`` | ``ray.serve.llm`` (rival_serve_llm.py), from an environment of its own |
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tools.bench.load import (
 from tools.bench.local_cluster import START_S, Server, cluster_file, free_port, start, stop
 from tools.runtime_env import runtime_env
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 PROMPT = "Write about the lighthouse keeper, number {index}, who counts the ships of the day:"
 # The engine of configs/cluster.yaml, for servers that do not read it.
@@ -77,7 +77,7 @@ class ServerArm:
     name: str
     address: str
     pid: int
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[ServingRound] = field(default_factory=list)
 
     def cpu_seconds(self) -> collections.Counter[str]:
         """CPU time that its processes have used so far, by what they are."""
@@ -93,7 +93,7 @@ class ServerArm:
 
 
 @dataclass(frozen=True)
-class Round:
+class ServingRound:
     """One arm, asked once.
 
     Attributes:
@@ -133,8 +133,7 @@ def _part(process: psutil.Process) -> str:
     return next((part for held, part in PARTS.items() if held in command), "ray")
 
 
-def main() -> None:
-    """Start the servers, ask them in turn, print a table."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,6 +159,13 @@ def main() -> None:
         parser.error(f"--arms {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if "rival" in names and not args.rival_python:
         parser.error("arm rival needs --rival-python")
+    return args
+
+
+def main() -> None:
+    """Start the servers, ask them in turn, print a table."""
+    args = _options()
+    names = args.arms.split(",")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and the servers with it
     with ExitStack() as servers:
         found: dict[str, ServerArm] = {}
@@ -198,14 +204,14 @@ def main() -> None:
     print(render_cpu(arms, args.requests * args.tokens))
 
 
-def _round(arm: ServerArm, arms: list[ServerArm], args: argparse.Namespace) -> Round:
+def _round(arm: ServerArm, arms: list[ServerArm], args: argparse.Namespace) -> ServingRound:
     alone = _ask(arm, 1, 24, 8)
     others = list({other.pid: other for other in arms if other.pid != arm.pid}.values())
     idle, used, began = _cpu(others), arm.cpu_seconds(), time.monotonic()
     busy = _ask(arm, args.streams, args.requests, args.tokens)
     seconds = time.monotonic() - began
     spent = dict(arm.cpu_seconds() - used)
-    return Round(alone, busy, spent, (_cpu(others) - idle) / seconds)
+    return ServingRound(alone, busy, spent, (_cpu(others) - idle) / seconds)
 
 
 def _cpu(arms: list[ServerArm]) -> float:
@@ -243,7 +249,7 @@ def render(arms: list[ServerArm]) -> str:
         ratios = [mine.busy.requests_per_s / its.busy.requests_per_s for mine, its in pairs]
         later = [1e3 * (m.alone.first_token_p50 - i.alone.first_token_p50) for m, i in pairs]
 
-        def median(value: Callable[[Round], float]) -> float:
+        def median(value: Callable[[ServingRound], float]) -> float:
             return statistics.median(value(round_) for round_ in arm.rounds)
 
         return [

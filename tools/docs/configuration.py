@@ -1,6 +1,6 @@
 """Write ``docs/configuration.md`` from the configuration models.
 
-    python -m tools.make_config_docs
+    python -m tools.docs.configuration
 
 The models are the truth: names, types, limits, defaults and descriptions all come from them. Needs
 neither torch, vLLM nor Ray. A test fails while the page differs from what this script would write.
@@ -23,7 +23,7 @@ from cluster.tenancy.keys import Tenant
 from memshare.config import MemShareConfig, PolicyParams, registry
 from memshare.request_options import RequestOptions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
 
 _WORDS = {
@@ -35,7 +35,7 @@ _WORDS = {
 }
 
 INTRODUCTION = """\
-<!-- Written by tools/make_config_docs.py from the models. Change those, then run it again. -->
+<!-- Written by tools/docs/configuration.py from the models. Change those, then run it again. -->
 
 # Configuration
 

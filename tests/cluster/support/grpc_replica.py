@@ -7,7 +7,7 @@ import os
 from cluster.config import ClusterArgs
 from cluster.grpc.service import GrpcService
 from cluster.tenancy.gate import Gate
-from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
+from cluster.tenancy.limits import Ledger, Limiter, LocalLedgerClient
 from tests.stand_in import StandIn
 
 
@@ -22,7 +22,7 @@ class Replica(GrpcService):
     """A replica without an engine."""
 
     def __init__(self) -> None:
-        gate = Gate(None, Limiter(LocalDesk(Ledger()), "r"), Counts())
+        gate = Gate(None, Limiter(LocalLedgerClient(Ledger()), "r"), Counts())
         self.engine = StandIn()
         self._start_grpc(
             ClusterArgs(model="m", replicas=2),

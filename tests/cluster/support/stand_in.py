@@ -25,7 +25,7 @@ from cluster.replica import EngineReplica
 from cluster.routing.load import Load, to_stats
 from cluster.telemetry.metrics import ReplicaMetrics
 from cluster.tenancy.gate import Gate
-from cluster.tenancy.limits import Ledger, Limiter, LocalDesk
+from cluster.tenancy.limits import Ledger, Limiter, LocalLedgerClient
 
 api = FastAPI()
 
@@ -108,7 +108,7 @@ class Gated:
 
     def __init__(self, args: ClusterArgs) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
-        limiter = Limiter(LocalDesk(Ledger()), replica)
+        limiter = Limiter(LocalLedgerClient(Ledger()), replica)
         self._args = args
         self._gate = Gate(None, limiter, ReplicaMetrics(args.public_name, replica))
 

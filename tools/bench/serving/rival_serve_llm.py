@@ -1,4 +1,4 @@
-"""``ray.serve.llm`` with the engine that the others have, for tools/bench/serving.py.
+"""``ray.serve.llm`` with the engine that the others have, for tools/bench/serving/__main__.py.
 
 Runs in an environment of its own, with ``ray[llm]`` and the vLLM that it wants; imports nothing of
 this project.

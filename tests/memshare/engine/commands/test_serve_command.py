@@ -26,7 +26,7 @@ from tools.bench.local_cluster import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 NAMED = f'{{"kv_connector": "{CONNECTOR}", "kv_role": "{ROLE}"}}'
 
 

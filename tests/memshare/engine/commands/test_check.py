@@ -24,7 +24,7 @@ from tests.memshare.engine.harness import StartEngine, write_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 BLOCKS = ("--block-size=32",)
 HERE = Place(gpu_bytes=None, reserve_bytes=0, elsewhere=False)
 COMMON = {

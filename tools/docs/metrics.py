@@ -1,6 +1,6 @@
 """Write the tables of ``docs/metrics.md`` from the list of metrics.
 
-    python -m tools.make_metrics_docs
+    python -m tools.docs.metrics
 
 :mod:`memshare.telemetry.metrics` is the truth. The text between the tables is written by hand; each
 table stands between two comments that name it. A test fails while the page differs from what this
@@ -24,7 +24,7 @@ from memshare.telemetry.metrics import (
     Metric,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
 
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

@@ -14,7 +14,7 @@ from memshare.config import ConfigError
 
 pytestmark = pytest.mark.engine
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 
 
 def parse(**args: object) -> ClusterArgs:

@@ -12,7 +12,7 @@ from memshare.lab.simulate.run import PredictedEngine, SimulatedJob, by_age, sim
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 DEPLOYMENT = ROOT / "configs" / "simulate" / "qwq-32b-4xh100.yaml"
 
 

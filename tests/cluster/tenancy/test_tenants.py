@@ -5,7 +5,6 @@ One server for all tests. Tenants' keys are made here; the server gets their has
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -25,16 +24,14 @@ import pytest
 import requests
 import schemathesis
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from cluster.check.ports import look_at_ports
 from cluster.tenancy.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
-from tests.cluster.loose import LOOSE
-from tests.cluster.monitoring import serving_of
+from tests.cluster.support.bad_input import FUZZ_S, GOOD, KNOWN, NOT_TRIED, bound_tokens, fuzz
+from tests.cluster.support.loose import LOOSE
+from tests.cluster.support.monitoring import serving_of
 from tests.fuzzing import TIMES
 from tests.machine import DTYPE
 from tools.bench.local_cluster import (
@@ -45,7 +42,7 @@ from tools.bench.local_cluster import (
     start,
     stop,
 )
-from tools.serve_setup import greeting, read_setup
+from tools.serving.setup import greeting, read_setup
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -327,29 +324,6 @@ def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
     print(f"\n{len(pairs)} pairs of requests, {len(applied)} remaps")
 
 
-# Left out by name: it changes the engine of all tests here, and is for operators anyway.
-NOT_TRIED = {"/scale_elastic_ep"}
-# Answers of 5xx that are none to bad input (docs/limits.md).
-KNOWN = {("/v1/systemone", 501)}
-FUZZ_S = 30.0
-# Good requests: with one field of a generated request each, they come further than that request.
-GOOD: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"model": "smollm2", "prompt": "Once", "max_tokens": 2},
-    "/v1/chat/completions": {
-        "model": "smollm2",
-        "messages": [{"role": "user", "content": "Hello"}],
-        "max_tokens": 2,
-    },
-    "/v1/responses": {"model": "smollm2", "input": "Hello", "max_output_tokens": 2},
-    "/v1/messages": {
-        "model": "smollm2",
-        "messages": [{"role": "user", "content": "Hello"}],
-        "max_tokens": 2,
-    },
-    "/tokenize": {"prompt": "Hello"},
-}
-
-
 @pytest.mark.complete
 def test_bad_input_is_never_an_error_of_the_server(keyed: Keyed) -> None:
     """Every operation of the OpenAPI surface, with requests that its schema allows and that not.
@@ -395,47 +369,6 @@ def test_bad_input_is_never_an_error_of_the_server(keyed: Keyed) -> None:
     assert answers[200] > 0, "some requests are good"
     assert answers[400] > 0, "and some are bad"
     assert keyed.ask("acme").status_code == 200
-
-
-def bound_tokens(body: Any) -> None:
-    """Keep a request short; what is no number stays as it is."""
-    if not isinstance(body, dict):
-        return
-    for name in ("max_tokens", "max_output_tokens"):  # each is unknown to some operations
-        if body.get(name) is None:
-            body[name] = 2
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        if isinstance(body.get(name), int) and 4 < body[name] < 10_000:
-            body[name] = 4
-
-
-class TimeUpError(Exception):
-    """Ends a search: making the next case may take seconds, too."""
-
-
-def fuzz(
-    cases: st.SearchStrategy[schemathesis.Case],
-    call: Callable[[schemathesis.Case], None],
-    end: float,
-) -> None:
-    """Call with a few cases, but not after ``end``."""
-
-    @given(cases)
-    @settings(
-        max_examples=10 * TIMES,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],  # each case is judged by itself: nothing to shrink
-        suppress_health_check=list(HealthCheck),
-    )
-    def run(case: schemathesis.Case) -> None:
-        if time.monotonic() > end:
-            raise TimeUpError
-        call(case)
-
-    # What takes no input has no wrong one.
-    with contextlib.suppress(TimeUpError, Unsatisfiable):
-        run()
 
 
 def test_a_changed_table_is_taken_over(keyed: Keyed) -> None:

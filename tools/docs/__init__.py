@@ -1,0 +1,1 @@
+"""Generated pages of the documentation, each made from what the code itself says."""
