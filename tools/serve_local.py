@@ -63,9 +63,9 @@ def fetch(url: str) -> bytes | None:
     if key := os.environ.get(KEY):
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        # While no replica is ready, Serve holds the request back: a short timeout would only fill
-        # the log with cancelled requests.
-        with opener.open(request, timeout=30.0) as answer:
+        # While no replica is ready, Serve holds the request back, and writes "Client ...
+        # disconnected" for each that is given up: wait as long as a start usually takes.
+        with opener.open(request, timeout=300.0) as answer:
             body: bytes = answer.read()
             return body if answer.status == 200 else None
     except (urllib.error.URLError, OSError):

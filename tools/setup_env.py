@@ -3,7 +3,7 @@
 Run it as often as you like: a stamp inside the environment holds a hash of everything the result
 depends on, so a second run returns at once. A change to ``pyproject.toml``, to ``constraints.txt``,
 which holds the version of every package, or to this file updates the environment in place; a run
-that was interrupted is simply run again.
+that was interrupted is simply run again, and of two at once the second waits for the first.
 
 Only the standard library is used. The file also parses on older Pythons, so that those print a
 clear message and not a syntax error.
@@ -12,6 +12,8 @@ clear message and not a syntax error.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,6 +128,23 @@ def holds(path: Path, text: str) -> bool:
     return path.is_file() and path.read_text() == text
 
 
+@contextlib.contextmanager
+def locked(venv: Path) -> Iterator[None]:
+    """Hold the right to change ``venv``; wait for another process that holds it.
+
+    The lock is a file beside the environment, which may be made anew. The kernel releases it even
+    if the process is killed.
+    """
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with venv.with_name(venv.name + ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"another process is setting up {venv}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def run(command: list[str], what: str) -> None:
     """Run ``command`` with its output on the terminal.
 
@@ -226,6 +246,41 @@ def check(python: Path) -> None:
         )
 
 
+def set_up(venv: Path, accelerator: str, force: bool) -> None:
+    """Make or update ``venv``, unless it is up to date.
+
+    Raises:
+        SetupError: it cannot be made.
+    """
+    python = venv / "bin" / "python"
+    base_stamp, stamp = venv / ".memshare-base", venv / ".memshare-setup"
+    extras = f"{accelerator},{EXTRAS}"
+    base = foundation(venv, accelerator)
+    wanted = fingerprint(base, extras)
+
+    def sound() -> bool:
+        return python.exists() and holds(base_stamp, base)
+
+    if not force and sound() and holds(stamp, wanted):
+        return
+    with locked(venv):
+        if not force and sound() and holds(stamp, wanted):
+            return  # another process has done it meanwhile
+        started = time.monotonic()
+        if sound() and not force:
+            log(f"updating {venv}")
+            stamp.write_text("incomplete")
+        else:
+            log(f"creating {venv}")
+            run([sys.executable, "-m", "venv", "--clear", str(venv)], "Creating the environment")
+            base_stamp.write_text(base)
+        install(python, accelerator, extras)
+        log("checking that everything imports")
+        check(python)
+        stamp.write_text(wanted)
+        log(f"ready after {time.monotonic() - started:.0f} s")
+
+
 def main() -> int:
     """Make or update the environment; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -235,29 +290,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         ensure_python()
-        venv = args.venv.absolute()
-        python = venv / "bin" / "python"
-        base_stamp, stamp = venv / ".memshare-base", venv / ".memshare-setup"
-        extras = f"{args.accelerator},{EXTRAS}"
-        base = foundation(venv, args.accelerator)
-        wanted = fingerprint(base, extras)
-        sound = python.exists() and holds(base_stamp, base) and not args.force
-        if sound and holds(stamp, wanted):
-            return 0
-
-        started = time.monotonic()
-        if sound:
-            log(f"updating {venv}")
-            stamp.write_text("incomplete")
-        else:
-            log(f"creating {venv}")
-            run([sys.executable, "-m", "venv", "--clear", str(venv)], "Creating the environment")
-            base_stamp.write_text(base)
-        install(python, args.accelerator, extras)
-        log("checking that everything imports")
-        check(python)
-        stamp.write_text(wanted)
-        log(f"ready after {time.monotonic() - started:.0f} s")
+        set_up(args.venv.absolute(), args.accelerator, args.force)
     except SetupError as error:
         print(f"\n[setup] ERROR: {error}", file=sys.stderr)
         return 1

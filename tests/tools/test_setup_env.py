@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,37 @@ def test_an_interrupted_run_is_run_again(
     commands.clear()
     assert make(monkeypatch, venv) == 0
     assert len(commands.named("install")) == 1, "who knows what was installed meanwhile"
+
+
+def test_of_two_at_once_the_second_waits_and_has_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Commands,
+    venv: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installing, may_go_on = threading.Event(), threading.Event()
+
+    def call(command: list[str], **options: object) -> int:
+        if "install" in command:
+            installing.set()
+            assert may_go_on.wait(30)
+        return commands.call(command)
+
+    def say(message: str) -> None:
+        print(message)
+        if "another process" in message:
+            may_go_on.set()  # the first goes on when the second waits
+
+    monkeypatch.setattr(setup_env.subprocess, "call", call)
+    monkeypatch.setattr(setup_env, "log", say)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(make, monkeypatch, venv)
+        assert installing.wait(30)
+        second = pool.submit(setup_env.main)
+        second.add_done_callback(lambda _: may_go_on.set())
+        assert (first.result(60), second.result(60)) == (0, 0)
+    assert len(commands.named("install")) == 1
+    assert f"another process is setting up {venv}; waiting for it" in capsys.readouterr().out
 
 
 def test_an_environment_that_does_not_import_is_not_ready(
