@@ -112,3 +112,5 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
             self._histograms["distance"].labels(*values).observe(distance)
         for lag in payload["lags"]:
             self._histograms["evaluator_lag_seconds"].labels(*values).observe(lag)
+        for seconds in payload["packings"]:
+            self._histograms["packing_seconds"].labels(*values).observe(seconds)

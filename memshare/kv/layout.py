@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+_AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _DIGIT_BITS = 3  # 0..7 is exact in every cache type, fp8 included
 
 
@@ -55,6 +56,15 @@ class CachedLayer(Protocol):
         ...
 
     @property
+    def scales(self) -> tuple[float, float]:
+        """What stored keys and values are multiplied with when they are read: 1 but for fp8.
+
+        Raises:
+            LayoutUnknown: it is not the same for all heads.
+        """
+        ...
+
+    @property
     def rotary(self) -> RotaryTable | None:
         """None if the layer's keys are not rotated by a table."""
         ...
@@ -79,6 +89,7 @@ class KVLayout:
         keys: ``[slots * channels]`` int64 places of K in the flattened ``slots x (K|V)`` region.
         values: the same of V.
         stored_as: the cache's real element type, where vLLM keeps fp8 as bytes.
+        scales: of keys and of values: what is stored times its scale is what was written.
     """
 
     slots: int
@@ -86,6 +97,7 @@ class KVLayout:
     keys: Tensor
     values: Tensor
     stored_as: torch.dtype
+    scales: tuple[float, float] = (1.0, 1.0)
     _strides: tuple[_Strides | None, _Strides | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +129,11 @@ class KVLayout:
         for shift in range(0, int(numbers[-1]).bit_length(), _DIGIT_BITS):
             digits = (numbers >> shift) & ((1 << _DIGIT_BITS) - 1)
             by_slot = digits.view(2, slots, 1, channels).expand(-1, -1, heads, -1)
-            keys, values = by_slot.to(layer.dtype if stored_as.itemsize == 1 else stored_as)
+            # The backend divides by the scales, and rounds away what that leaves of an error.
+            scales = torch.tensor(layer.scales, device=digits.device).view(2, 1, 1, 1)
+            keys, values = (by_slot * scales).to(
+                layer.dtype if stored_as.itemsize == 1 else stored_as
+            )
             scratch = torch.zeros_like(kv_cache[:1])
             layer.write(keys.contiguous(), values.contiguous(), scratch, slot_mapping)
             found += scratch.view(stored_as)[0, 0].float().flatten().round().long() << shift
@@ -126,7 +142,7 @@ class KVLayout:
         if not torch.equal(torch.sort(found).values, numbers):
             raise LayoutUnknown("its cache update rounds, drops or repeats values")
         keys_at, values_at = places.chunk(2)
-        return cls(slots, channels, keys_at, values_at, stored_as)
+        return cls(slots, channels, keys_at, values_at, stored_as, layer.scales)
 
     def gather(self, kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of some blocks, each ``[blocks, heads, slots, channels]`` float32, copied."""
@@ -142,13 +158,16 @@ class KVLayout:
         each head's part of a block contiguous."""
         # Index the stored bytes first: torch cannot index every fp8 type.
         heads = kv_cache.index_select(0, block_ids).view(self.stored_as).flatten(2)
-        for target, places, strides in zip(
-            (keys, values), (self.keys, self.values), self._strides, strict=True
+        for target, places, strides, scale in zip(
+            (keys, values), (self.keys, self.values), self._strides, self.scales, strict=True
         ):
             if strides is None:
                 target.copy_(heads.float().index_select(2, places).view(target.shape))
             else:  # a tenth of the time
-                target.view(*target.shape[:2], *strides.sizes).copy_(strides.view(heads))
+                found = strides.read(heads)
+                target.view(*target.shape[:2], *strides.sizes).copy_(found)
+            if scale != 1.0:
+                target.mul_(scale)
 
     def gather_tokens(
         self, kv_cache: Tensor, block_ids: Tensor, slots: Tensor
@@ -163,10 +182,11 @@ class KVLayout:
         heads = torch.arange(kv_cache.shape[1], device=kv_cache.device)[:, None]
         width = kv_cache.shape[3]
         tensors = []
-        for places in (self.keys, self.values):
+        for places, scale in zip((self.keys, self.values), self.scales, strict=True):
             at = places.view(self.slots, self.channels)[slots][:, None, :]
             stored = kv_cache[block_ids[:, None, None], heads, at // width, at % width]
-            tensors.append(stored.view(self.stored_as).float())
+            read = stored.view(self.stored_as).float()
+            tensors.append(read if scale == 1.0 else read.mul_(scale))
         return tensors[0], tensors[1]
 
 
@@ -197,6 +217,18 @@ class _Strides(NamedTuple):
         found = cls(tuple(sizes), tuple(steps), numbers[0])
         gone_through = found.view(torch.arange(int(places.max()) + 1)[None, None]).flatten()
         return found if torch.equal(gone_through, places.cpu()) else None
+
+    def read(self, heads: Tensor) -> Tensor:
+        """The same as :meth:`view`; copied where neighbours can be copied as one number."""
+        run = self.sizes[-1] if self.steps[-1] == 1 else 1
+        whole = _AS_INTEGERS.get(run * heads.itemsize)
+        numbers = (self.first, heads.shape[-1], *self.steps[:-1])
+        if run == 1 or whole is None or any(number % run for number in numbers):
+            return self.view(heads)
+        steps = tuple(step // run for step in self.steps[:-1])
+        joined = _Strides(self.sizes[:-1], steps, self.first // run)
+        found: Tensor = joined.view(heads.view(whole)).contiguous().view(heads.dtype)
+        return found.view(*found.shape[:-1], -1, run)
 
     def view(self, heads: Tensor) -> Tensor:
         """Those places of each head's contiguous region, ``[blocks, heads, places]``, as a view."""

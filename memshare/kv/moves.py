@@ -19,6 +19,7 @@ from torch import Tensor
 from memshare.kv.layout import KVLayout
 
 _BYTES_AT_ONCE = 64 << 20  # copied in between: sources are read before targets are written
+_CACHED_BYTES = 1 << 20  # of tokens that are moved part by part: a CPU's cache holds them
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -84,6 +85,8 @@ class _Pool:
         offsets: ``[layers]`` units before block 0 of each.
         block, head: units from one to the next.
         places: ``[slots, parts]`` units from a head's begin to each part of a slot.
+        steps: units from a slot's first part to each of its parts, where these are the same for all
+            slots and the cache lies in a CPU's memory; else None.
     """
 
     units: Tensor
@@ -92,6 +95,7 @@ class _Pool:
     block: int
     head: int
     places: Tensor
+    steps: tuple[int, ...] | None
 
     @classmethod
     def of(cls, layers: list[int], caches: list[Tensor], layout: KVLayout, places: Tensor) -> _Pool:
@@ -100,13 +104,15 @@ class _Pool:
         unit = _unit(places, [*first.stride()[:2], *offsets])
         length = first.untyped_storage().nbytes() // first.itemsize // unit
         device = first.device
+        parts = places[:, ::unit].to(device) // unit
         return cls(
             units=torch.as_strided(first, (length, unit), (unit, 1), 0),
             layers=torch.tensor(layers, device=device),
             offsets=torch.tensor(offsets, device=device) // unit,
             block=first.stride(0) // unit,
             head=first.stride(1) // unit,
-            places=places[:, ::unit].to(device) // unit,
+            places=parts,
+            steps=_steps(parts) if unit * first.itemsize in _AS_INTEGERS else None,
         )
 
     def move(self, blocks: Tensor, slots: Tensor, sources: Tensor, targets: Tensor) -> None:
@@ -116,6 +122,9 @@ class _Pool:
         at = (inner * self.block)[:, :, None] + self.places[slots % own]
         at = at.flatten(0, 1)  # [slots of all blocks, parts]
         heads = torch.arange(sources.shape[1], device=blocks.device) * self.head
+        if self.steps is not None:
+            self._move_part_by_part(at[:, 0], heads, sources, targets)
+            return
         per_layer = sources[0].numel() * parts * self.units.shape[1] * self.units.itemsize
         step = max(1, _BYTES_AT_ONCE // per_layer)
         for start in range(0, len(self.layers), step):
@@ -126,6 +135,37 @@ class _Pool:
                 (begin + at[slot.index_select(0, layers)]).flatten() for slot in (sources, targets)
             )
             self.units.index_copy_(0, there, self.units.index_select(0, here))
+
+    def _move_part_by_part(
+        self, at: Tensor, heads: Tensor, sources: Tensor, targets: Tensor
+    ) -> None:
+        """Move what consists of many small parts, all tokens' first parts, then their second ones.
+
+        The numbers of slots are then worked out once a token, and not once for each of its parts.
+        """
+        assert self.steps is not None
+        width = self.units.shape[1] * self.units.itemsize
+        memory = self.units.view(_AS_INTEGERS[width]).flatten().numpy()
+        per_layer = sources[0].numel() * len(self.steps) * width
+        some = max(1, _CACHED_BYTES // per_layer)
+        for start in range(0, len(self.layers), some):
+            chosen = slice(start, start + some)
+            begin = (self.offsets[chosen, None] + heads)[:, :, None]
+            layers = self.layers[chosen]
+            here, there = (
+                (begin + at[slot.index_select(0, layers)]).flatten().numpy()
+                for slot in (sources, targets)
+            )
+            for step in self.steps:
+                part = memory[step:]
+                part[there] = part.take(here)
+
+
+def _steps(parts: Tensor) -> tuple[int, ...] | None:
+    steps = parts[:1] - parts[:1, :1]
+    if parts.device.type != "cpu" or parts.shape[1] == 1 or (parts[:, :1] + steps != parts).any():
+        return None
+    return tuple(steps[0].tolist())
 
 
 def _parts(cache: Tensor, layout: KVLayout) -> list[Tensor]:

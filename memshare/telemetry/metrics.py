@@ -284,6 +284,14 @@ HISTOGRAMS = _named(
         "time from a finished step to its candidates",
         buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
     ),
+    Metric(
+        "packing_seconds",
+        "histogram",
+        "seconds",
+        "time that compaction took in a step to choose the tokens that stay and to move them, on "
+        "the slowest rank; only steps in which it did",
+        buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
+    ),
 )
 """Histograms of the engine."""
 

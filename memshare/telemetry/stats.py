@@ -75,6 +75,7 @@ class Payload(TypedDict):
     gauges: dict[str, float]
     distances: list[float]
     lags: list[float]
+    packings: list[float]
     blocks: dict[str, int]
     requests: list[RequestRow]
     remaps: list[RemapNote]
@@ -85,8 +86,8 @@ class Payload(TypedDict):
 def empty_payload() -> Payload:
     """A payload that changes nothing."""
     return Payload(
-        counters={}, labelled={}, gauges={}, distances=[], lags=[], blocks={}, requests=[],
-        remaps=[], compactions=[], preempted=[],
+        counters={}, labelled={}, gauges={}, distances=[], lags=[], packings=[], blocks={},
+        requests=[], remaps=[], compactions=[], preempted=[],
     )  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def merge_payloads(into: Payload, other: Payload) -> None:
     into["gauges"].update(other["gauges"])
     into["distances"].extend(other["distances"])
     into["lags"].extend(other["lags"])
+    into["packings"].extend(other["packings"])
     into["remaps"].extend(other["remaps"])
     into["compactions"].extend(other["compactions"])
     into["preempted"].extend(other["preempted"])
@@ -114,11 +116,13 @@ class Counters:
     """Counts since the last :meth:`take`, and totals since the start."""
 
     totals: Counter[str] = field(default_factory=Counter)
+    packing_seconds: float = 0.0
     _counters: Counter[str] = field(default_factory=Counter)
     _labelled: dict[str, Counter[str]] = field(default_factory=dict)
     _gauges: dict[str, float] = field(default_factory=dict)
     _distances: list[float] = field(default_factory=list)
     _lags: list[float] = field(default_factory=list)
+    _packings: list[float] = field(default_factory=list)
     _blocks: dict[str, int] = field(default_factory=dict)
     _requests: list[RequestRow] = field(default_factory=list)
     _remaps: list[RemapNote] = field(default_factory=list)
@@ -146,6 +150,12 @@ class Counters:
     def observe_lag(self, seconds: float) -> None:
         """Record how long an evaluator took to answer, in seconds."""
         self._lags.append(seconds)
+        self._changed = True
+
+    def observe_packing(self, seconds: float) -> None:
+        """Record how long choosing and moving tokens took in a step, in seconds."""
+        self._packings.append(seconds)
+        self.packing_seconds += seconds
         self._changed = True
 
     def note_remap(self, note: RemapNote) -> None:
@@ -180,6 +190,7 @@ class Counters:
             gauges=changed,
             distances=self._distances,
             lags=self._lags,
+            packings=self._packings,
             blocks=self._blocks,
             requests=self._requests,
             remaps=self._remaps,
@@ -188,7 +199,7 @@ class Counters:
         )
         self._counters.clear()
         self._labelled.clear()
-        self._distances, self._lags = [], []
+        self._distances, self._lags, self._packings = [], [], []
         self._blocks, self._requests = {}, []
         self._remaps, self._compactions, self._preempted = [], [], []
         self._changed = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,16 @@ class VllmLayer:
     def cache_dtype(self) -> str:
         """See :attr:`CachedLayer.cache_dtype`."""
         return str(self._layer.kv_cache_dtype)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """See :attr:`CachedLayer.scales`. vLLM leaves them alone once weights are loaded."""
+        if not self.cache_dtype.startswith("fp8"):
+            return 1.0, 1.0
+        layer: Any = self._layer
+        if layer._k_scale.numel() > 1 or layer._v_scale.numel() > 1:
+            raise LayoutUnknown("each head has an fp8 scale of its own")
+        return float(layer._k_scale_float), float(layer._v_scale_float)
 
     @property
     def rotary(self) -> RotaryTable | None:

@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 from memshare.core.interfaces import CacheGroup
 from memshare.core.token_map import TokenMap
 from memshare.engine.vllm_0_32.cache_groups import is_full
-from memshare.engine.vllm_0_32.squeeze import squeeze_on, squeeze_rows
+from memshare.engine.vllm_0_32.squeeze import RowSqueezer, squeeze_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,6 +177,7 @@ class SqueezedTables:
         self._device = device
         self._captured = captured
         self._squeeze = squeeze_on(device)
+        self._rows = RowSqueezer()
         self._buffers = self._make() if captured else None
 
     def view(
@@ -202,7 +203,7 @@ class SqueezedTables:
             return replace(batch, block_table_tensor=table, seq_lens=lens)
         if self._device.type == "cpu":
             rows = np.flatnonzero(counts).tolist()
-            squeeze_rows(
+            self._rows.squeeze(
                 plain, batch.seq_lens, rows, self._block_size, split, table[:, :used], lens
             )
         else:  # no host data: nothing is uploaded, nothing waits

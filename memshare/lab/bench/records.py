@@ -126,6 +126,8 @@ class ArmRun:
     """What became of the blocks of all requests, by
     :data:`memshare.lab.bench.block_outcomes.BlockOutcome`; empty for plain vLLM."""
     timeline: list[StepMeasurement]
+    packing_seconds: float = 0.0
+    """That compaction took to choose and move tokens."""
 
     @property
     def tokens_per_second(self) -> float:

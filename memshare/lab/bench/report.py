@@ -42,6 +42,7 @@ def speed_table(arms: Sequence[str], repeats: Sequence[Sequence[ArmRun]]) -> str
         ("between tokens ms, p50", lambda run: 1000 * run.between_tokens[0], 0),
         ("p99", lambda run: 1000 * run.between_tokens[1], 0),
         ("CPU s", lambda run: run.cpu_seconds, 0),
+        ("packing, % of time", lambda run: 100 * run.packing_seconds / run.seconds, 1),
     )
     heads = ("arm", "tok/s", "ratio", *(head for head, _, _ in columns))
     rows = []

@@ -185,6 +185,7 @@ class _Watch:
             for arrivals in self._arrivals.values()
             for earlier, later in pairwise(arrivals)
         ]
+        side = self._side
         return ArmRun(
             arm=arm,
             blocks=self._scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
@@ -203,6 +204,7 @@ class _Watch:
             outcomes=outcomes,
             block_outcomes={str(name): count for name, count in self._block_outcomes.items()},
             timeline=self.step_log,
+            packing_seconds=0.0 if side is None else side.recorder.counters.packing_seconds,
         )
 
     def _repointed_of(self, name: str) -> float:

@@ -1,9 +1,10 @@
-"""What a step tells the workers to compact."""
+"""What a step tells the workers to compact, and what they report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,20 @@ class CompactionCommands:
     packings: tuple[Packing, ...] = ()
     holes: Mapping[str, int] = field(default_factory=dict)
     ended: tuple[str, ...] = ()
+
+
+@dataclass
+class CompactionReport:
+    """Workers to scheduler.
+
+    Attributes:
+        seconds: that steps took to choose and move tokens, of steps that are done; on the slowest
+            rank.
+    """
+
+    seconds: list[float]
+
+    def add(self, other: CompactionReport) -> None:
+        """Take in what another rank reports."""
+        pairs = zip_longest(self.seconds, other.seconds, fillvalue=0.0)
+        self.seconds = [max(pair) for pair in pairs]

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from memshare.core.requests import RequestState
 from memshare.mechanisms.compaction.budget import Budgets, Room, Round, plan_rounds
-from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
+from memshare.mechanisms.compaction.messages import (
+    CompactionCommands,
+    CompactionReport,
+    Packing,
+)
 from memshare.mechanisms.compaction.params import CompactionParams
 from memshare.mechanisms.contract import SchedulerContext, SchedulerPart
 from memshare.telemetry.explain import Cause
@@ -113,6 +117,11 @@ class CompactionPart(SchedulerPart):
         commands = CompactionCommands(tuple(self._packings), dict(self.holes), tuple(self._ended))
         self._packings, self._ended = [], []
         return commands
+
+    def on_results(self, results: CompactionReport) -> None:
+        """See :meth:`SchedulerPart.on_results`."""
+        for seconds in results.seconds:
+            self._recorder.counters.observe_packing(seconds)
 
     def on_gone(self, state: RequestState, reason: DropReason) -> None:
         """See :meth:`SchedulerPart.on_gone`."""

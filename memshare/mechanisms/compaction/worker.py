@@ -1,7 +1,8 @@
 """The worker part: chooses the tokens that stay, moves them together, and shows attention the rest.
 
-It answers nothing: how many blocks become free follows from the commands, so the scheduler reuses
-them in the same step. Each rank chooses for the KV heads that it holds.
+How many blocks become free follows from the commands, so the scheduler reuses them in the same step
+and waits for no answer; what is reported is how long it took. Each rank chooses for the KV heads
+that it holds.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from torch import Tensor
 from memshare.core.interfaces import NULL_BLOCK, AttentionView
 from memshare.kv.layout import KVLayout, LayoutUnknown
 from memshare.kv.moves import TokenMover
-from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
+from memshare.mechanisms.compaction.messages import (
+    CompactionCommands,
+    CompactionReport,
+    Packing,
+)
 from memshare.mechanisms.compaction.packing import move_along, plan_moves
 from memshare.mechanisms.compaction.scorers.contract import choose
 from memshare.mechanisms.compaction.scorers.registry import ScorerChoice, build_scorer
 from memshare.mechanisms.compaction.slots import SlotBook, SlotFacts
+from memshare.mechanisms.compaction.stopwatch import Stopwatch
 from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
 logger = logging.getLogger(__name__)
 
-_SCORED_BYTES = 16 << 20  # of K and V in float32, read for a scorer at once: caches hold it
+_SCORED_BYTES = 4 << 20  # of K and V in float32, read for a scorer at once: caches hold it
 
 
 class CompactionUnsupported(ValueError):  # noqa: N818 - a finding about a model, not a fault
@@ -70,6 +76,7 @@ class CompactionWorkerPart(WorkerPart):
         size = context.token_map.block_size
         self._mover = TokenMover(self._caches, self._layouts, size)
         self.slots = SlotBook(size)
+        self._stopwatch = Stopwatch(self._caches[0].device)
         logger.info(
             "tokens of %d layers move by %d copies", len(self._caches), self._mover.launches
         )
@@ -78,8 +85,11 @@ class CompactionWorkerPart(WorkerPart):
         """Forget, pack, edit the table, and tell attention how many entries are holes."""
         for request_id in commands.ended:
             self.slots.forget(request_id)
+        if commands.packings:
+            with self._stopwatch.running():
+                for packing in commands.packings:
+                    self._pack(packing)
         for packing in commands.packings:
-            self._pack(packing)
             for entry in packing.entries[packing.keep :]:
                 if not self._tables.repoint(packing.request_id, entry, NULL_BLOCK):
                     logger.error("a packing of %s, which has no table here", packing.request_id)
@@ -87,6 +97,11 @@ class CompactionWorkerPart(WorkerPart):
         if commands.holes:
             assert self._view is not None, "the engine was started without an attention view"
             self._view.leave_out(commands.holes)
+
+    def after_step(self) -> CompactionReport | None:
+        """See :meth:`WorkerPart.after_step`."""
+        seconds = self._stopwatch.take()
+        return CompactionReport(seconds) if seconds else None
 
     @torch.inference_mode()
     def _pack(self, packing: Packing) -> None:

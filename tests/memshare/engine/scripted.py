@@ -7,7 +7,7 @@ worker part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,45 +126,39 @@ class Event:
     kept: Tensor
 
 
-class Watched:
-    """A real engine whose logits are noted by request and position, and whose packings are read
-    back from the worker."""
+Seen = list[Tensor | None]
+"""What lies under each entry of a request's table on one rank, ``[layers, heads, slots]``
+positions: None where nothing was packed, no slot for a hole."""
 
-    def __init__(self, engine: Any) -> None:
-        self.llm = engine.llm.llm_engine
-        self.part: ScriptedPart = engine.side.parts[NAME]
-        self.worker = engine.core.model_executor.driver_worker.worker
+
+def event(seen: Seen, start: int, size: int) -> Event:
+    """What a packing has left of a request of which ``start`` tokens were computed."""
+    shape = next(positions.shape[:2] for positions in seen if positions is not None)
+    kept = [
+        torch.arange(entry * size, min(start, (entry + 1) * size)).expand(*shape, -1)
+        if positions is None
+        else positions.long()
+        for entry, positions in enumerate(seen)
+    ]
+    return Event(start, torch.cat(kept, 2).sort(-1).values)
+
+
+class RankNotes:
+    """Notes on one rank, in its process, which logits it computes and what packings have left.
+
+    Attributes:
+        logits: by request and position.
+        packings: of each, the engine's name of the request and what was seen.
+    """
+
+    def __init__(self, worker: Any, policy: str, logits: int | None = None) -> None:
+        """Watch a worker; ``logits`` is how many of a row are kept, None for all."""
         self.logits: dict[tuple[str, int], Tensor] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.events: dict[str, list[Event]] = {}
-        self._prompts: dict[str, list[int]] = {}
-        self._note_logits(self.worker.model_runner)
-        self._note_packings(self.worker._memshare.parts[NAME])
+        self.packings: list[tuple[str, Seen]] = []
+        self._note_logits(worker.model_runner, logits)
+        self._note_packings(worker._memshare.parts[policy], worker.model_runner)
 
-    def add(self, name: str, prompt: Sequence[int], tokens: int) -> None:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        self._prompts[name], self.events[name] = list(prompt), []
-        self.llm.add_request(name, {"prompt_token_ids": list(prompt)}, params)
-
-    def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        while self.llm.has_unfinished_requests() and not until():
-            for output in self.llm.step():
-                name, tokens = output.request_id, output.outputs[0].token_ids
-                self.tokens[name] = self._prompts[name] + list(tokens)
-
-    def worst(self, name: str, reference: Tensor, start: int = 0) -> float:
-        """The largest difference of logits from the reference's, and it must compare some."""
-        gaps = [
-            float((row.double() - reference[position]).abs().max())
-            for (request, position), row in self.logits.items()
-            if request == name and position >= start
-        ]
-        assert len(gaps) >= 20
-        return max(gaps)
-
-    def _note_logits(self, runner: Any) -> None:
+    def _note_logits(self, runner: Any, count: int | None) -> None:
         prepare, compute = runner._prepare_inputs, runner.model.compute_logits
         rows: list[tuple[str, int]] = []
 
@@ -181,34 +175,80 @@ class Watched:
             logits = compute(hidden)
             if logits is not None and rows:
                 for row, values in zip(rows, logits, strict=False):
-                    self.logits[row] = values.float().clone()
+                    self.logits[row] = values[:count].float().clone()
                 rows.clear()
             return logits
 
         runner._prepare_inputs, runner.model.compute_logits = prepare_inputs, compute_logits
 
-    def _note_packings(self, part: Any) -> None:
-        before_step = part.before_step
-        tables, size = part._tables, part._token_map.block_size
-        layers, heads = len(part._caches), part._caches[0].shape[1]
+    def _note_packings(self, part: Any, runner: Any) -> None:
+        before_step, tables = part.before_step, part._tables
+        empty = torch.empty(len(part._caches), part._caches[0].shape[1], 0, dtype=torch.int32)
 
         def note(commands: CompactionCommands) -> None:
             before_step(commands)
             for packing in commands.packings:
-                request = self.worker.model_runner.requests[packing.request_id]
-                start = self.computed(packing.request_id)
-                kept = []
-                for entry, block in enumerate(
-                    tables.block_ids(packing.request_id, len(request.block_ids[0]))
-                ):
-                    facts = part.slots.get(packing.request_id, entry)
+                name = packing.request_id
+                blocks = tables.block_ids(name, len(runner.requests[name].block_ids[0]))
+                seen: Seen = []
+                for entry, block in enumerate(blocks):
+                    facts = part.slots.get(name, entry)
                     if facts is not None:
-                        kept.append(facts.positions.long())
-                    elif block != 0:
-                        positions = torch.arange(entry * size, min(start, (entry + 1) * size))
-                        kept.append(positions.expand(layers, heads, -1))
-                event = Event(start, torch.cat(kept, 2).sort(-1).values)
-                self.events[packing.request_id.split("-")[0]].append(event)
+                        seen.append(facts.positions.clone())
+                    else:
+                        seen.append(empty if block == 0 else None)
+                self.packings.append((name, seen))
+
+        part.before_step = note
+
+
+class Watched:
+    """A real engine whose logits are noted by request and position, and whose packings are read
+    back from the worker."""
+
+    def __init__(self, engine: Any) -> None:
+        self.llm = engine.llm.llm_engine
+        self.part: ScriptedPart = engine.side.parts[NAME]
+        self.worker = engine.core.model_executor.driver_worker.worker
+        self.tokens: dict[str, list[int]] = {}
+        self.events: dict[str, list[Event]] = {}
+        self._prompts: dict[str, list[int]] = {}
+        self._notes = RankNotes(self.worker, NAME)
+        self._note_events(self.worker._memshare.parts[NAME])
+
+    @property
+    def logits(self) -> dict[tuple[str, int], Tensor]:
+        return self._notes.logits
+
+    @logits.setter
+    def logits(self, logits: dict[tuple[str, int], Tensor]) -> None:
+        self._notes.logits = logits
+
+    def add(self, name: str, prompt: Sequence[int], tokens: int) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        self._prompts[name], self.events[name] = list(prompt), []
+        self.llm.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        while self.llm.has_unfinished_requests() and not until():
+            for output in self.llm.step():
+                name, tokens = output.request_id, output.outputs[0].token_ids
+                self.tokens[name] = self._prompts[name] + list(tokens)
+
+    def worst(self, name: str, reference: Tensor, start: int = 0) -> float:
+        """The largest difference of logits from the reference's, and it must compare some."""
+        return worst(self.logits, name, reference, start)
+
+    def _note_events(self, part: Any) -> None:
+        before_step, size = part.before_step, part._token_map.block_size
+
+        def note(commands: CompactionCommands) -> None:
+            before_step(commands)
+            for name, seen in self._notes.packings:
+                self.events[name.split("-")[0]].append(event(seen, self.computed(name), size))
+            self._notes.packings.clear()
 
         part.before_step = note
 
@@ -217,6 +257,19 @@ class Watched:
         state = next(s for s in self.part._tracker if s.request_id == request_id)
         # vLLM has counted the step's own tokens when its workers begin it.
         return int(state.request.num_computed_tokens - state.request.num_in_flight_tokens)
+
+
+def worst(
+    logits: Mapping[tuple[str, int], Tensor], name: str, reference: Tensor, start: int = 0
+) -> float:
+    """The largest difference of a request's logits from the reference's behind ``start``."""
+    gaps = [
+        float((row.double() - reference[position, : len(row)]).abs().max())
+        for (request, position), row in logits.items()
+        if request == name and position >= start
+    ]
+    assert len(gaps) >= 20
+    return max(gaps)
 
 
 class Reference:

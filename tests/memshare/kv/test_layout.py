@@ -39,3 +39,38 @@ def test_each_value_is_found(kind: str, stored: torch.dtype) -> None:
     for got, at in zip(found, (keys_at, values_at), strict=True):
         assert got.dtype == torch.float32
         assert torch.equal(got, region[:, :, at])
+
+
+class Fp8Layer:
+    """A backend that stores fp8, divided by the layer's scales, K beside V."""
+
+    head_size, dtype, rotary = CHANNELS, torch.bfloat16, None
+
+    def __init__(self, cache_dtype: str, scales: tuple[float, float]) -> None:
+        self.cache_dtype, self.scales = cache_dtype, scales
+        self.stored = torch.float8_e5m2 if "e5m2" in cache_dtype else torch.float8_e4m3fn
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        scaled = [x.float() / scale for x, scale in zip((keys, values), self.scales, strict=True)]
+        stored = torch.cat(scaled, -1).to(self.stored).view(torch.uint8)
+        cache[slots // SLOTS, :, slots % SLOTS] = stored
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.0173, 3.1), (40.0, 0.003)])
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_fp8_is_read_times_its_scale(cache_dtype: str, scales: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    layer = Fp8Layer(cache_dtype, scales)
+    cache = torch.zeros(BLOCKS, HEADS, SLOTS, 2 * CHANNELS, dtype=torch.uint8)
+    layout = KVLayout.learn(layer, cache)
+    given = [torch.randn(SLOTS, HEADS, CHANNELS) * scale for scale in scales]
+    slots = torch.arange(SLOTS) + 2 * SLOTS
+    layer.write(given[0].bfloat16(), given[1].bfloat16(), cache, slots)
+    by_block = layout.gather(cache, torch.tensor([2]))
+    by_token = layout.gather_tokens(cache, torch.full((SLOTS,), 2), torch.arange(SLOTS))
+    for wanted, block, tokens, scale in zip(given, by_block, by_token, scales, strict=True):
+        assert torch.equal(block[0].transpose(0, 1), tokens)
+        rounding = 0.13 if "e5m2" in cache_dtype else 0.07
+        assert ((tokens - wanted).abs() <= rounding * wanted.abs() + 0.01 * scale).all()

@@ -37,6 +37,7 @@ ACTS: st.SearchStrategy[Act] = st.one_of(
     ),
     st.builds(lambda d: lambda t: t.observe_distance(d), NUMBERS),
     st.builds(lambda s: lambda t: t.observe_lag(s), NUMBERS),
+    st.builds(lambda s: lambda t: t.observe_packing(s), NUMBERS),
     st.builds(lambda n: lambda t: t.note_remap(RemapNote(n, "a", 1, "b", 2)), NUMBERS),
     st.builds(lambda n: lambda t: t.note_compaction(CompactionNote(n, "a", 1, 9, 2, 3)), NUMBERS),
     st.builds(lambda n: lambda t: t.note_preemption(PreemptionNote(n, "a", 3)), NUMBERS),

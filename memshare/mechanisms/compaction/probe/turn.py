@@ -24,7 +24,20 @@ def upright(keys: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
         positions: ``[tokens]`` integers.
         rotation: that they went through.
     """
-    layers, heads, tokens, channels = keys.shape
-    by_token = keys.permute(2, 0, 1, 3).reshape(tokens, layers * heads, 1, channels)
-    turned = rotation.turn(by_token, -positions.long())
-    return turned.view(tokens, layers, heads, channels).permute(1, 2, 0, 3)
+    half = rotation.cos.shape[1]
+    at = positions.long()
+    cos, sin = rotation.cos[at], rotation.sin[at]  # [tokens, half]: the same for all heads
+    turned = torch.empty_like(keys)
+    x, y = _pairs(keys, half, rotation.neox)
+    a, b = _pairs(turned, half, rotation.neox)
+    torch.mul(x, cos, out=a).addcmul_(y, sin)
+    torch.mul(y, cos, out=b).addcmul_(x, sin, value=-1)
+    turned[..., 2 * half :] = keys[..., 2 * half :]
+    return turned
+
+
+def _pairs(keys: Tensor, half: int, neox: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second channel of each pair that rotates."""
+    if neox:
+        return keys[..., :half], keys[..., half : 2 * half]
+    return keys[..., : 2 * half : 2], keys[..., 1 : 2 * half : 2]

@@ -49,10 +49,36 @@ def test_null_entries_are_squeezed_out_and_nothing_else_changes(case: Any) -> No
     assert_squeezed(out, out_lens, wanted)
     gone = [length != int(old) for (_, length), old in zip(wanted, lens, strict=True)]
     rows = np.flatnonzero(gone).tolist()
-    squeeze.squeeze_rows(table, lens, rows, size, nulls, out.zero_(), out_lens.zero_())
+    squeezer = squeeze.RowSqueezer()
+    squeezer.squeeze(table, lens, rows, size, nulls, out.zero_(), out_lens.zero_())
     assert_squeezed(out, out_lens, wanted)
     assert torch.equal(table, before[0])
     assert torch.equal(lens, before[1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_rows_that_change_from_step_to_step(data: st.DataObject) -> None:
+    """Requests grow, lose entries, take each other's rows and come anew."""
+    size, nulls, width = 4, 2, 12
+    squeezer = squeeze.RowSqueezer()
+    blocks = st.lists(st.sampled_from([0, 1, *range(2, 9)]), min_size=width, max_size=width)
+    table = torch.tensor(data.draw(st.lists(blocks, min_size=4, max_size=4)), dtype=torch.int32)
+    lens = torch.tensor(data.draw(st.lists(st.integers(1, 40), min_size=4, max_size=4)))
+    for _ in range(6):
+        row, other = data.draw(st.permutations(range(4)))[:2]
+        match data.draw(st.sampled_from(["same", "grow", "drop", "swap", "new"])):
+            case "grow":
+                lens[row] = min(int(lens[row]) + data.draw(st.integers(1, 5)), width * size)
+            case "drop":
+                table[row, data.draw(st.integers(0, width - 1))] = 1
+            case "swap":
+                table[[row, other]], lens[[row, other]] = table[[other, row]], lens[[other, row]]
+            case "new":
+                table[row] = torch.tensor(data.draw(blocks), dtype=torch.int32)
+        out, out_lens = torch.zeros_like(table), torch.zeros(4, dtype=torch.int32)
+        squeezer.squeeze(table, lens.int(), range(4), size, nulls, out, out_lens)
+        assert_squeezed(out, out_lens, squeezed(table, lens, size, nulls))
 
 
 # ---- the kernel for GPUs ----

@@ -1,4 +1,4 @@
-"""Compaction in engines of other kinds: compiled, and in bfloat16.
+"""Compaction in engines of other kinds: compiled, in bfloat16, and on an fp8 KV cache.
 
 A small model with weights of its own, which starts at once; `test_compaction_exactness.py` has the
 cases.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.memshare.engine.harness import StartEngine
 from tests.memshare.engine.scripted import NAME, Plan, Reference, Watched, registered
@@ -21,13 +23,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 KINDS: dict[str, dict[str, Any]] = {
     "compiled": {"dtype": "float32", "enforce_eager": False},
     "bfloat16": {"dtype": "bfloat16"},
+    "fp8": {"dtype": "float32", "kv_cache_dtype": "fp8"},
 }
+SCALES = (0.04, 0.02)  # of keys and values, as a calibrated checkpoint brings them
 
 
 @pytest.fixture(scope="module")
 def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny model with weights large enough for attention to prefer some tokens."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -41,6 +44,24 @@ def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(made)
 
 
+@contextmanager
+def scaled() -> Iterator[None]:
+    """Models that load have these scales, without a checkpoint that was made for it."""
+    from vllm.model_executor.layers.attention import attention
+
+    default = attention.set_default_quant_scales
+
+    def scale(layer: Any, register_buffer: bool = False) -> None:
+        default(layer, register_buffer)
+        layer._k_scale.fill_(SCALES[0])
+        layer._v_scale.fill_(SCALES[1])
+        layer._k_scale_float, layer._v_scale_float = SCALES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "set_default_quant_scales", scale)
+        yield
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def watched(
     request: pytest.FixtureRequest, start_engine: StartEngine, weights: str
@@ -51,7 +72,11 @@ def watched(
     }
     options = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 128, "max_num_seqs": 4}
     kind = KINDS[request.param]
-    with registered(), start_engine(weights, memshare, **options | kind) as engine:
+    if request.param == "fp8" and not torch.cpu._is_avx512_supported():
+        pytest.skip("vLLM's fp8 KV cache needs a CPU with AVX-512")
+    with registered(), scaled(), start_engine(weights, memshare, **options | kind) as engine:
+        caches = engine.core.model_executor.driver_worker.worker._memshare.parts[NAME]
+        assert caches._layouts[0].scales == (SCALES if request.param == "fp8" else (1.0, 1.0))
         yield Watched(engine)
         assert engine.is_clean()
 

@@ -18,8 +18,13 @@ from hypothesis import given, settings
 from memshare.core.token_map import TokenMap
 from memshare.kv import layout as kv_layout
 from memshare.mechanisms.compaction import worker as worker_module
-from memshare.mechanisms.compaction.messages import CompactionCommands, Packing
+from memshare.mechanisms.compaction.messages import (
+    CompactionCommands,
+    CompactionReport,
+    Packing,
+)
 from memshare.mechanisms.compaction.packing import move_along, plan_moves
+from memshare.mechanisms.compaction.stopwatch import Stopwatch
 from memshare.mechanisms.compaction.worker import CompactionWorkerPart
 from memshare.mechanisms.contract import WorkerContext
 
@@ -34,6 +39,7 @@ class PlainLayer:
     head_size = CHANNELS
     dtype = torch.float32
     cache_dtype = "auto"
+    scales = (1.0, 1.0)
     rotary = None
 
     def write(
@@ -287,3 +293,30 @@ def test_a_cache_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(worker_module.CompactionUnsupported, match=r"layer\.0.*Choose policy"):
         Rig(8)
     assert issubclass(kv_layout.LayoutUnknown, ValueError)
+
+
+def test_what_took_time_is_reported_once_and_of_the_slowest_rank() -> None:
+    rig = Rig(9)
+    rig.part.before_step(CompactionCommands(holes={NAME: 1}))
+    assert rig.part.after_step() is None, "nothing was packed"
+    rig.pack([0, 1, 2], 1)
+    report = rig.part.after_step()
+    assert report is not None
+    assert len(report.seconds) == 1
+    assert report.seconds[0] > 0
+    assert rig.part.after_step() is None
+    report = CompactionReport([0.1, 0.4])
+    report.add(CompactionReport([0.3]))
+    assert report.seconds == [0.3, 0.4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_a_gpus_time_is_told_when_it_is_done() -> None:
+    stopwatch = Stopwatch(torch.device("cuda"))
+    with stopwatch.running():
+        torch.cuda._sleep(10_000_000)
+    torch.cuda.synchronize()
+    (seconds,) = stopwatch.take()
+    assert 1e-4 < seconds < 1
+    assert stopwatch.take() == []
