@@ -36,6 +36,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Read whole numbers from 1 on, separated by ``,``: a ``type`` of ``argparse``."""
+    return tuple(count(word) for word in text.split(","))
+
+
 def whole(text: str) -> int:
     """Read a whole number from 0 on: a ``type`` of ``argparse``."""
     if not text.isdecimal():

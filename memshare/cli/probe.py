@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memshare.cli.options import count, fraction, fractions, new_file, whole
+from memshare.cli.options import count, counts, fraction, fractions, new_file, whole
 from memshare.errors import UserError
 from memshare.lab.markdown import table
 from memshare.small_model.names import SMOLLM2
@@ -21,6 +21,7 @@ from memshare.user_cache import user_cache
 
 if TYPE_CHECKING:
     from memshare.mechanisms.compaction.probe.card import Judged
+    from memshare.mechanisms.compaction.probe.file import Probe
 
 _FREED = "0.25,0.4,0.5"
 _SCORERS = ("probe", "recency", "random")
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_evaluate(
         actions.add_parser("evaluate", help="judge one on other texts", formatter_class=form)
     )
+    _add_pad(actions.add_parser("pad", help="make one for padded heads", formatter_class=form))
     show = actions.add_parser("show", help="print the card of one", formatter_class=form)
     show.add_argument("probe", help="file, or name of one that is kept for the engine")
 
@@ -53,11 +55,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--own", type=whole, metavar="COUNT", help="texts that the model writes itself (default: "
         "0 with other texts, else 16)",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: NAME.safetensors where "
-        "engines look, in the user's cache",
-    )  # fmt: skip
-    parser.add_argument("--name", help="of the probe (default: the last part of --model)")
+    _add_output(parser)
     parser.add_argument("--licences", default="", help="of model and texts, for the card")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="for what was read and trained so far (default: "
@@ -73,8 +71,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--neighbours", type=whole, default=2, help="tokens on each side that are averaged over"
     )
     parser.add_argument(
-        "--heads-together", type=count, metavar="HEADS", help="KV heads that a network reads; a "
-        "rank must have whole groups of them, so 1 fits every tensor-parallel size (default: all)",
+        "--heads-together", type=counts, default=(), metavar="HEADS", help="KV heads that a "
+        "network reads, separated by ',': the file has networks of each kind, and a rank uses the "
+        "largest of which it has whole groups (default: all of a layer, and 1, which fits every "
+        "tensor-parallel size)",
     )  # fmt: skip
 
 
@@ -89,6 +89,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scorers", default="probe", help=f"separated by ','; of {', '.join(_SCORERS)}"
     )
+    parser.add_argument(
+        "--heads-together", type=count, metavar="HEADS", help="which of the probe's networks "
+        "(default: those that read the most heads)",
+    )  # fmt: skip
     parser.add_argument("--recent", type=whole, default=128, help="last tokens that always stay")
     parser.add_argument(
         "--position-weight", type=fraction, default=0.7, help="policy.position_weight"
@@ -100,6 +104,24 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=count, default=16, help="texts")
     parser.add_argument("--record", action="store_true", help="add the probe's figures to its card")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the table there")
+
+
+def _add_pad(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes the probe of a model's copy with padded heads (`memshare model --pad-heads-to`) out "
+        "of the model's own. Nothing is trained."
+    )
+    parser.add_argument("probe", help="of the model: file, or name of one that is installed")
+    parser.add_argument("--model", required=True, help="the copy: name or folder")
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: NAME.safetensors where "
+        "engines look, in the user's cache",
+    )  # fmt: skip
+    parser.add_argument("--name", help="of the probe (default: the last part of --model)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -133,18 +155,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: model, texts or probe cannot be used.
     """
-    return {"train": _train, "evaluate": _evaluate, "show": _show}[args.action](args)
+    actions = {"train": _train, "evaluate": _evaluate, "pad": _pad, "show": _show}
+    return actions[args.action](args)
 
 
 def _train(args: argparse.Namespace) -> int:
     from memshare.lab.probe.fit import Fit
     from memshare.lab.probe.train import TrainingPlan, train
-    from memshare.mechanisms.compaction.probe.file import ENDING, write_probe
     from memshare.small_model.names import resolve_model
 
-    name = args.name or args.model.rstrip("/").rpartition("/")[2]
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--name {name!r}: give letters, digits, '.', '_' and '-'")
+    name = _name(args)
     recorded = _kinds(args.texts)
     own = args.own if args.own is not None else 0 if recorded or args.solutions else 16
     kept = user_cache() / "probes"
@@ -159,20 +179,29 @@ def _train(args: argparse.Namespace) -> int:
         freed=tuple(fractions("--freed", args.freed)),
         folds=args.folds,
         judged=args.judged,
-        how=Fit(
-            hidden=args.hidden, steps=args.steps, neighbours=args.neighbours,
-            together=args.heads_together,
-        ),
+        together=args.heads_together,
+        how=Fit(hidden=args.hidden, steps=args.steps, neighbours=args.neighbours),
         work=args.work or kept / "work" / name,
         device=args.device,
         dtype=args.dtype,
         licences=args.licences,
     )  # fmt: skip
-    probe = train(plan)
-    output = args.output or kept / f"{name}{ENDING}"
-    write_probe(probe, output)
-    print(probe.card.markdown())
-    print(f"written: {output}")
+    _write(train(plan), name, args.output)
+    return 0
+
+
+def _pad(args: argparse.Namespace) -> int:
+    from memshare.lab.probe.padded import pad_probe
+    from memshare.mechanisms.compaction.probe.file import ProbeUnusable, read_probe
+    from memshare.mechanisms.compaction.probe.find import named_probe
+    from memshare.small_model.names import resolve_model
+
+    name = _name(args)
+    try:
+        original = read_probe(named_probe(args.probe))
+    except ProbeUnusable as reason:
+        raise UserError(str(reason)) from None
+    _write(pad_probe(original, name, Path(resolve_model(args.model))), name, args.output)
     return 0
 
 
@@ -189,6 +218,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         recorded=_kinds(args.texts),
         solutions=args.solutions,
         probe=args.probe,
+        together=args.heads_together,
         scorers=tuple(scorers),
         prefix=args.prefix,
         continuation=args.continuation,
@@ -218,6 +248,24 @@ def _show(args: argparse.Namespace) -> int:
     except ProbeUnusable as reason:
         raise UserError(str(reason)) from None
     return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """What the probe is to be called."""
+    name: str = args.name or args.model.rstrip("/").rpartition("/")[2]
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"--name {name!r}: give letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _write(probe: Probe, name: str, output: Path | None) -> None:
+    """Write a probe where engines look, or to ``output``, and print its card."""
+    from memshare.mechanisms.compaction.probe.file import ENDING, write_probe
+
+    path = output or user_cache() / "probes" / f"{name}{ENDING}"
+    write_probe(probe, path)
+    print(probe.card.markdown())
+    print(f"written: {path}")
 
 
 def _kinds(words: list[str]) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from memshare.cli.options import count, fractions, new_file, whole
 from memshare.errors import UserError
-from memshare.lab.bench.arms import DENSE, POLICIES, Arm, require_usable, sharing_arms
+from memshare.lab.bench.arms import DENSE, POLICIES, Arm, limits, require_usable, sharing_arms
 from memshare.lab.bench.engine_process import OnProgress, call_in_process
 from memshare.lab.bench.estimate import Work, estimate, in_words
 from memshare.lab.bench.progress import ProgressBars
@@ -202,7 +202,7 @@ def _how_long(plan: ReplayPlan, runs: int) -> str:
 def _row(plan: ReplayPlan, arm: str, fraction: float, on_progress: OnProgress) -> ReplayRow:
     options = sharing_arms()[arm] | {
         "trigger": {"kind": "eager"},
-        "budget": {"max_shared_fraction": fraction},
+        "budget": limits(fraction),
         "protect": {"recent_tokens": plan.recent},
     }
     result = _measure(plan, Arm(f"{arm}-{fraction}", options), on_progress)

@@ -20,6 +20,7 @@ from memshare.cli.options import count, fractions, positive, whole
 from memshare.config import without_fields
 from memshare.core.token_map import TokenMap
 from memshare.errors import UserError
+from memshare.lab.bench.arms import limits
 from memshare.lab.markdown import table_head, table_row
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _rows(
     for name, (own_jobs, budget) in arms.items():
         options = {
             "policy": {"name": args.policy},
-            "budget": {"max_shared_fraction": budget, "max_dropped_fraction": budget},
+            "budget": limits(budget),
             "protect": {"recent_tokens": args.recent},
         }
         yield _row(machine, name, simulate(engine, own_jobs, by_age(options)), dense)

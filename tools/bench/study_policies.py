@@ -26,10 +26,15 @@ from memshare.core.token_map import TokenMap
 from memshare.lab.bench.models import resolve
 from memshare.lab.bench.workloads import Source
 from memshare.lab.markdown import table_head, table_row
+from memshare.lab.probe.evaluate import Dropping, judge
+from memshare.lab.probe.judging import probe_for, scorer_for
+from memshare.lab.probe.reader import CacheReader, CacheReading
 from memshare.lab.problems import FAMILIES, generate
 from memshare.lab.replay.divergence import Divergence
 from memshare.lab.replay.prefilled import PrefilledTrace, Reader
 from memshare.lab.replay.traces import load_traces
+from memshare.mechanisms.compaction.params import CompactionParams
+from memshare.mechanisms.compaction.scorers.contract import TokenScorer
 from memshare.small_model.reasoner import NAME as REASONER
 
 HEADS = (
@@ -50,6 +55,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "twins floor 0.1": {"name": "twins", "min_coverage": 0.1},
     "twins floor 0.25": {"name": "twins", "min_coverage": 0.25},
     "control": {"name": "twins", "order": "least_covered", "min_coverage": 0.0},
+    "compaction": {"name": "compaction"},
+    "compaction recency": {"name": "compaction", "scorer": "recency"},
+    # Chance alone: a place has no weight.
+    "compaction random": {"name": "compaction", "scorer": "random", "position_weight": 0.0},
 }
 
 
@@ -77,6 +86,40 @@ def solutions(reader: Reader, options: argparse.Namespace) -> Iterator[Prefilled
         yield reader.read(prompt, text, token_map.first_position(full))
 
 
+class Compactor:
+    """Drops tokens of what has been read, as the policy ``compaction`` chooses them."""
+
+    def __init__(self, model: str, token_map: TokenMap, recent: int) -> None:
+        """Load the model: ``model`` is resolved; the others as for :class:`Reader`."""
+        self._reader = CacheReader(model)
+        self._model, self._map, self._recent = model, token_map, recent
+        self._scorers: dict[str, TokenScorer] = {}
+
+    def judge(
+        self, prefilled: PrefilledTrace, params: CompactionParams, fraction: float
+    ) -> tuple[npt.NDArray[np.float32], float]:
+        """Damage (see :meth:`Reader.judge`), and the fraction of the blocks that was freed."""
+        full = self._map.full(prefilled.prefix)
+        gone = int(fraction * full)
+        reading = CacheReading(
+            prefilled.tokens, prefilled.prompt, prefilled.prefix,
+            prefilled.keys, prefilled.values, prefilled.log_probs,
+        )  # fmt: skip
+        dropped = self._map.first_position(gone) / prefilled.prefix
+        how = Dropping(dropped, self._recent, params.position_weight)
+        return judge(self._reader, reading, self._scorer(params), how), gone / full
+
+    def _scorer(self, params: CompactionParams) -> TokenScorer:
+        name = params.scorer
+        if name not in self._scorers:
+            reader, probe = self._reader, None
+            if name == "probe":
+                _, probe = probe_for(self._model, params.probe, reader)
+            together = probe.card.together[0] if probe else reader.heads
+            self._scorers[name] = scorer_for(name, probe, together, reader)
+        return self._scorers[name]
+
+
 def main() -> None:
     """Print one table a freed fraction."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,11 +139,20 @@ def main() -> None:
     parser.add_argument("--tensors", default=DistanceConfig().tensors, help="distance.tensors")
     parser.add_argument("--kv", choices=("float32", "fp8"), default="float32", help="of the cache")
     options = parser.parse_args()
+    arms = [arm.strip() for arm in options.arms.split(",")]
+    chosen = {arm: MemShareConfig.model_validate({"policy": ARMS[arm]}).policy for arm in arms}
+    compacts = any(isinstance(params, CompactionParams) for params in chosen.values())
+    if compacts and options.kv == "fp8":
+        parser.error("--kv fp8: compaction is judged over float32 alone; leave its arms out")
 
     model = options.model or ("smollm2-135m" if options.family is None else REASONER)
     distance = DistanceConfig.model_validate({"layers": options.layers, "tensors": options.tensors})
     reader = Reader(resolve(model), options.block_size, options.recent, distance)
-    arms = [arm.strip() for arm in options.arms.split(",")]
+    compactor = (
+        Compactor(resolve(model), TokenMap(options.block_size), options.recent)
+        if compacts
+        else None
+    )
     fractions = [float(fraction) for fraction in options.freed.split(",")]
     measured: dict[tuple[float, str], list[npt.NDArray[np.float32]]] = {}
     gone: dict[tuple[float, str], list[float]] = {}
@@ -109,11 +161,15 @@ def main() -> None:
         prefilled = exact if options.kv == "float32" else reader.in_fp8(exact)
         for fraction in fractions:
             for arm in arms:
-                params = MemShareConfig.model_validate({"policy": ARMS[arm]}).policy
-                prefix = reader.give_up(prefilled, params, fraction)
-                damage = reader.judge(prefilled, prefix.donor_of)
+                params = chosen[arm]
+                if compactor is not None and isinstance(params, CompactionParams):
+                    damage, freed = compactor.judge(prefilled, params, fraction)
+                else:
+                    prefix = reader.give_up(prefilled, params, fraction)
+                    damage = reader.judge(prefilled, prefix.donor_of)
+                    freed = len(prefix.donor_of) / prefix.full
                 measured.setdefault((fraction, arm), []).append(damage)
-                gone.setdefault((fraction, arm), []).append(len(prefix.donor_of) / prefix.full)
+                gone.setdefault((fraction, arm), []).append(freed)
         read += 1
         print(f"{read} read", file=sys.stderr, flush=True)
         if read == options.limit:

@@ -126,11 +126,16 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
             kv_dtype = "auto" if policy == name else "fp8"
             for budget in budgets:
                 shown = name if len(budgets) == 1 else f"{name} {budget:g}"
-                limits = {"max_shared_fraction": budget, "max_dropped_fraction": budget}
-                yield Arm(shown, common | policies[policy] | {"budget": limits}, kv_dtype)
+                options = common | policies[policy] | {"budget": limits(budget)}
+                yield Arm(shown, options, kv_dtype)
         else:
             known = ", ".join((*_OTHERS, *policies))
             raise UserError(f"there is no arm {name!r}; choose of {known}; {_ON_FP8}")
+
+
+def limits(fraction: float) -> dict[str, float]:
+    """Options that let any policy give up a fraction of each request's blocks."""
+    return {"max_shared_fraction": fraction, "max_dropped_fraction": fraction}
 
 
 def _require_once(option: str, values: list[str]) -> None:

@@ -141,10 +141,18 @@ def _compact(
 
 @dataclass(slots=True)
 class Tally:
-    """Damage to texts, one measurement after another."""
+    """Damage to texts, one measurement after another.
+
+    Attributes:
+        kind: of the texts.
+        prefix: tokens of each.
+        together: KV heads that the networks read together which chose.
+        measured: see :func:`judge`.
+    """
 
     kind: str
     prefix: int
+    together: int
     measured: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     def judged(self, freed: float, every: int = 0) -> Judged:
@@ -155,6 +163,7 @@ class Tally:
             prefix=self.prefix,
             freed=freed,
             every=every,
+            together=self.together,
             kl=float(np.mean([one[:, _KL].mean() for one in self.measured])),
             same_top=float(np.mean([one[:, _TOP].mean() for one in self.measured])),
             unchanged=sum(bool((one[:, _TOP] == 1).all()) for one in self.measured),

@@ -36,6 +36,7 @@ class JudgingPlan:
         recorded: folders of texts by their kinds.
         solutions: worked problems of the test reasoner.
         probe: file or name; None takes the one that fits.
+        together: KV heads that its networks read together; None for the most.
         scorers: ``probe``, ``recency``, ``random``; the last one without a weight of positions.
         prefix: tokens of each text of which some are dropped.
         continuation: tokens behind it.
@@ -53,6 +54,7 @@ class JudgingPlan:
     recorded: dict[str, Path]
     solutions: int
     probe: str | None
+    together: int | None
     scorers: tuple[str, ...]
     prefix: int
     continuation: int
@@ -73,8 +75,9 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
         UserError: model, probe or texts cannot be used.
     """
     reader = CacheReader(plan.model, plan.device, plan.dtype)
-    found = _probe(plan, reader) if "probe" in plan.scorers else None
+    found = probe_for(plan.model, plan.probe, reader) if "probe" in plan.scorers else None
     probe = found and found[1]
+    together = _together(plan, probe, reader)
     texts = _texts(plan, reader, frozenset(probe.card.seen if probe else ()))
     tallies: dict[tuple[str, str, float], Tally] = {}
     for text in tqdm(texts, desc="judging", unit="text", disable=None):
@@ -85,8 +88,11 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
             weight = 0.0 if name == "random" else plan.position_weight
             for freed in plan.freed:
                 how = Dropping(freed, plan.recent, weight, plan.every)
-                tally = tallies.setdefault((name, text.kind, freed), Tally(text.kind, prefix))
-                tally.measured.append(judge(reader, reading, _scorer(name, probe, reader), how))
+                tally = tallies.setdefault(
+                    (name, text.kind, freed), Tally(text.kind, prefix, together)
+                )
+                scorer = scorer_for(name, probe, together, reader)
+                tally.measured.append(judge(reader, reading, scorer, how))
     rows = [(name, tally.judged(freed, plan.every)) for (name, _, freed), tally in tallies.items()]
     if plan.record and found is not None:
         path, probe = found
@@ -95,13 +101,23 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
     return rows
 
 
-def _probe(plan: JudgingPlan, reader: CacheReader) -> tuple[Path, Probe]:
-    model = ServedModel(plan.model, reader.layers, reader.heads, reader.channels)
+def probe_for(model: str, name: str | None, reader: CacheReader) -> tuple[Path, Probe]:
+    """The probe to judge, and its file.
+
+    Args:
+        model: resolved: folder or hub id.
+        name: file or name of the probe; None takes the one that fits.
+        reader: of the model.
+
+    Raises:
+        UserError: there is none, or it does not fit.
+    """
+    served = ServedModel(model, reader.layers, reader.heads, reader.channels)
     try:
-        path = find_probe(plan.probe, model)
+        path = find_probe(name, served)
         if path is None:
             raise UserError(
-                f"no probe fits {plan.model}; name one with --probe, or train one with `memshare "
+                f"no probe fits {model}; name one with --probe, or train one with `memshare "
                 "probe train`"
             )
         return path, read_probe(path)
@@ -133,12 +149,32 @@ def _texts(plan: JudgingPlan, reader: CacheReader, seen: frozenset[str]) -> list
     return unseen[: plan.limit]
 
 
-def _scorer(name: str, probe: Probe | None, reader: CacheReader) -> TokenScorer:
+def _together(plan: JudgingPlan, probe: Probe | None, reader: CacheReader) -> int:
+    """How many heads are read together; all of them by scorers that read none."""
+    if probe is None or plan.together is None:
+        return probe.card.together[0] if probe else reader.heads
+    if plan.together not in probe.card.together:
+        known = ", ".join(map(str, probe.card.together))
+        raise UserError(
+            f"--heads-together {plan.together}: the probe has networks that read {known} together"
+        )
+    return plan.together
+
+
+def scorer_for(name: str, probe: Probe | None, together: int, reader: CacheReader) -> TokenScorer:
+    """A scorer over a text that ``reader`` has read.
+
+    Args:
+        name: ``probe``, ``recency`` or ``random``.
+        probe: for the first.
+        together: which of its networks.
+        reader: of the model.
+    """
     if name == "recency":
         return Recency()
     if name == "random":
         return RandomScorer(seed=0, first_head=0)
     assert probe is not None  # it was asked for
-    network = probe.network()
+    network = probe.network(together)
     whole = network.part(0, reader.heads, torch.device(reader.device))
     return ProbeScorer(whole, reader.rotation, probe.card.neighbours)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +51,9 @@ class TrainingPlan:
         freed: fractions of the prefix that are dropped to judge it.
         folds: of the cross-validation; 0 leaves it out.
         judged: texts whose damage is measured, at most; 0 measures rank correlation alone.
-        how: hyperparameters.
+        together: KV heads that networks read together, a kind of networks each; empty for two
+            kinds: all heads of a layer, and each alone.
+        how: hyperparameters; their ``together`` is not looked at.
         work: folder for what was read and trained so far.
         device: as torch names it.
         dtype: of weights and cache.
@@ -67,6 +70,7 @@ class TrainingPlan:
     freed: tuple[float, ...]
     folds: int
     judged: int
+    together: tuple[int, ...]
     how: Fit
     work: Path
     device: str
@@ -83,10 +87,14 @@ def train(plan: TrainingPlan) -> Probe:
     reader = CacheReader(plan.model, plan.device, plan.dtype)
     weights = fingerprint(plan.model)
     samples = Samples(plan.work, weights, plan.prefix)
+    kinds = _kinds(plan, reader)
     texts = _texts(plan, reader)
     read = samples.collect(texts, reader)
-    validation = _cross_validate(plan, reader, read) if plan.folds else _Validation()
-    tensors = _fit(plan, reader, read, "training")
+    validation = _cross_validate(plan, reader, read, kinds) if plan.folds else _Validation()
+    tensors = {
+        together: _fit(plan, reader, read, together, f"training, heads together: {together}")
+        for together in kinds
+    }
     counts = Counter(text.kind for text in texts)
     card = ProbeCard(
         model=plan.name,
@@ -94,7 +102,7 @@ def train(plan: TrainingPlan) -> Probe:
         layers=reader.layers,
         heads=reader.heads,
         channels=reader.channels,
-        together=plan.how.together or reader.heads,
+        together=kinds,
         turn=turn_of(reader.rotation),
         neighbours=plan.how.neighbours,
         hidden=plan.how.hidden,
@@ -108,7 +116,9 @@ def train(plan: TrainingPlan) -> Probe:
             for kind, count in counts.items()
         ),
         seen=tuple(sorted(text.digest for text in texts)),
-        rank_correlation=validation.rank_correlation,
+        rank_correlation={
+            together: sum(found) / len(found) for together, found in validation.correlations.items()
+        },
         judged=validation.judged(),
         made_by=f"MemShare {__version__}, {datetime.now(UTC):%Y-%m-%d}",
         licences=plan.licences,
@@ -120,18 +130,32 @@ def train(plan: TrainingPlan) -> Probe:
 class _Validation:
     """What was found on texts that the probe of their fold had not seen."""
 
-    correlations: list[float] = field(default_factory=list)
-    tallies: dict[tuple[str, float], Tally] = field(default_factory=dict)
-
-    @property
-    def rank_correlation(self) -> float | None:
-        return sum(self.correlations) / len(self.correlations) if self.correlations else None
+    correlations: dict[int, list[float]] = field(default_factory=dict)
+    tallies: dict[tuple[str, float, int], Tally] = field(default_factory=dict)
 
     def judged(self) -> tuple[Judged, ...]:
-        return tuple(tally.judged(freed) for (_, freed), tally in self.tallies.items())
+        return tuple(tally.judged(freed) for (_, freed, _), tally in self.tallies.items())
 
 
-def _cross_validate(plan: TrainingPlan, reader: CacheReader, read: Sequence[Sample]) -> _Validation:
+def _kinds(plan: TrainingPlan, reader: CacheReader) -> tuple[int, ...]:
+    """How many heads are read together, the most first.
+
+    Raises:
+        UserError: the model's heads do not make such groups.
+    """
+    kinds = set(plan.together) or {reader.heads, 1}
+    for together in kinds:
+        if reader.heads % together:
+            raise UserError(
+                f"--heads-together {together}: {plan.model} has {reader.heads} KV heads; give "
+                f"divisors of that"
+            )
+    return tuple(sorted(kinds, reverse=True))
+
+
+def _cross_validate(
+    plan: TrainingPlan, reader: CacheReader, read: Sequence[Sample], kinds: Sequence[int]
+) -> _Validation:
     """Train without each fold in turn, and measure on it."""
     if len(read) < 2:
         raise UserError("--folds: cross-validation takes two texts; give more, or --folds 0")
@@ -141,18 +165,22 @@ def _cross_validate(plan: TrainingPlan, reader: CacheReader, read: Sequence[Samp
     for number, part in enumerate(parts, start=1):
         seen = [sample for i, sample in enumerate(read) if i not in part]
         unseen = [read[i] for i in part]
-        tensors = _fit(plan, reader, seen, f"fold {number} of {len(parts)}")
-        network = _by_layer(tensors, plan.how.neighbours)
-        found.correlations.append(rank_correlation(unseen, reader.layers, network))
+        scorers = {}
+        for together in kinds:
+            title = f"fold {number} of {len(parts)}, heads together: {together}"
+            tensors = _fit(plan, reader, seen, together, title)
+            network = _by_layer(tensors, plan.how.neighbours)
+            correlation = rank_correlation(unseen, reader.layers, network)
+            found.correlations.setdefault(together, []).append(correlation)
+            probe = ProbeNetwork(tensors, plan.how.neighbours)
+            scorers[together] = ProbeScorer(probe, reader.rotation, plan.how.neighbours)
+            logger.info(
+                "fold %d, heads together: %d: rank correlation %.3f on %d texts",
+                number, together, correlation, len(unseen),
+            )  # fmt: skip
         chosen = [sample.text for sample in unseen if sample.text.digest in to_judge]
-        probe = ProbeNetwork(tensors, plan.how.neighbours)
-        scorer = ProbeScorer(probe, reader.rotation, plan.how.neighbours)
         for text in tqdm(chosen, desc="judging", unit="text", disable=None):
-            _judge(plan, reader, text, scorer, found)
-        logger.info(
-            "fold %d: rank correlation %.3f on %d texts",
-            number, found.correlations[-1], len(unseen),
-        )  # fmt: skip
+            _judge(plan, reader, text, scorers, found)
     return found
 
 
@@ -169,20 +197,26 @@ def _to_judge(plan: TrainingPlan, read: Sequence[Sample]) -> frozenset[str]:
 
 
 def _judge(
-    plan: TrainingPlan, reader: CacheReader, text: Text, scorer: ProbeScorer, found: _Validation
+    plan: TrainingPlan,
+    reader: CacheReader,
+    text: Text,
+    scorers: Mapping[int, ProbeScorer],
+    found: _Validation,
 ) -> None:
     prefix = text.cut or plan.prefix
     rest = len(text.tokens) - prefix if text.cut else plan.continuation
     reading = reader.read(text, prefix, rest)
-    for freed in plan.freed:
-        tally = found.tallies.setdefault((text.kind, freed), Tally(text.kind, prefix))
+    for (together, scorer), freed in product(scorers.items(), plan.freed):
+        key = (text.kind, freed, together)
+        tally = found.tallies.setdefault(key, Tally(text.kind, prefix, together))
         tally.measured.append(judge(reader, reading, scorer, Dropping(freed)))
 
 
 def _fit(
-    plan: TrainingPlan, reader: CacheReader, samples: Sequence[Sample], title: str
+    plan: TrainingPlan, reader: CacheReader, samples: Sequence[Sample], together: int, title: str
 ) -> dict[str, Tensor]:
-    return fit(samples, reader.layers, plan.how, plan.work, plan.device, title)
+    how = replace(plan.how, together=together)
+    return fit(samples, reader.layers, how, plan.work, plan.device, title)
 
 
 def _by_layer(tensors: dict[str, Tensor], neighbours: int) -> Callable[[int], ProbeNetwork]:

@@ -16,8 +16,10 @@ from memshare.lab.probe.fit import Fit, fit
 from memshare.lab.probe.reader import CacheReader, LargestAttention
 from memshare.lab.probe.texts import Text, folds, recorded_texts, solutions
 from memshare.mechanisms.compaction.probe.file import read_probe
+from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
 from memshare.mechanisms.compaction.scorers.random import RandomScorer
 from memshare.mechanisms.compaction.scorers.recency import Recency
+from memshare.small_model.head_padding import pad_heads
 from tests.memshare.engine.harness import write_tiny_model
 
 PREFIX, REST, PROMPT = 320, 24, 20
@@ -227,10 +229,12 @@ def test_the_command_trains_judges_and_shows(
     assert main(["probe", "train", *common, "--texts", f"sums={texts}", *train]) == 0
     probe = read_probe(tmp_path / "cache/memshare/probes/tiny.safetensors")
     assert (probe.card.layers, probe.card.heads, probe.card.channels) == (LAYERS, HEADS, CHANNELS)
-    assert probe.card.together == HEADS
-    assert [(row.kind, row.texts) for row in probe.card.judged] == [("sums", 2)]
-    assert probe.card.rank_correlation is not None
-    assert "| 2 sums | 300 | 40% | yes |" in capsys.readouterr().out
+    assert probe.card.together == (HEADS, 1)
+    assert [(row.kind, row.texts, row.together) for row in probe.card.judged] == [
+        ("sums", 2, HEADS), ("sums", 2, 1),
+    ]  # fmt: skip
+    assert set(probe.card.rank_correlation) == {HEADS, 1}
+    assert "| 2 sums | 300 | 40% | yes | 2 |" in capsys.readouterr().out
 
     others = tmp_path / "others"
     others.mkdir()
@@ -246,8 +250,19 @@ def test_the_command_trains_judges_and_shows(
     ]  # fmt: skip
     assert main([*evaluate, "--every", "64", "--record", "--texts", str(others)]) == 0
     recorded = read_probe(tmp_path / "cache/memshare/probes/tiny.safetensors")
-    assert [(row.kind, row.every) for row in recorded.card.judged] == [("others", 64), ("sums", 0)]
-    assert all(torch.equal(recorded.tensors[n], tensor) for n, tensor in probe.tensors.items())
+    assert [(row.kind, row.every, row.together) for row in recorded.card.judged] == [
+        ("others", 64, HEADS), ("sums", 0, HEADS), ("sums", 0, 1),
+    ]  # fmt: skip
+    for together, named in probe.tensors.items():
+        assert all(torch.equal(recorded.tensors[together][n], t) for n, t in named.items())
+    alone = tmp_path / "alone.json"
+    words = [*evaluate, "--heads-together", "1", "--texts", str(others), "--json", str(alone)]
+    assert main(words) == 0
+    damage = {row["scorer"]: row["kl"] for row in json.loads(alone.read_text())}
+    assert damage["random"] == rows[1]["kl"]
+    assert damage["probe"] != rows[0]["kl"]
+    assert main([*evaluate, "--heads-together", "3", "--texts", str(others)]) == 1
+    assert "--heads-together 3: the probe has networks that read 2, 1" in capsys.readouterr().err
     assert main([*evaluate, "--texts", str(texts)]) == 1
     assert "was trained on each of these texts" in capsys.readouterr().err
 
@@ -268,12 +283,45 @@ def test_the_model_writes_texts_itself(
     assert (trained.kind, trained.texts) == ("texts of its own", 2)
 
 
+def test_a_padded_model_has_the_probe_of_its_original(
+    model: Path,
+    reader: CacheReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    train = ["probe", "train", "--model", str(model), "--own", "2", "--steps", "2", "--hidden", "4"]
+    assert main([*train, "--prefix", "300", "--name", "tiny", "--folds", "0"]) == 0
+    copy = pad_heads(model, tmp_path / "copy", 4)
+    assert main(["probe", "pad", "tiny", "--model", str(copy)]) == 0
+    original, padded = (
+        read_probe(tmp_path / f"memshare/probes/{name}.safetensors") for name in ("tiny", "copy")
+    )
+    assert (padded.card.heads, padded.card.together, padded.card.model) == (4, (1,), "copy")
+    served = ServedModel(str(copy), LAYERS, 2, CHANNELS, ranks=2)
+    assert find_probe(None, served) == tmp_path / "memshare/probes/copy.safetensors"
+
+    wide = CacheReader(str(copy))
+    worths = []
+    for one, probe in ((reader, original), (wide, padded)):
+        reading = one.read(text(one), PREFIX)
+        worths.append(probe.network(1).worth(one.upright(reading.keys), reading.values))
+    assert worths[1].shape == (LAYERS, 4, PREFIX)
+    assert torch.allclose(worths[1][:, :HEADS], worths[0], atol=1e-3)
+
+    capsys.readouterr()
+    assert main(["probe", "pad", "tiny", "--model", str(model)]) == 1
+    assert "is no copy of tiny with padded heads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--texts", "nowhere"], "--texts nowhere: there is no folder nowhere"),
         (["--own", "0"], "there is nothing to train on; give --texts DIR or --own COUNT"),
         (["--name", "a/b"], "--name 'a/b': give letters"),
+        (["--heads-together", "3"], "--heads-together 3: "),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

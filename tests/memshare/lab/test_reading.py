@@ -22,6 +22,7 @@ from memshare.mechanisms.baselines.params import OldestParams
 from memshare.mechanisms.step_pairs.params import PaperParams
 from memshare.mechanisms.twins.params import TwinsParams
 from tests.memshare.engine.harness import write_tiny_model
+from tools.bench import study_policies
 
 SIZE = 32
 STEP = "So the sum of both is 42, and I check it.\n\n"
@@ -192,3 +193,31 @@ def test_a_text_is_drawn(model: Path, tmp_path: Path, kind: str, name: str) -> N
         spans = re.findall(r'"text": ("(?:[^"\\]|\\.)*")', text)
         assert "".join(map(json.loads, spans)) == TEXT[:600]
         assert '"kind": "gone"' in text
+
+
+def test_policies_are_studied_beside_compaction(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "story.json").write_text(json.dumps({"problem": PROMPT, "reasoning": TEXT}))
+    arms = "oldest,compaction recency,compaction random"
+    words = [
+        "study", "--traces", str(tmp_path), "--model", str(model), "--arms", arms,
+        "--prefix", "400",
+        "--continuation", "80", "--recent", "64", "--freed", "0,0.25",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    study_policies.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
+    nothing, some = rows[:3], rows[3:]
+    assert [row[0].strip("| ") for row in some] == arms.split(",")
+    damage = {row[0]: float(row[2].split()[0]) for row in rows}
+    assert {row[1] for row in nothing} == {"0.0%"}
+    assert {row[2].split()[0].lstrip("-") for row in nothing} == {"0.0000"}
+    assert {row[1] for row in some} == {"25.0%"}
+    assert len(set(damage.values())) == 3
+    assert min(damage.values()) > 1e-3
+
+    monkeypatch.setattr("sys.argv", [*words, "--kv", "fp8"])
+    with pytest.raises(SystemExit):
+        study_policies.main()
+    assert "--kv fp8: compaction is judged over float32 alone" in capsys.readouterr().err

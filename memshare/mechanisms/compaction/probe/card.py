@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from memshare.config.fields import Fraction
 
-FORMAT = 1
+FORMAT = 2
 """Of the file. Raised when older readers would misread it."""
 
 
@@ -33,6 +33,7 @@ class Judged(_Record):
         prefix: tokens of each, of which some were dropped.
         freed: fraction of them that was dropped, in every layer and head.
         every: tokens from one compaction to the next, as serving does it; 0 if once, at the end.
+        together: KV heads that the networks read together.
         kl: KL divergence of the next-token distributions from the exact ones, nats per token.
         same_top: fraction of tokens whose most likely next token stays the same.
         unchanged: texts in which it stays so at every token.
@@ -43,6 +44,7 @@ class Judged(_Record):
     prefix: int
     freed: Fraction
     every: int = 0
+    together: int
     kl: float
     same_top: Fraction
     unchanged: int
@@ -63,7 +65,8 @@ class ProbeCard(_Record):
         layers: attention layers of the model.
         heads: KV heads of each, over all ranks.
         channels: of one head.
-        together: KV heads that a network reads together: a rank must have whole groups of them.
+        together: KV heads that a network reads together, the most first: the file has networks of
+            each kind. A rank uses the first kind of which it has whole groups.
         turn: angle by which each rotated pair of key channels turns from one position to the next,
             in radians.
         neighbours: tokens on each side that the probe averages over.
@@ -72,7 +75,7 @@ class ProbeCard(_Record):
         trained_on: texts.
         seen: digests of these, so that nobody judges it by them.
         rank_correlation: Spearman's, of what it tells and what it was to tell, mean over layers,
-            heads and texts, on texts that it has not seen.
+            heads and texts, on texts that it has not seen; by heads read together.
         judged: its damage.
         made_by: MemShare's version, and the date.
         licences: of model and texts.
@@ -84,36 +87,44 @@ class ProbeCard(_Record):
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
     channels: int = Field(ge=1)
-    together: int = Field(ge=1)
+    together: tuple[int, ...] = Field(min_length=1)
     turn: tuple[float, ...]
     neighbours: int = Field(ge=0)
     hidden: int = Field(ge=1)
     target: str
     trained_on: tuple[TrainingTexts, ...]
     seen: tuple[str, ...] = ()
-    rank_correlation: float | None = None
+    rank_correlation: dict[int, float] = Field(default_factory=dict)
     judged: tuple[Judged, ...] = ()
     made_by: str
     licences: str = ""
 
     def with_judged(self, rows: Iterable[Judged]) -> Self:
         """The card with some measurements more, instead of older ones of the same kind."""
-        known = {(row.kind, row.freed, row.every): row for row in self.judged}
-        known |= {(row.kind, row.freed, row.every): row for row in rows}
+        known = {_what(row): row for row in (*self.judged, *rows)}
         return self.model_copy(update={"judged": tuple(known[key] for key in sorted(known))})
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
-        if self.heads % self.together:
-            raise ValueError(f"heads: {self.heads} do not make groups of together: {self.together}")
+        for together in self.together:
+            if together < 1 or self.heads % together:
+                raise ValueError(f"heads: {self.heads} do not make groups of together: {together}")
+        if list(self.together) != sorted(set(self.together), reverse=True):
+            raise ValueError(f"together: {self.together} must fall")
         return self
+
+    def group(self, heads: int) -> int | None:
+        """How many heads the networks read together that a rank with ``heads`` uses; None if it has
+        whole groups of no kind."""
+        return next((together for together in self.together if heads % together == 0), None)
 
     @property
     def tensor_parallel_sizes(self) -> tuple[int, ...]:
         """Sizes whose ranks have whole groups of heads each. Where a group is one head, larger
         sizes can be used too that repeat heads."""
-        groups = self.heads // self.together
-        return tuple(size for size in range(1, groups + 1) if groups % size == 0)
+        heads = self.heads
+        sizes = (size for size in range(1, heads + 1) if heads % size == 0)
+        return tuple(size for size in sizes if self.group(heads // size) is not None)
 
     def markdown(self) -> str:
         """The card as people read it."""
@@ -128,25 +139,35 @@ class ProbeCard(_Record):
         yield f"- **Model**: {self.model}, {self.layers} layers, {self.heads} KV heads,"
         yield f"  {self.channels} channels. Other weights or shapes are refused."
         yield f"- **Target**: {self.target}."
-        yield f"- **Network**: a perceptron per layer and {self.together} of its KV heads, with"
+        kinds = " or ".join(map(str, self.together))
+        yield f"- **Network**: a perceptron per layer and {kinds} of its KV heads, with"
         yield f"  {self.hidden} hidden units; reads a token's K and V, and their average over"
         yield f"  {2 * self.neighbours + 1} tokens."
         sizes = ", ".join(map(str, self.tensor_parallel_sizes))
         yield f"- **Tensor-parallel sizes**: {sizes}."
         for texts in self.trained_on:
             yield f"- **Trained on**: {texts.kind}: {texts.texts} texts, {texts.tokens} tokens."
-        if self.rank_correlation is not None:
-            yield f"- **Rank correlation** with it, unseen texts: {self.rank_correlation:.2f}"
+        for together, correlation in self.rank_correlation.items():
+            yield f"- **Rank correlation** with it, unseen texts, heads together: {together}:"
+            yield f"  {correlation:.2f}"
         yield f"- **Made by**: {self.made_by}"
         if self.licences:
             yield f"- **Licences**: {self.licences}"
         if self.judged:
             yield "\nDamage on texts that the probe has not seen (mean over texts):\n"
-            yield "| texts | prefix | dropped | at once? | KL | same top token | texts unchanged |"
-            yield "| --- | --- | --- | --- | --- | --- | --- |"
+            yield (
+                "| texts | prefix | dropped | at once? | heads together | KL | same top token | "
+                "texts unchanged |"
+            )
+            yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for row in self.judged:
             yield (
                 f"| {row.texts} {row.kind} | {row.prefix} | {row.freed:.0%} | {row.how_often} | "
-                f"{row.kl:.4f} | {row.same_top:.3f} | {row.unchanged} |"
+                f"{row.together} | {row.kl:.4f} | {row.same_top:.3f} | {row.unchanged} |"
             )
         yield ""
+
+
+def _what(row: Judged) -> tuple[str, float, int, int]:
+    """Tells measurements apart: of two with the same, the later one holds."""
+    return row.kind, row.freed, row.every, -row.together

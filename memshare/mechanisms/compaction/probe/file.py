@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from memshare.mechanisms.compaction.probe.card import FORMAT, ProbeCard
 from memshare.mechanisms.compaction.probe.header import read_header
@@ -28,16 +28,28 @@ class ProbeUnusable(ValueError):  # noqa: N818 - a finding about a file, not a f
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A probe as its file holds it."""
+    """A probe as its file holds it.
+
+    Attributes:
+        card: what it says of itself.
+        tensors: of each kind of networks (see :meth:`ProbeNetwork.names_and_shapes`), by the heads
+            that these read together.
+    """
 
     card: ProbeCard
-    tensors: dict[str, Tensor]
+    tensors: dict[int, dict[str, Tensor]]
 
-    def network(self) -> ProbeNetwork:
-        """What computes."""
+    def network(self, together: int) -> ProbeNetwork:
+        """What computes: the networks that read so many heads together."""
         from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 
-        return ProbeNetwork(self.tensors, self.card.neighbours)
+        return ProbeNetwork(self.tensors[together], self.card.neighbours)
+
+
+class _Stamp(BaseModel):
+    """What is read of a card first: one of another format may lack everything else."""
+
+    format: int = FORMAT
 
 
 def read_card(path: Path) -> ProbeCard:
@@ -54,16 +66,16 @@ def read_card(path: Path) -> ProbeCard:
     if written is None:
         raise ProbeUnusable(f"probe {path}: its metadata has no {_KEY!r}; {_RETRAIN}")
     try:
-        card = ProbeCard.model_validate_json(written)
+        stamp = _Stamp.model_validate_json(written).format
+        if stamp != FORMAT:
+            raise ProbeUnusable(
+                f"probe {path}: format: {stamp}, and this version reads {FORMAT}; {_RETRAIN}"
+            )
+        return ProbeCard.model_validate_json(written)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or _KEY
         raise ProbeUnusable(f"probe {path}: {field}: {first['msg']}; {_RETRAIN}") from None
-    if card.format != FORMAT:
-        raise ProbeUnusable(
-            f"probe {path}: format: {card.format}, and this version reads {FORMAT}; {_RETRAIN}"
-        )
-    return card
 
 
 def read_probe(path: Path) -> Probe:
@@ -77,17 +89,22 @@ def read_probe(path: Path) -> Probe:
     from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 
     card = read_card(path)
-    tensors = load_file(path)
-    wanted = ProbeNetwork.names_and_shapes(
-        card.layers, card.heads, card.together, card.channels, card.hidden
-    )
-    for name, shape in wanted.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shape:
-            raise ProbeUnusable(
-                f"probe {path}: {name}: shape {found}, and its card says {shape}; {_RETRAIN}"
-            )
-    return Probe(card, {name: tensors[name] for name in wanted})
+    stored = load_file(path)
+    tensors: dict[int, dict[str, Tensor]] = {}
+    for together in card.together:
+        wanted = ProbeNetwork.names_and_shapes(
+            card.layers, card.heads, together, card.channels, card.hidden
+        )
+        for name, shape in wanted.items():
+            tensor = stored.get(_stored(together, name))
+            found = None if tensor is None else tuple(tensor.shape)
+            if tensor is None or found != shape:
+                raise ProbeUnusable(
+                    f"probe {path}: {_stored(together, name)}: shape {found}, and its card says "
+                    f"{shape}; {_RETRAIN}"
+                )
+            tensors.setdefault(together, {})[name] = tensor
+    return Probe(card, tensors)
 
 
 def write_probe(probe: Probe, path: Path) -> None:
@@ -96,8 +113,17 @@ def write_probe(probe: Probe, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in probe.tensors.items()}
+    tensors = {
+        _stored(together, name): tensor.contiguous().cpu()
+        for together, named in probe.tensors.items()
+        for name, tensor in named.items()
+    }
     save_file(tensors, partial, metadata={_KEY: probe.card.model_dump_json()})
     partial.chmod(0o644)  # safetensors makes files that only their owner can read
     partial.replace(path)
     path.with_suffix(".md").write_text(probe.card.markdown(), encoding="utf-8")
+
+
+def _stored(together: int, name: str) -> str:
+    """What a tensor is called in the file."""
+    return f"{together}.{name}"

@@ -123,10 +123,11 @@ def misfits(card: ProbeCard, model: ServedModel, weights: Sequence[float] | None
             f"heads: it is for {card.heads}, and {model.name} has {model.heads} on each of "
             f"{model.ranks} ranks; {fix}"
         )
-    elif model.heads % card.together:
+    elif card.group(model.heads) is None:
         sizes = ", ".join(map(str, card.tensor_parallel_sizes))
+        kinds = " or ".join(map(str, card.together))
         yield (
-            f"together: it reads {card.together} heads together, and a rank has {model.heads}; "
+            f"together: it reads {kinds} heads together, and a rank has {model.heads}; "
             f"serve with a tensor-parallel size of {sizes}, or `memshare probe train --model "
             f"{model.name} --heads-together {model.heads}`"
         )

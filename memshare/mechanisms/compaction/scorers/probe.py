@@ -99,10 +99,12 @@ def build(choice: ScorerChoice, context: WorkerContext) -> TokenScorer:
     except ProbeUnusable as reason:
         raise ScorerUnusable(str(reason)) from None
     first = model.first_head(context.tensor_rank, probe.card.heads)
-    assert first is not None  # find_probe has seen to it
-    logger.info("tokens are kept by the probe %s", path)
+    together = probe.card.group(model.heads)
+    assert first is not None  # find_probe has seen to both
+    assert together is not None
+    logger.info("tokens are kept by the probe %s, heads together: %d", path, together)
     device = cache.device
-    network = probe.network().part(first, model.heads, device, fast_dtype(device))
+    network = probe.network(together).part(first, model.heads, device, fast_dtype(device))
     return ProbeScorer(network, rotation.to(device), probe.card.neighbours)
 
 

@@ -39,22 +39,24 @@ def test_what_is_given_up_is_measured(
     status = main(
         [
             "replay", "--traces", str(traces), "--prefix", "260", "--continuation", "44",
-            "--arms", "twins", "--freed", "0,0.3", "--json", str(table),
+            "--arms", "twins,compaction", "--freed", "0,0.3", "--json", str(table),
         ]
     )  # fmt: skip
     assert status == 0
     shown = capsys.readouterr().out
     assert shown.startswith("2 texts"), "one is too short"
     assert "| twins | 0.0% |" in shown
-    nothing, some = json.loads(table.read_text())
-    kl, _late, _nll, same_top = (mean for mean, _ in nothing["cells"])
-    assert nothing["freed"] == 0.0
-    # The exact distributions are kept as float16.
-    assert abs(kl) < 1e-4
-    assert same_top > 0.95
-    # Prompt and prefix fill 9 blocks; the tenth, which the continuation fills, does not count.
-    assert some["freed"] == pytest.approx(2 / 9)
-    assert some["cells"][0][0] > 1e-3 > kl
+    rows = json.loads(table.read_text())
+    assert [row["arm"] for row in rows] == ["twins", "compaction"] * 2
+    for nothing, some in zip(rows[:2], rows[2:], strict=True):
+        kl, _late, _nll, same_top = (mean for mean, _ in nothing["cells"])
+        assert nothing["freed"] == 0.0
+        # The exact distributions are kept as float16.
+        assert abs(kl) < 1e-4
+        assert same_top > 0.95
+        # Prompt and prefix fill 9 blocks; the tenth, which the continuation fills, does not count.
+        assert some["freed"] == pytest.approx(2 / 9)
+        assert some["cells"][0][0] > 1e-3 > kl
 
 
 @pytest.mark.usefixtures("smollm2")

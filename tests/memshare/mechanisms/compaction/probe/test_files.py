@@ -28,21 +28,28 @@ LAYERS, HEADS, CHANNELS, HIDDEN = 2, 4, 8, 5
 def card(**changes: Any) -> ProbeCard:
     facts = {
         "model": "tiny", "weights": (0.5, -0.25), "layers": LAYERS, "heads": HEADS,
-        "channels": CHANNELS, "together": 2, "turn": (1.0, 0.1, 0.01, 0.001),
+        "channels": CHANNELS, "together": (2, 1), "turn": (1.0, 0.1, 0.01, 0.001),
         "neighbours": 2, "hidden": HIDDEN,
         "target": "largest attention", "trained_on": (), "made_by": "a test",
-        "rank_correlation": 0.5,
+        "rank_correlation": {2: 0.5, 1: 0.4},
         "judged": [
-            {"kind": "chains of thought", "texts": 3, "prefix": 100, "freed": 0.4, "kl": 0.01,
-             "same_top": 0.97, "unchanged": 1},
+            {"kind": "chains of thought", "texts": 3, "prefix": 100, "freed": 0.4, "together": 2,
+             "kl": 0.01, "same_top": 0.97, "unchanged": 1},
         ],
     }  # fmt: skip
     return ProbeCard.model_validate(facts | changes)
 
 
-def tensors() -> dict[str, torch.Tensor]:
-    shapes = ProbeNetwork.names_and_shapes(LAYERS, HEADS, 2, CHANNELS, HIDDEN)
-    return {name: torch.rand(shape).half() for name, shape in shapes.items()}
+def tensors() -> dict[int, dict[str, torch.Tensor]]:
+    return {
+        together: {
+            name: torch.rand(shape).half()
+            for name, shape in ProbeNetwork.names_and_shapes(
+                LAYERS, HEADS, together, CHANNELS, HIDDEN
+            ).items()
+        }
+        for together in (2, 1)
+    }
 
 
 def test_a_file_holds_the_probe_and_lies_beside_its_card(tmp_path: Path) -> None:
@@ -51,17 +58,19 @@ def test_a_file_holds_the_probe_and_lies_beside_its_card(tmp_path: Path) -> None
     write_probe(probe, path)
     again = read_probe(path)
     assert again.card == probe.card
-    assert all(torch.equal(again.tensors[name], t) for name, t in probe.tensors.items())
+    for together, named in probe.tensors.items():
+        assert again.tensors[together].keys() == named.keys()
+        assert all(torch.equal(again.tensors[together][name], t) for name, t in named.items())
     assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.md", "tiny.safetensors"]
     assert path.stat().st_mode & 0o777 == 0o644
     text = path.with_suffix(".md").read_text()
-    assert "| 3 chains of thought | 100 | 40% | yes | 0.0100 | 0.970 | 1 |" in text
+    assert "| 3 chains of thought | 100 | 40% | yes | 2 | 0.0100 | 0.970 | 1 |" in text
 
 
 def test_tensors_of_other_shapes_than_the_card_says_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     write_probe(Probe(card(hidden=HIDDEN + 1), tensors()), path)
-    with pytest.raises(ProbeUnusable, match=r"hidden\.weight: shape .* `memshare probe train"):
+    with pytest.raises(ProbeUnusable, match=r"2\.hidden\.weight: shape .* `memshare probe train"):
         read_probe(path)
 
 
@@ -70,15 +79,16 @@ def test_tensors_of_other_shapes_than_the_card_says_are_refused(tmp_path: Path) 
     [
         (None, "has no 'memshare_probe'"),
         ("not JSON", "memshare_probe: Invalid JSON"),
-        (card(format=2).model_dump_json(), "format: 2, and this version reads 1"),
+        ('{"format": 1, "together": 2}', "format: 1, and this version reads 2"),
         (json.dumps({"layers": 0}), "model: Field required"),
-        (json.dumps(card().model_dump() | {"together": 3}), "heads: 4 do not make groups"),
+        (json.dumps(card().model_dump() | {"together": [3]}), "heads: 4 do not make groups"),
+        (json.dumps(card().model_dump() | {"together": [1, 2]}), r"together: \(1, 2\) must fall"),
         (json.dumps(card().model_dump() | {"more": 1}), "more: Extra inputs"),
     ],
 )
 def test_what_is_no_probe_is_refused(metadata: str | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file(tensors(), path, metadata=metadata and {"memshare_probe": metadata})
+    save_file(tensors()[1], path, metadata=metadata and {"memshare_probe": metadata})
     with pytest.raises(ProbeUnusable, match=words):
         read_card(path)
 
@@ -115,11 +125,12 @@ def test_heads_are_spread_over_ranks_as_vllm_does_it(
 ) -> None:
     model = ServedModel("m", LAYERS, heads, CHANNELS, ranks)
     assert [model.first_head(rank, HEADS) for rank in range(ranks)] == firsts
-    assert not list(misfits(card(together=1), model, (0.5, -0.25)))
+    assert not list(misfits(card(), model, (0.5, -0.25)))
+    assert card().group(heads) == min(heads, 2)
 
 
 def test_a_group_of_heads_must_be_on_one_rank() -> None:
-    (found,) = misfits(card(), ServedModel("m", LAYERS, 1, CHANNELS, ranks=4), None)
+    (found,) = misfits(card(together=[2]), ServedModel("m", LAYERS, 1, CHANNELS, ranks=4), None)
     assert found.startswith("together: it reads 2 heads together, and a rank has 1; serve with a")
     assert "tensor-parallel size of 1, 2," in found
     assert "--heads-together 1" in found

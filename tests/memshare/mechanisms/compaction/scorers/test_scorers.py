@@ -20,7 +20,7 @@ from memshare.kv.layout import RotaryTable
 from memshare.kv.rotary import Rotation
 from memshare.mechanisms.compaction.probe import find
 from memshare.mechanisms.compaction.probe.card import ProbeCard
-from memshare.mechanisms.compaction.probe.file import Probe, write_probe
+from memshare.mechanisms.compaction.probe.file import Probe, read_probe, write_probe
 from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 from memshare.mechanisms.compaction.probe.turn import turn_of, upright
 from memshare.mechanisms.compaction.probe.weights import fingerprint
@@ -118,7 +118,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def card(model: Path, **changes: Any) -> ProbeCard:
     facts = {
         "model": "tiny", "weights": fingerprint(str(model)), "layers": LAYERS, "heads": HEADS,
-        "channels": CHANNELS, "together": 1, "turn": turn_of(ROTATION), "neighbours": NEIGHBOURS,
+        "channels": CHANNELS, "together": (1,), "turn": turn_of(ROTATION), "neighbours": NEIGHBOURS,
         "hidden": HIDDEN, "target": "t", "trained_on": (), "made_by": "a test",
     }  # fmt: skip
     return ProbeCard.model_validate(facts | changes)
@@ -126,7 +126,8 @@ def card(model: Path, **changes: Any) -> ProbeCard:
 
 def write(path: Path, model: Path, **changes: Any) -> Path:
     written = card(model, **changes)
-    write_probe(Probe(written, tensors(written.together)), path)
+    named = {together: tensors(together) for together in written.together}
+    write_probe(Probe(written, named), path)
     return path
 
 
@@ -162,7 +163,7 @@ def test_every_scorer_scores_every_token_of_every_head(name: str, model: Path, k
 def test_ranks_score_their_heads_as_one_rank_does(
     name: str, together: int, model: Path, kept: Path
 ) -> None:
-    write(kept / "tiny.safetensors", model, together=together)
+    write(kept / "tiny.safetensors", model, together=(together,))
     _, keys, values, positions = cached()
     whole = build_scorer(Choice(name), context(str(model))).score(keys, values, positions)
     parts = [
@@ -176,11 +177,26 @@ def test_ranks_score_their_heads_as_one_rank_does(
 
 
 def test_ranks_that_split_a_group_of_heads_are_refused(model: Path, kept: Path) -> None:
-    write(kept / "tiny.safetensors", model, together=HEADS)
+    write(kept / "tiny.safetensors", model, together=(HEADS,))
     with pytest.raises(ScorerUnusable, match=r"tensor-parallel size of 1, .*--heads-together 2"):
         build_scorer(Choice("probe", "tiny"), context(str(model), 0, 2))
     # Nobody asked for it by name: the run goes on without.
     assert isinstance(build_scorer(Choice("probe"), context(str(model), 0, 2)), Recency)
+
+
+def test_a_rank_uses_the_networks_that_read_the_most_of_its_heads(model: Path, kept: Path) -> None:
+    path = write(kept / "tiny.safetensors", model, together=(HEADS, 2, 1))
+    probe = read_probe(path)
+    _, keys, values, positions = cached()
+    for ranks, together in ((1, HEADS), (2, 2), (HEADS, 1)):
+        heads = HEADS // ranks
+        for rank in range(ranks):
+            mine = slice(rank * heads, (rank + 1) * heads)
+            scorer = build_scorer(Choice("probe"), context(str(model), rank, ranks))
+            worth = scorer.score(keys[:, mine], values[:, mine], positions)
+            network = probe.network(together)
+            wanted = ProbeScorer(network, ROTATION, NEIGHBOURS).score(keys, values, positions)
+            assert torch.allclose(worth, wanted[:, mine], atol=0.05)
 
 
 def test_recency_follows_positions() -> None:
