@@ -41,7 +41,10 @@ def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(made)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("compiled", marks=pytest.mark.complete), "bfloat16"],
+)
 def watched(
     request: pytest.FixtureRequest, start_engine: StartEngine, weights: str
 ) -> Iterator[Any]:
