@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tools.bench import load
 from tools.bench.load import StreamLoad, StreamOutcome, http_streams, summarize
 from tools.bench.local_cluster import Killed, Server
 from tools.bench.soak import __main__ as soak
@@ -32,6 +33,12 @@ from tools.bench.soak.report import (
 
 WORDS = ("one ", "two ", "three")
 Answer = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that tries again does so at once."""
+    monkeypatch.setattr(load, "_WAIT_S", 0.01)
 
 
 def event(text: str, finish: str | None = None) -> bytes:
@@ -102,6 +109,7 @@ async def test_whole_answers_are_timed() -> None:
     assert found.requests_per_s > 0
 
 
+@pytest.mark.usefixtures("no_pause")
 @pytest.mark.parametrize(
     ("status", "say", "ending", "detail"),
     [

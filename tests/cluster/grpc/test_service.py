@@ -228,7 +228,7 @@ def test_more_retries_than_grpc_makes_are_refused() -> None:
 async def test_a_deadline_ends_the_work(server: Server) -> None:
     async with server.client() as client:
         with pytest.raises(TimedOutError):
-            await client.generate("x", Sampling(ignore_eos=True), timeout=1.0)
+            await client.generate("x", Sampling(ignore_eos=True), timeout=0.5)
         await asyncio.wait_for(server.engine.idle.wait(), 60)
         assert server.engine.running == {}
 
@@ -292,7 +292,7 @@ async def test_calls_are_counted_by_how_they_end(tmp_path: Path) -> None:
             with pytest.raises(CallError):
                 await acme.generate("x")
         with pytest.raises(TimedOutError):
-            await acme.generate("x", Sampling(ignore_eos=True), timeout=1.0)
+            await acme.generate("x", Sampling(ignore_eos=True), timeout=0.5)
         await asyncio.wait_for(server.engine.idle.wait(), 60)
     counts = [counted(gate, "tenant_requests", "acme", o) for o in ("served", "failed", "aborted")]
     assert counts == [2, 1, 1]

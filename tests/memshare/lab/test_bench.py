@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from memshare.cli.main import main
 from memshare.config import load_config, registry
 from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
-from memshare.lab.bench.engine_process import ProgressTeller, call_in_process
+from memshare.lab.bench.engine_process import call_in_process
 from memshare.lab.bench.records import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.report import (
     accuracy_cells,
@@ -308,24 +307,12 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [(task.need, task.longest) for task in tasks] == [(6, 7), (3, 3)]
 
 
-def in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    if argument["fail"] == "raise":
-        raise RuntimeError("as asked")
-    if argument["fail"] == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    print("other output")
-    teller = ProgressTeller()
-    for written in range(3):
-        teller.tell(written=written, total=3)  # one at once; the others come too soon after it
-    return {"pid": os.getpid(), "environment": dict(os.environ)}
-
-
 def test_a_child_is_another_process_and_its_failure_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("MEMSHARE_MODE", "observe")
-    function = f"{Path(__file__).stem}:in_child"
+    function = "child:in_child"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     told: list[dict[str, int]] = []
     found = call_in_process(function, {"fail": None}, "the test", "hub/model", told.append)

@@ -62,7 +62,13 @@ def scaled() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=() if kind == "bfloat16" else pytest.mark.complete)
+        for kind in KINDS
+    ],
+)
 def watched(
     request: pytest.FixtureRequest, start_engine: StartEngine, weights: str
 ) -> Iterator[Any]:

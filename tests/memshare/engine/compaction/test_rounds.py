@@ -30,7 +30,9 @@ def dense(start_engine: StartEngine, tiny: str) -> list[tuple[int, ...]]:
         return [engine.generate([prompt], TOKENS)[0] for prompt in PROMPTS[:4]]
 
 
-@pytest.fixture(scope="module", params=["recency", "random"])
+@pytest.fixture(
+    scope="module", params=["recency", pytest.param("random", marks=pytest.mark.complete)]
+)
 def engine(
     request: pytest.FixtureRequest,
     dense: list[tuple[int, ...]],
