@@ -250,6 +250,17 @@ def test_a_change_is_paired() -> None:
     assert accuracy_cells([[False]], [[True]])[-1] == "-100.0", "one question has no interval"
 
 
+def test_lengths_are_paired() -> None:
+    def runs(arm: str, lengths: list[int]) -> list[Any]:
+        return [a_run(arm, outcomes=[TaskOutcome("recall", n, True, 0.0) for n in lengths])]
+
+    made = [runs("dense", [100, 300, 500]) + runs("compaction", [110, 310, 520])]
+    table = accuracy_table(["dense", "compaction"], made)
+    assert table is not None
+    assert "| 300 |" in table
+    assert "| 313 (+13 ± 7) |" in table
+
+
 def test_ratios_are_taken_within_a_repeat() -> None:
     repeats = [
         [a_run("dense", seconds=10.0), a_run("twins", seconds=5.0)],
