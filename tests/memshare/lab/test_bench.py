@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.cli.main import main
-from memshare.config import load_config, registry
+from memshare.config import BudgetConfig, load_config, registry
 from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.lab.bench.block_outcomes import count_outcomes
@@ -83,6 +83,15 @@ def test_every_arm_has_options_that_load() -> None:
             assert config.trigger.kind == "eager"
             if arm.name.endswith(" 0.25"):
                 assert config.budget.max_shared_fraction == 0.25
+
+
+def test_policies_keep_their_own_budgets_unless_one_is_asked_for() -> None:
+    """A fourth is what sharing costs little; compaction with as much would not be itself."""
+    default = BudgetConfig()
+    for arm in expand("twins,compaction,compaction-fp8", [], {}):
+        assert arm.memshare is not None
+        assert load_config(arm.memshare, environ={}).budget == default
+    assert default.max_dropped_fraction > default.max_shared_fraction
 
 
 @pytest.mark.parametrize(
