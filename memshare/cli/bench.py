@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memshare.cli.options import add_sharing, count, fractions, new_file, sharing
+from memshare.cli.options import add_sharing, budgets, count, new_file, sharing
 from memshare.core.token_map import TokenMap
 from memshare.errors import UserError
 from memshare.lab.bench import arms as known_arms
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from memshare.lab.bench.records import ArmRun, BenchRecord
     from memshare.lab.bench.report import accuracy_table, machine, remarks, speed_table
 
-    budgets = fractions("--budget", args.budget)
-    arms = list(known_arms.expand(args.arms, budgets, sharing(args)))
+    arms = list(known_arms.expand(args.arms, budgets(args), sharing(args)))
     known_arms.require_kv_types(arms)
     graded = args.workload in GRADED
     args.model = args.model or (REASONER if graded else SMOLLM2.name)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memshare.cli.options import add_sharing, count, fractions, new_file, sharing
+from memshare.cli.options import add_sharing, budgets, count, new_file, sharing
 from memshare.errors import UserError
 from memshare.lab.bench.arms import CHOICES, Arm, expand, require_kv_types, wider
 from memshare.lab.bench.estimate import Work, estimate, in_words
@@ -136,7 +136,7 @@ def _ask_engines(
 ) -> Iterator[Graded]:
     from memshare.lab.bench.models import resolve
 
-    arms = list(expand(args.arms, fractions("--budget", args.budget), sharing(args)))
+    arms = list(expand(args.arms, budgets(args), sharing(args)))
     require_kv_types(arms)
     prompts = [question.prompt for question in questions]
     model = resolve(args.model)

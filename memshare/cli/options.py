@@ -15,8 +15,12 @@ from memshare.errors import UserError
 
 def add_sharing(parser: argparse._ActionsContainer) -> None:
     """Declare when, and how much of what, arms with MemShare give up."""
-    budget, recent = BudgetConfig().max_shared_fraction, ProtectConfig().recent_tokens
-    parser.add_argument("--budget", default=str(budget), help="max_shared_fraction, several by ','")
+    budget, recent = BudgetConfig(), ProtectConfig().recent_tokens
+    parser.add_argument(
+        "--budget",
+        help="max_shared_fraction, or max_dropped_fraction where tokens are dropped; several by ','"
+        f" (default: {budget.max_shared_fraction:g} and {budget.max_dropped_fraction:g})",
+    )
     parser.add_argument("--recent", type=whole, default=recent, help="protect.recent_tokens")
     parser.add_argument(
         "--trigger", default="pressure", choices=("pressure", "eager"),
@@ -27,6 +31,11 @@ def add_sharing(parser: argparse._ActionsContainer) -> None:
 def sharing(args: argparse.Namespace) -> dict[str, Any]:
     """MemShare's options of all arms, as :func:`add_sharing` asked for them."""
     return {"trigger": {"kind": args.trigger}, "protect": {"recent_tokens": args.recent}}
+
+
+def budgets(args: argparse.Namespace) -> list[float]:
+    """What ``--budget`` asks for; empty if policies keep their own."""
+    return [] if args.budget is None else fractions("--budget", args.budget)
 
 
 def count(text: str) -> int:

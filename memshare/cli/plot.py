@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from memshare.lab.replay.traces import RecordedText
 
 _BLOCK = 32  # tokens
+_WORK: dict[str, Callable[[ArmRun], float]] = {
+    "second": lambda run: run.tokens_per_second,
+    "step": lambda run: run.tokens_per_step,
+    "cpu-second": lambda run: run.tokens / run.cpu_seconds,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     waterfall.add_argument("--arm", default="twins")
     pareto = kinds.add_parser("pareto", help="accuracy against speed, or damage against memory")
     pareto.add_argument("record", type=Path, metavar="JSON", help="of `bench`, or of `replay`")
+    pareto.add_argument(
+        "--work", choices=("second", "step", "cpu-second"), default="second",
+        help="what tokens of a `bench` record are counted by: other load on the machine changes "
+        "those of a second, never those of an engine step (default: second)",
+    )  # fmt: skip
     steps = kinds.add_parser("steps", help="which reasoning steps are alike")
     trace = kinds.add_parser("trace", help="a text as a page, with what it writes more than once")
     for reads in (steps, trace):
@@ -118,11 +129,12 @@ def _pareto(args: argparse.Namespace) -> None:
         panels, gain = {"KL, nats": _damage_points(rows, args.record)}, "blocks given up, %"
     else:
         record = BenchRecord.load(args.record)
-        groups = accuracy_points(record)
+        groups = accuracy_points(record, _WORK[args.work])
         if not groups:
             raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
         panels = {f"correct answers, {group} (%)": points for group, points in groups.items()}
-        gain = f"tokens a second, {next(iter(record.arms))} = 1"
+        per = args.work.replace("-", " ").replace("cpu", "CPU")
+        gain = f"tokens per {per}, {next(iter(record.arms))} = 1"
     plot_pareto(panels, gain, args.output)
 
 

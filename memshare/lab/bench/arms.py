@@ -107,7 +107,8 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
 
     Args:
         names: separated by ``,``. A policy with ``-fp8`` behind it runs on an fp8 KV cache.
-        budgets: values of ``budget.max_shared_fraction``, and ``max_dropped_fraction``.
+        budgets: values of ``budget.max_shared_fraction``, and ``max_dropped_fraction``; none leaves
+            each policy its default.
         common: further options of all arms with MemShare.
 
     Raises:
@@ -124,10 +125,12 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
         elif policy in policies:
             require_usable(policy)
             kv_dtype = "auto" if policy == name else "fp8"
+            options = common | policies[policy]
+            if not budgets:
+                yield Arm(name, options, kv_dtype)
             for budget in budgets:
                 shown = name if len(budgets) == 1 else f"{name} {budget:g}"
-                options = common | policies[policy] | {"budget": limits(budget)}
-                yield Arm(shown, options, kv_dtype)
+                yield Arm(shown, options | {"budget": limits(budget)}, kv_dtype)
         else:
             known = ", ".join((*_OTHERS, *policies))
             raise UserError(f"there is no arm {name!r}; choose of {known}; {_ON_FP8}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ class StepMeasurement(NamedTuple):
         used: KV blocks in use.
         waiting: requests that wait.
         preemptions: so far.
-        remaps: so far.
+        remaps: so far, or rounds of compaction.
     """
 
     seconds: float
@@ -197,11 +197,14 @@ class BenchRecord:
         }
         return {arm: runs for arm, runs in found.items() if runs}
 
-    def ratios(self, base: str) -> dict[str, list[float]]:
-        """Tokens a second of each arm, ``base`` = 1, in every repeat in which both have run."""
+    def ratios(
+        self, base: str, work: Callable[[ArmRun], float] = lambda run: run.tokens_per_second
+    ) -> dict[str, list[float]]:
+        """Work of each arm, tokens a second if nothing else is asked for, ``base`` = 1, in every
+        repeat in which both have run."""
         found: dict[str, list[float]] = {}
         for repeat in self.repeats:
-            speeds = {run.arm: run.tokens_per_second for run in repeat}
+            speeds = {run.arm: work(run) for run in repeat}
             if base in speeds:
                 for arm, speed in speeds.items():
                     found.setdefault(arm, []).append(speed / speeds[base])

@@ -100,7 +100,8 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[ArmRun]]) -> 
     """Return a Markdown table of correct answers by group; None if no task has an answer.
 
     The interval is that of :func:`interval`. ``change`` is against the first arm, problem by
-    problem, in points, with the 95 % interval of the mean of the paired differences.
+    problem, in points, with the 95 % interval of the mean of the paired differences; that of the
+    tokens per answer likewise.
     """
     first = _of(arms[0], repeats[0])
     groups = sorted({o.group for o in first.outcomes if o.right is not None})
@@ -121,12 +122,26 @@ def accuracy_table(arms: Sequence[str], repeats: Sequence[Sequence[ArmRun]]) -> 
                 arm,
                 f"{count} {group}",
                 *accuracy,
-                f"{statistics.fmean(o.tokens for o in outcomes):.0f}",
+                _length(mine, [_of(arms[0], runs) for runs in repeats], group),
                 str(sum(o.cut for o in outcomes)),
                 f"{statistics.fmean(o.repointed for o in outcomes):.1%}",
             ]
             rows.append(row)
     return table(heads, rows)
+
+
+def _length(mine: Sequence[ArmRun], base: Sequence[ArmRun], group: str) -> str:
+    """Mean tokens per answer, and the change against ``base``."""
+    ours, theirs = (
+        [[o.tokens for o in run.outcomes if o.group == group] for run in runs]
+        for runs in (mine, base)
+    )
+    changes = [
+        statistics.fmean(a) - statistics.fmean(b)
+        for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)
+    ]
+    mean = f"{statistics.fmean(itertools.chain(*ours)):.0f}"
+    return f"{mean} ({_mean_change(changes, 0)})" if any(changes) else mean
 
 
 def right_answers(runs: Sequence[ArmRun], group: str) -> list[Samples]:
@@ -204,10 +219,12 @@ def _change(right: Sequence[Samples], base: Sequence[Samples]) -> str:
         100.0 * (statistics.fmean(a) - statistics.fmean(b))
         for a, b in zip(right, base, strict=True)
     ]
+    return _mean_change(differences, 1) if any(differences) else "-"
+
+
+def _mean_change(differences: Sequence[float], digits: int) -> str:
     mean = statistics.fmean(differences)
-    if not any(differences):
-        return "-"
     if len(differences) < 2:
-        return f"{mean:+.1f}"
+        return f"{mean:+.{digits}f}"
     half = _Z * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.1f} ± {half:.1f}"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"

@@ -162,7 +162,7 @@ class _Watch:
                 pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
                 len(self._scheduler.waiting),
                 self._preemptions,
-                self._total("applied"),
+                self._total("applied") + self._total("compactions"),
             )
         )
 

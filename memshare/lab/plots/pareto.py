@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memshare.lab.bench.records import BenchRecord
+from memshare.lab.bench.records import ArmRun, BenchRecord
 from memshare.lab.bench.report import interval, right_answers
 from memshare.lab.plots.style import colour, figure
 
@@ -30,14 +30,20 @@ class Point(NamedTuple):
     high: float
 
 
-def accuracy_points(record: BenchRecord) -> dict[str, list[Point]]:
-    """Right answers in percent, by group of tasks, against tokens a second.
+def accuracy_points(
+    record: BenchRecord, work: Callable[[ArmRun], float] = lambda run: run.tokens_per_second
+) -> dict[str, list[Point]]:
+    """Right answers in percent, by group of tasks, against the work that was done.
 
     Groups are kept apart: one that no arm ever fails would hide what the others lose. Answers have
-    their 95 % interval. Speeds are medians over repeats of the ratio to the first arm's in the
+    their 95 % interval. Work is the median over repeats of the ratio to the first arm's in the
     same repeat; arms and groups without graded answers, or without such a ratio, give no point.
+
+    Args:
+        record: what was measured.
+        work: of a run, such as its tokens a second.
     """
-    speeds = record.ratios(next(iter(record.arms)))
+    speeds = record.ratios(next(iter(record.arms)), work)
     points: dict[str, list[Point]] = {}
     for arm, runs in record.runs.items():
         groups = dict.fromkeys(o.group for o in runs[0].outcomes if o.right is not None)

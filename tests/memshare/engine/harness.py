@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -71,6 +72,16 @@ class Engine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def forget_numba() -> None:
+    """Let another engine start in this process after one with n-gram drafts.
+
+    vLLM looks through all modules when it starts, and cannot look into those that n-gram brings
+    (vllm/triton_utils/dispatcher.py).
+    """
+    for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+        del sys.modules[name]
 
 
 def write_tiny_weights(folder: Path, seed: int = 0) -> Path:

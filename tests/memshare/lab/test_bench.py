@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.cli.main import main
-from memshare.config import load_config, registry
+from memshare.config import BudgetConfig, load_config, registry
 from memshare.errors import UserError
 from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
 from memshare.lab.bench.engine_process import call_in_process
@@ -76,6 +76,15 @@ def test_every_arm_has_options_that_load() -> None:
             assert config.trigger.kind == "eager"
             if arm.name.endswith(" 0.25"):
                 assert config.budget.max_shared_fraction == 0.25
+
+
+def test_policies_keep_their_own_budgets_unless_one_is_asked_for() -> None:
+    """A fourth is what sharing costs little; compaction with as much would not be itself."""
+    default = BudgetConfig()
+    for arm in expand("twins,compaction,compaction-fp8", [], {}):
+        assert arm.memshare is not None
+        assert load_config(arm.memshare, environ={}).budget == default
+    assert default.max_dropped_fraction > default.max_shared_fraction
 
 
 @pytest.mark.parametrize(
@@ -241,6 +250,17 @@ def test_a_change_is_paired() -> None:
     assert (count, share) == ("100", "88.0%")
     assert change == "-2.0 ± 2.8"
     assert accuracy_cells([[False]], [[True]])[-1] == "-100.0", "one question has no interval"
+
+
+def test_lengths_are_paired() -> None:
+    def runs(arm: str, lengths: list[int]) -> list[Any]:
+        return [a_run(arm, outcomes=[TaskOutcome("recall", n, True, 0.0) for n in lengths])]
+
+    made = [runs("dense", [100, 300, 500]) + runs("compaction", [110, 310, 520])]
+    table = accuracy_table(["dense", "compaction"], made)
+    assert table is not None
+    assert "| 300 |" in table
+    assert "| 313 (+13 ± 7) |" in table
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:

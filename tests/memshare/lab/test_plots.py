@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -65,6 +66,14 @@ def test_accuracy_points_are_ratios_within_a_repeat(record: Path) -> None:
     assert twins.gain == pytest.approx((10 / 8 + 10 / 4) / 2)
     assert twins.cost == 90.0
     assert twins.low < 90.0 < twins.high
+
+
+def test_work_is_counted_as_asked(record: Path) -> None:
+    loaded = BenchRecord.load(record)
+    for repeat in loaded.repeats:
+        repeat[:] = [replace(run, steps=run.steps * (1 + (run.arm == "dense"))) for run in repeat]
+    _, twins = accuracy_points(loaded, lambda run: run.tokens_per_step)["recall"]
+    assert twins.gain == pytest.approx(2.0)
 
 
 def test_groups_are_not_pooled(record: Path) -> None:

@@ -165,41 +165,6 @@ def test_full_cuda_graphs_find_each_step_at_the_addresses_that_they_captured(
         assert_squeezed(*tensors, wanted)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
-def test_a_captured_graph_reads_each_steps_view() -> None:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    device, rows = torch.device("cuda"), 5
-    tables = attention_view.SqueezedTables(8, WIDTH, SIZE, device, captured=True)
-    table, lens, _ = batch()
-    starts = torch.arange(rows + 1, dtype=torch.int32)
-    given = CommonAttentionMetadata(
-        query_start_loc=starts.to(device),
-        query_start_loc_cpu=starts,
-        seq_lens=lens.to(device),
-        num_reqs=rows,
-        num_actual_tokens=rows,
-        max_query_len=1,
-        max_seq_len=WIDTH * SIZE,
-        block_table_tensor=table.to(device),
-        slot_mapping=torch.zeros(rows, dtype=torch.int64, device=device),
-        seq_lens_cpu_upper_bound=lens,
-    )
-    seen = tables.view(given, None, 1)
-    read = torch.zeros_like(seen.block_table_tensor), torch.zeros_like(seen.seq_lens)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        read[0].copy_(seen.block_table_tensor)
-        read[1].copy_(seen.seq_lens)
-    counts = np.array([4, 1, 0, 0, 2], np.int32)
-    for holes in (None, counts, None):
-        tables.view(given, holes, 1)
-        graph.replay()
-        wanted = squeezed(table, lens, SIZE, 0 if holes is None else 1)
-        assert_squeezed(read[0].cpu(), read[1].cpu(), wanted)
-
-
 def test_a_backend_may_split_blocks(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernel blocks of 16 tokens under the engine's of 32: the null block is two of them."""
     group = Group(backend_of("triton", monkeypatch), config, kernel_block=16)

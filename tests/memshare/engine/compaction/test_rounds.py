@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.memshare.engine.harness import BLOCK, Engine, StartEngine
+from tests.memshare.engine.harness import BLOCK, Engine, StartEngine, forget_numba
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -233,7 +232,4 @@ def test_drafted_tokens(start_engine: StartEngine, tiny: str) -> None:
             assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
             assert_clean(engine)
     finally:
-        # vLLM looks through all modules when it starts, and cannot look into those that n-gram
-        # brings (vllm/triton_utils/dispatcher.py): no later engine of this process would start.
-        for name in [name for name in sys.modules if name.startswith("llvmlite")]:
-            del sys.modules[name]
+        forget_numba()
