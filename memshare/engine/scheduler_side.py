@@ -77,7 +77,7 @@ class SchedulerSide:
         }
         self._parts = tuple(self.parts.values())
         self.reclaimer = Reclaimer(config, self._parts, self.tracker, tables, self.recorder)
-        self.admission = Admission(config.admission, self.tracker, self.reclaimer, tables)
+        self.admission = Admission(config, self.tracker, self.reclaimer, tables)
         self._census = BlockCensus(config.report, self.tracker, tables, self.recorder.counters)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
         self._check_wanted = False
@@ -123,11 +123,13 @@ class SchedulerSide:
         self._forget_blocks(state, "finished")
         return usage
 
+    def waits(self, request: EngineRequest) -> None:
+        """vLLM is about to admit the request, if its blocks fit."""
+        self.admission.waits(request)
+
     def admitted(self, request_id: str) -> None:
         """vLLM has given blocks to a request that was waiting."""
-        state = self.tracker.get(request_id)
-        if state is not None:
-            self.admission.admitted(state)
+        self.admission.admitted(self.tracker.get(request_id))
 
     def _forget_blocks(self, state: RequestState, reason: DropReason) -> None:
         for part in self._parts:
@@ -146,7 +148,9 @@ class SchedulerSide:
         for state, generation in self._wheel.advance():
             if state.alive and state.generation == generation:
                 self._look_at(state)
-        self.reclaimer.reclaim(demand=self._wheel.due_within(_AHEAD))
+        demand = self._wheel.due_within(_AHEAD)
+        self.reclaimer.reclaim(demand)
+        self.reclaimer.make_room(self.admission.shortage(demand))
         # vLLM admits nobody in a step in which memory was short. If it did, somebody has reset it.
         self.admission.advance(preempted=bool(scheduled.preempted) and not scheduled.resumed)
         self.recorder.explainer.tell(self.tables.free, self.tables.total)
