@@ -167,6 +167,10 @@ class SchedulerSide:
         vLLM then lets the request wait for the next step, but, as nothing was preempted, would give
         the freed blocks to waiting requests in this one. So admission is closed until then.
         """
+        for state in self.tracker:
+            # Who wants a block has just filled one, and may give up the more.
+            if self.tables.table(state.request_id) is not None:  # else preempted in this step
+                self._note_filled(state)
         freed = self.reclaimer.before_preemption()
         if freed:
             self.admission.close()
@@ -190,19 +194,23 @@ class SchedulerSide:
 
     def _look_at(self, state: RequestState) -> None:
         """Look at a request that may have filled a block since it was last looked at."""
-        request, token_map = state.request, self.tables.token_map
+        committed = self._note_filled(state)
+        in_prompt = committed < state.request.num_prompt_tokens
+        ticks = 1 if in_prompt else self.tables.token_map.until_full(committed)
+        self._wheel.schedule((state, state.generation), ticks)
+
+    def _note_filled(self, state: RequestState) -> int:
+        """Take note of blocks that the request has filled; returns its committed tokens."""
+        request = state.request
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
-        in_prompt = committed < request.num_prompt_tokens
-        ticks = 1 if in_prompt else token_map.until_full(committed)
-        self._wheel.schedule((state, state.generation), ticks)
-        full = token_map.full(committed)
-        if full == state.full:
-            return
-        state.full = full
-        for part in self._parts:
-            part.on_tokens(state)
-        self.admission.grown(state)
+        full = self.tables.token_map.full(committed)
+        if full != state.full:
+            state.full = full
+            for part in self._parts:
+                part.on_tokens(state)
+            self.admission.grown(state)
+        return committed
 
     def receive(self, message: WorkerMessage) -> None:
         """Take what the workers (all ranks that have answered, folded together) report."""
