@@ -38,7 +38,9 @@ class Admission:
         tables: BlockTables,
     ) -> None:
         asked = config.admission.lookahead_tokens
-        self._lookahead = (_CERTAIN if config.drops_tokens else _UNCERTAIN) if asked is None else asked
+        self._lookahead = (
+            (_CERTAIN if config.drops_tokens else _UNCERTAIN) if asked is None else asked
+        )
         self._always = config.drops_tokens and self._lookahead > 0
         self._hold_steps = config.admission.hold_steps
         self._tracker = tracker

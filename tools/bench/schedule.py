@@ -36,6 +36,7 @@ HEADS = (
 )  # fmt: skip
 DENSE: dict[str, Any] = {"mode": "off"}
 SHARE = POLICIES["oldest"]
+COMPACTION = POLICIES["compaction"]
 UNHELD = {"admission": {"lookahead_tokens": 0}}
 ARMS: dict[str, dict[str, Any]] = {
     "nothing but admission": SHARE | {"budget": {"max_shared_fraction": 0.0}},
@@ -43,7 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "`oldest`": SHARE,
     "`random`": POLICIES["random"],
     "`twins`": POLICIES["twins"],
-    "`compaction`": POLICIES["compaction"],
+    "`compaction`, admission by vLLM": COMPACTION | UNHELD,
+    "`compaction`": COMPACTION,
 }
 
 
