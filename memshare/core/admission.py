@@ -7,7 +7,7 @@ the number of blocks that an admission must leave free (vllm/v1/core/kv_cache_ma
 ``allocate_slots``), to what running requests will need for their next tokens.
 
 A policy that drops tokens always finds its budget, so what it counts on is there: for it the rule
-holds from the first step on, and what running requests can give up is reclaimed for a waiting
+holds whenever it could matter, and what running requests can give up is reclaimed for a waiting
 request that then fits. Other policies may find nothing. Holding back costs them more than it gains
 until memory has proved too short, so for them the rule holds after a preemption, for a while.
 """
@@ -25,7 +25,7 @@ _CERTAIN, _UNCERTAIN = 96, 256
 
 
 class Admission:
-    """Keeps the watermark.
+    """Keeps the watermark. Costs next to nothing while memory is plenty.
 
     Only requests that MemShare follows are foreseen; those that opted out grow unnoticed.
     """
@@ -41,11 +41,13 @@ class Admission:
         self._lookahead = (
             (_CERTAIN if config.drops_tokens else _UNCERTAIN) if asked is None else asked
         )
-        self._always = config.drops_tokens and self._lookahead > 0
+        self._foresees = config.drops_tokens and self._lookahead > 0
         self._hold_steps = config.admission.hold_steps
         self._tracker = tracker
         self._reclaimer = reclaimer
         self._tables = tables
+        # Most blocks that a request grows by in that many tokens.
+        self._most_growth = tables.token_map.entries(self._lookahead) + 1
         self._holding = 0  # engine steps for which admission is still held back
         self._growth: dict[str, int] = {}  # blocks, by request that holds any; empty if not holding
         self._total = 0  # of the above
@@ -54,7 +56,7 @@ class Admission:
 
     @property
     def _holds(self) -> bool:
-        return self._holding > 0 or (self._always and self._reclaimer.enabled)
+        return self._holding > 0 and self._reclaimer.enabled
 
     @property
     def reserve(self) -> int:
@@ -63,16 +65,26 @@ class Admission:
 
     def waits(self, request: EngineRequest) -> None:
         """vLLM is about to admit the request, if it fits: its own growth has to fit, too."""
-        if self._always and self._reclaimer.enabled and not self._closed:
-            self._waiting = request
-            wanted = self._ahead() + self._own_growth(request)
-            self._tables.keep_free(min(max(0, wanted), self._tables.total))
+        if not self._foresees or not self._reclaimer.enabled or self._closed:
+            return
+        if not self._holding:
+            left = self._tables.free - self._tables.token_map.entries(request.num_tokens)
+            if left >= self._most_needed():
+                return
+            self._begin(steps=1)
+        self._waiting = request
+        wanted = self._ahead() + self._own_growth(request)
+        self._tables.keep_free(min(max(0, wanted), self._tables.total))
 
     def admitted(self, state: RequestState | None) -> None:
         """vLLM has just admitted the request (None: one that is not followed). The next admission,
         perhaps in the same step, has to leave room for its growth too."""
         self._waiting = None
-        if state is not None and self._holds:
+        if state is None:
+            return
+        if self._foresees and not self._holding and self._is_in_part(state):
+            self._begin(steps=1)
+        if self._holds:
             self.grown(state)
             self._tables.keep_free(self.reserve)
 
@@ -118,20 +130,39 @@ class Admission:
             preempted: whether vLLM had to preempt, so that too much has been admitted.
         """
         self._waiting, self._closed = None, False
-        if self._always:
-            pass
+        if self._foresees:
+            if self._holding and self._is_plenty(2 * self._most_needed()):
+                self._end()
         elif preempted and self._lookahead and self._reclaimer.enabled:
-            begins = not self._holding
-            self._holding = self._hold_steps
-            if begins:
-                for state in self._tracker:
-                    self.grown(state)
+            self._begin(self._hold_steps)
         elif self._holding:
             self._holding -= 1
             if not self._holding:
-                self._growth.clear()
-                self._total = 0
+                self._end()
         self._tables.keep_free(self.reserve)
+
+    def _is_plenty(self, needed: int) -> bool:
+        return self._tables.free > needed and self._total <= needed
+
+    def _is_in_part(self, state: RequestState) -> bool:
+        """Whether it has blocks for the first chunk of its prompt alone."""
+        entries = self._tables.token_map.entries(state.request.num_tokens)
+        return self._tables.entries(state.request_id) < entries
+
+    def _most_needed(self) -> int:
+        """At most so many blocks will be wanted soon, but for prompts that are computed in part."""
+        return len(self._tracker) * self._most_growth
+
+    def _begin(self, steps: int) -> None:
+        begins, self._holding = not self._holding, steps
+        if begins:
+            for state in self._tracker:
+                self.grown(state)
+
+    def _end(self) -> None:
+        self._holding = 0
+        self._growth.clear()
+        self._total = 0
 
     def _ahead(self) -> int:
         """Blocks that running requests will need, less what can be reclaimed of them."""

@@ -167,10 +167,10 @@ class SchedulerSide:
         vLLM then lets the request wait for the next step, but, as nothing was preempted, would give
         the freed blocks to waiting requests in this one. So admission is closed until then.
         """
-        for state in self.tracker:
-            # Who wants a block has just filled one, and may give up the more.
-            if self.tables.table(state.request_id) is not None:  # else preempted in this step
-                self._note_filled(state)
+        if self.config.drops_tokens:  # what is full may be given up; others search it first
+            for state in self.tracker:
+                if self.tables.table(state.request_id) is not None:  # else preempted in this step
+                    self._note_filled(state)  # who wants a block has just filled one
         freed = self.reclaimer.before_preemption()
         if freed:
             self.admission.close()
