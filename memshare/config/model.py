@@ -35,14 +35,16 @@ class TriggerConfig(Section):
 
 
 class AdmissionConfig(Section):
-    """Holding waiting requests back after a preemption. Mode ``share`` only."""
+    """Holding waiting requests back. Mode ``share`` only."""
 
-    lookahead_tokens: Whole = Field(default=256, ge=0)
+    lookahead_tokens: Annotated[Whole, Field(ge=0)] | None = None
     """Tokens. A waiting request is admitted only if enough blocks stay free for running requests to
-    generate this many more tokens each, less what sharing can free. 0 leaves admission to vLLM."""
+    generate this many more tokens each, less what can be freed. 0 leaves admission to vLLM; null is
+    96 for ``compaction``, 256 for other policies."""
     hold_steps: Whole = Field(default=1024, ge=1)
     """Engine steps for which the rule above holds after a preemption. Before the first preemption,
-    and after this many steps without one, vLLM admits as it always does."""
+    and after this many steps without one, vLLM admits as it always does. With ``compaction`` the
+    rule always holds."""
 
 
 class StepConfig(Section):

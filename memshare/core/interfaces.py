@@ -203,6 +203,11 @@ class BlockTables(Protocol):
         """Whether blocks of this request may still enter the prefix cache."""
         ...
 
+    def blocks_to_admit(self, request: EngineRequest) -> int:
+        """Free blocks, of all groups, that a waiting request takes when it is admitted: those of
+        all its tokens, less what running requests hold of it already."""
+        ...
+
     def keep_free(self, blocks: int) -> None:
         """Let the engine admit a waiting request only if this many blocks stay free."""
         ...

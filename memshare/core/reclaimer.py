@@ -102,6 +102,11 @@ class Reclaimer:
         if free < demand <= free + freed:
             self._recorder.counters.add("preemptions_avoided")
 
+    def make_room(self, wanted: int) -> None:
+        """Free so many blocks, or what there is, for a waiting request."""
+        if self.enabled and wanted > 0:
+            self._reclaim(wanted, "admission")
+
     def _reclaim(self, wanted: int, cause: Cause) -> int:
         """Free up to ``wanted`` blocks; returns how many."""
         freed = 0

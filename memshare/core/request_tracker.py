@@ -34,6 +34,9 @@ class RequestTracker:
     def __iter__(self) -> Iterator[RequestState]:
         return iter(self._states.values())
 
+    def __len__(self) -> int:
+        return len(self._states)
+
     def get(self, request_id: str) -> RequestState | None:
         """The request's state; None if it is not followed."""
         return self._states.get(request_id)

@@ -134,7 +134,9 @@ class MemShareConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """No KV comes from outside."""
+        """vLLM is about to admit a request, if it fits. No KV comes from outside."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.waits(request)
         return 0, False
 
     def update_state_after_alloc(

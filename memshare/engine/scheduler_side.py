@@ -77,7 +77,7 @@ class SchedulerSide:
         }
         self._parts = tuple(self.parts.values())
         self.reclaimer = Reclaimer(config, self._parts, self.tracker, tables, self.recorder)
-        self.admission = Admission(config.admission, self.tracker, self.reclaimer, tables)
+        self.admission = Admission(config, self.tracker, self.reclaimer, tables)
         self._census = BlockCensus(config.report, self.tracker, tables, self.recorder.counters)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
         self._check_wanted = False
@@ -123,11 +123,13 @@ class SchedulerSide:
         self._forget_blocks(state, "finished")
         return usage
 
+    def waits(self, request: EngineRequest) -> None:
+        """vLLM is about to admit the request, if its blocks fit."""
+        self.admission.waits(request)
+
     def admitted(self, request_id: str) -> None:
         """vLLM has given blocks to a request that was waiting."""
-        state = self.tracker.get(request_id)
-        if state is not None:
-            self.admission.admitted(state)
+        self.admission.admitted(self.tracker.get(request_id))
 
     def _forget_blocks(self, state: RequestState, reason: DropReason) -> None:
         for part in self._parts:
@@ -146,7 +148,9 @@ class SchedulerSide:
         for state, generation in self._wheel.advance():
             if state.alive and state.generation == generation:
                 self._look_at(state)
-        self.reclaimer.reclaim(demand=self._wheel.due_within(_AHEAD))
+        demand = self._wheel.due_within(_AHEAD)
+        self.reclaimer.reclaim(demand)
+        self.reclaimer.make_room(self.admission.shortage(demand))
         # vLLM admits nobody in a step in which memory was short. If it did, somebody has reset it.
         self.admission.advance(preempted=bool(scheduled.preempted) and not scheduled.resumed)
         self.recorder.explainer.tell(self.tables.free, self.tables.total)
@@ -163,6 +167,10 @@ class SchedulerSide:
         vLLM then lets the request wait for the next step, but, as nothing was preempted, would give
         the freed blocks to waiting requests in this one. So admission is closed until then.
         """
+        if self.config.drops_tokens:  # what is full may be given up; others search it first
+            for state in self.tracker:
+                if self.tables.table(state.request_id) is not None:  # else preempted in this step
+                    self._note_filled(state)  # who wants a block has just filled one
         freed = self.reclaimer.before_preemption()
         if freed:
             self.admission.close()
@@ -186,19 +194,23 @@ class SchedulerSide:
 
     def _look_at(self, state: RequestState) -> None:
         """Look at a request that may have filled a block since it was last looked at."""
-        request, token_map = state.request, self.tables.token_map
+        committed = self._note_filled(state)
+        in_prompt = committed < state.request.num_prompt_tokens
+        ticks = 1 if in_prompt else self.tables.token_map.until_full(committed)
+        self._wheel.schedule((state, state.generation), ticks)
+
+    def _note_filled(self, state: RequestState) -> int:
+        """Take note of blocks that the request has filled; returns its committed tokens."""
+        request = state.request
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
-        in_prompt = committed < request.num_prompt_tokens
-        ticks = 1 if in_prompt else token_map.until_full(committed)
-        self._wheel.schedule((state, state.generation), ticks)
-        full = token_map.full(committed)
-        if full == state.full:
-            return
-        state.full = full
-        for part in self._parts:
-            part.on_tokens(state)
-        self.admission.grown(state)
+        full = self.tables.token_map.full(committed)
+        if full != state.full:
+            state.full = full
+            for part in self._parts:
+                part.on_tokens(state)
+            self.admission.grown(state)
+        return committed
 
     def receive(self, message: WorkerMessage) -> None:
         """Take what the workers (all ranks that have answered, folded together) report."""

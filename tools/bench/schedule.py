@@ -6,10 +6,12 @@ everywhere.
 
     python -m tools.bench.schedule
     python -m tools.bench.schedule --texts solutions
+    python -m tools.bench.schedule --limits
 
 The first has requests of given lengths that write random tokens: `oldest` and `random` need not
 know what is alike, and `twins` finds nothing. The second writes real texts: stage one runs; how
 similar the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
+The third has both, for `compaction` alone, with several limits of what a request may lose.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,9 @@ HEADS = (
     "given up",
 )  # fmt: skip
 DENSE: dict[str, Any] = {"mode": "off"}
+WATERMARK = 0.05  # vLLM's own, in the arm that has one
 SHARE = POLICIES["oldest"]
+COMPACTION = POLICIES["compaction"]
 UNHELD = {"admission": {"lookahead_tokens": 0}}
 ARMS: dict[str, dict[str, Any]] = {
     "nothing but admission": SHARE | {"budget": {"max_shared_fraction": 0.0}},
@@ -43,8 +47,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "`oldest`": SHARE,
     "`random`": POLICIES["random"],
     "`twins`": POLICIES["twins"],
-    "`compaction`": POLICIES["compaction"],
+    "`compaction`, admission by vLLM": COMPACTION | UNHELD,
+    "`compaction`": COMPACTION,
 }
+
+LIMITS = (
+    (0.4, 0.8, 128), (0.5, 0.8, 128), (0.6, 0.8, 128), (0.75, 0.8, 128), (0.6, 0.8, 64),
+    (0.5, 0.8, 32), (0.6, 0.8, 32), (0.6, 0.9, 32), (0.75, 0.9, 32),
+)  # fmt: skip
+"""Of `compaction`: ``max_dropped_fraction``, ``max_thinning``, ``recent_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class ScheduleCounts:
 
 
 def of_lengths() -> Iterator[ScheduleWorkload]:
-    """Yield workloads with memory for a third of the requests, or of 32 of them."""
+    """Yield workloads with memory for a third of the requests, or for eight to ten of them."""
     rng = random.Random(1)
     mixed = [rng.randrange(200, 1400) for _ in range(64)]
     spread = sorted(rng.randrange(3000) for _ in mixed)
@@ -96,6 +107,7 @@ def of_lengths() -> Iterator[ScheduleWorkload]:
         ("24 x 800 tokens, all at once", [800] * 24, [0] * 24, 216),
         ("64 x 200-1400 tokens, all at once", mixed, [0] * 64, 288),
         ("64 x 200-1400 tokens, over 3,000 steps", mixed, spread, 288),
+        ("48 x 4,000 tokens, all at once", [4000] * 48, [0] * 48, 1016),
     ):
         draw = random.Random(0)
         prompts = ([draw.randrange(200) for _ in range(PROMPT)] for _ in lengths)
@@ -104,21 +116,20 @@ def of_lengths() -> Iterator[ScheduleWorkload]:
         )
 
 
-def of_texts(model: Path, options: argparse.Namespace) -> ScheduleWorkload:
-    """A workload of texts; memory for some of the requests at full length."""
+def of_texts(
+    model: Path, texts: str, requests: int, tokens: int, fit: int, traces: Path | None = None
+) -> ScheduleWorkload:
+    """A workload of texts; memory for ``fit`` of the requests at full length."""
     from transformers import AutoTokenizer
 
     from memshare.lab.bench.workloads import Source, build
 
-    source = Source(
-        AutoTokenizer.from_pretrained(model), options.requests, options.tokens, 20000,
-        options.traces,
-    )  # fmt: skip
-    tasks = build(options.texts, source)
+    source = Source(AutoTokenizer.from_pretrained(model), requests, tokens, 20000, traces)
+    tasks = build(texts, source)
     entries = TokenMap(BLOCK).entries
-    blocks = int(sum(entries(task.need) for task in tasks) * options.fit / len(tasks))
+    blocks = int(sum(entries(task.need) for task in tasks) * fit / len(tasks))
     return ScheduleWorkload(
-        f"{len(tasks)} x {options.texts} of up to {options.tokens} tokens, all at once",
+        f"{len(tasks)} x {texts} of up to {tokens} tokens, all at once",
         [ScheduledRequest(task.prompt, task.max_tokens, forced=task.forced) for task in tasks],
         blocks,
     )
@@ -133,41 +144,81 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1100, help="of --texts, a request at most")
     parser.add_argument("--fit", type=int, default=8, help="requests for which there is memory")
     parser.add_argument("--budget", default="0.1,0.2,0.3,0.4", help="fractions, by ','")
+    parser.add_argument("--limits", action="store_true", help="what compaction may drop")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if options.texts is None:
-        from tests.memshare.engine.harness import write_tiny_model
-
-        with tempfile.TemporaryDirectory() as folder:
-            model = write_tiny_model(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.limits:
+            show_limits(Path(folder))
+        elif options.texts is not None:
+            reasoner = _reasoner()
+            work = of_texts(
+                reasoner, options.texts, options.requests, options.tokens, options.fit,
+                options.traces,
+            )  # fmt: skip
+            show(reasoner, work, dict(_budgets(options.budget.split(","))))
+        else:
+            model = _tiny(Path(folder))
             for work in of_lengths():
                 show(model, work, ARMS)
-        return
+
+
+def _tiny(folder: Path) -> Path:
+    from tests.memshare.engine.harness import write_tiny_model
+
+    return write_tiny_model(folder)
+
+
+def _reasoner() -> Path:
     from memshare.lab.bench.models import resolve
     from memshare.small_model.reasoner import NAME
 
-    reasoner = Path(resolve(NAME))
-    arms = {
-        f"`{policy}` {budget}": POLICIES[policy]
-        | {"budget": dict.fromkeys(("max_shared_fraction", "max_dropped_fraction"), float(budget))}
-        for policy in ("twins", "oldest", "random", "compaction")
-        for budget in options.budget.split(",")
-    }
-    show(reasoner, of_texts(reasoner, options), arms)
+    return Path(resolve(NAME))
+
+
+def _budgets(fractions: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = ("max_shared_fraction", "max_dropped_fraction")
+    for policy in ("twins", "oldest", "random", "compaction"):
+        for fraction in fractions:
+            budget = dict.fromkeys(names, float(fraction))
+            yield f"`{policy}` {fraction}", POLICIES[policy] | {"budget": budget}
 
 
 def show(model: Path, work: ScheduleWorkload, arms: dict[str, dict[str, Any]]) -> None:
-    """Run dense and all arms, and print them."""
+    """Run dense, vLLM's own watermark and all arms, and print them."""
     print(f"\n{work.name}; {work.blocks} usable blocks:\n")
     print(table_head(HEADS))
     base = run(model, work, DENSE)
-    print(_row("dense", base, base), flush=True)
+    print(_row("dense", base, base))
+    held = run(model, work, DENSE, WATERMARK)
+    print(_row(f"dense, `--watermark {WATERMARK}`", held, base), flush=True)
     for arm, options in arms.items():
         print(_row(arm, run(model, work, options), base), flush=True)
 
 
-def run(model: Path, work: ScheduleWorkload, options: dict[str, Any]) -> ScheduleCounts:
+def show_limits(folder: Path) -> None:
+    """Print what compaction gains by what it may drop: tokens per step, preemptions."""
+    tiny, reasoner = _tiny(folder), _reasoner()
+    _, burst, mixed, _, long = of_lengths()
+    works = [(tiny, burst), (tiny, mixed), (tiny, long)]
+    works += [(reasoner, of_texts(reasoner, "solutions", n, 1100, 33)) for n in (100, 300)]
+    bases = [run(model, work, DENSE) for model, work in works]
+    print(table_head(("dropped, thinning, recent", *(work.name for _, work in works))))
+    for dropped, thinning, recent in LIMITS:
+        limits = {"max_dropped_fraction": dropped, "max_thinning": thinning}
+        options = COMPACTION | {"budget": limits, "protect": {"recent_tokens": recent}}
+        cells = [f"{dropped}, {thinning}, {recent}"]
+        for (model, work), base in zip(works, bases, strict=True):
+            mine = run(model, work, options)
+            steps = base.steps / mine.steps
+            cells.append(f"{steps:.2f}x, {mine.preemptions / max(1, base.preemptions):.2f}x")
+        print(table_row(cells), flush=True)
+
+
+def run(
+    model: Path, work: ScheduleWorkload, options: dict[str, Any], watermark: float = 0.0
+) -> ScheduleCounts:
     """Run a workload to its end."""
     from memshare.lab.simulate.costs import Recomputation
     from memshare.lab.simulate.harness import SchedulerHarness
@@ -175,7 +226,7 @@ def run(model: Path, work: ScheduleWorkload, options: dict[str, Any]) -> Schedul
     longest = max(len(job.prompt) + job.length for job in work.jobs) + 1
     rig = SchedulerHarness(
         model, options, work.blocks + 1, max_num_seqs=256, max_model_len=max(2048, longest),
-        synchronous_search=True,
+        synchronous_search=True, watermark=watermark,
     )  # fmt: skip
     given_up: dict[str, float] = {}
     steps = preemptions = added = 0

@@ -32,7 +32,7 @@ def main() -> None:
     )
     print("| --- | --- | --- | --- |")
     staged: dict[str, Any] = {"steps": {"max_tokens": BLOCK}}
-    for name, options in {"twins": staged, "paper": staged, "oldest": {}}.items():
+    for name, options in {"twins": staged, "paper": staged, "oldest": {}, "compaction": {}}.items():
         quiet, busy = measure({"policy": {"name": name}} | options)
         print(f"| {name} | {len(quiet) + len(busy)} | {_show(quiet)} | {_show(busy)} |")
 

@@ -122,6 +122,24 @@ class ManagerTables:
         self._cache.evict_blocks({block.block_id for block in blocks})
         return all(self._pool.is_block_writable(block) for block in blocks)
 
+    def blocks_to_admit(self, request: Any) -> int:
+        """See :meth:`BlockTables.blocks_to_admit`. The same questions as ``allocate_slots`` asks
+        before an admission (``full_sequence_must_fit``), which change nothing."""
+        cache, tokens = self._cache, min(request.num_tokens, self._cache.max_model_len)
+        hits, found = cache.empty_kv_cache_blocks.blocks, 0
+        if cache.prefix_cache_lookup_enabled(request):
+            hits, found, _ = cache.coordinator.find_longest_cache_hit(
+                request.block_hashes, request.num_tokens - 1
+            )
+        return int(
+            cache.coordinator.get_num_blocks_to_allocate(
+                request.request_id, tokens, hits, num_encoder_tokens=0,
+                total_computed_tokens=found, num_local_computed_tokens=found,
+                num_tokens_main_model=tokens, apply_admission_cap=True,
+                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+            )
+        )  # fmt: skip
+
     def keep_free(self, blocks: int) -> None:
         """Let vLLM admit a waiting request only if so many blocks stay free.
 

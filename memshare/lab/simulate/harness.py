@@ -76,6 +76,7 @@ class SchedulerHarness:
         max_model_len: int = 2048,
         max_num_batched_tokens: int = 2048,
         synchronous_search: bool = False,
+        watermark: float = 0.0,
     ) -> None:
         """Build it.
 
@@ -91,6 +92,7 @@ class SchedulerHarness:
             max_model_len: tokens.
             max_num_batched_tokens: tokens that a step may compute.
             synchronous_search: see :class:`SynchronousBridge`.
+            watermark: vLLM's own.
         """
         from vllm.engine.arg_utils import EngineArgs
 
@@ -100,7 +102,7 @@ class SchedulerHarness:
             EngineArgs(
                 model=str(folder), block_size=block_size, max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-                enforce_eager=True, load_format="dummy",
+                enforce_eager=True, load_format="dummy", watermark=watermark,
                 skip_tokenizer_init=not (folder / "tokenizer.json").exists(),
                 **plug_in(memshare),
             ),

@@ -42,7 +42,7 @@ class CompactionPart(SchedulerPart):
         least = self._params.min_round
         rooms = ((self._budgets.share(state), state) for state in self._ready(least))
         freed = self._run(rooms, wanted, cause, self._params.round_fraction, least)
-        if freed or cause not in ("allocation", "demand"):
+        if freed or cause not in ("allocation", "demand", "admission"):
             return freed
         # Small rounds cost less than a preemption: the largest that there are, to their ends.
         scraps = ((-self._budgets.most_left(state), state) for state in self._ready(1))

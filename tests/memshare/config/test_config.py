@@ -49,7 +49,7 @@ BAD: dict[str, list[object]] = {
     "trigger.low_watermark": NO_FRACTIONS,
     "trigger.high_watermark": NO_FRACTIONS,
     "admission": ["x", 1, [], None, True],
-    "admission.lookahead_tokens": [-1, 1.5, *NO_NUMBERS],
+    "admission.lookahead_tokens": [-1, 1.5, *(value for value in NO_NUMBERS if value is not None)],
     "admission.hold_steps": NO_COUNTS,
     "steps": ["x", 1, [], None, True],
     "steps.delimiters": ["\n\n", 5, [], [""], ["\n", 5], None, {}],

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize
+from hypothesis.stateful import initialize, rule
 
 from memshare.core.requests import RequestState
 from memshare.engine.scheduler_side import IntegrityError
@@ -54,7 +54,7 @@ def options() -> st.SearchStrategy[dict[str, Any]]:
         thinning=st.sampled_from([0.5, 0.8, 1.0]),
         share=st.sampled_from([0.1, 0.5, 1.0]),
         least=st.sampled_from([1, 2, 4]),
-        lookahead=st.sampled_from([0, 64]),
+        lookahead=st.sampled_from([0, 64, None]),
     )
 
 
@@ -67,6 +67,16 @@ class Compactions(Schedule):
     @initialize(options=options(), blocks=st.integers(70, 120), seed=st.integers(0, 2**32))
     def start(self, options: dict[str, Any], blocks: int, seed: int) -> None:  # type: ignore[override]
         super().start(options=options, blocks=blocks, ranks=1, seed=seed)
+
+    @rule(blocks=st.integers(10, 60), exact=st.booleans())
+    def add_long_prompt(self, blocks: int, exact: bool) -> None:
+        """One that others are compacted for, or that waits until it is alone."""
+        if len(self.rig.scheduler.requests) < 24:
+            prompt = [self.random.randrange(250) for _ in range(32 * blocks)]
+            extra_args = {"memshare": "off"} if exact else None
+            self.rig.add(f"r{self.added}", prompt, 20, extra_args=extra_args)
+            self.added += 1
+        self.run()
 
 
 def test_books_survive_anything(folder: Path) -> None:
