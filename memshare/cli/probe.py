@@ -65,6 +65,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judged", type=whole, default=6, help="texts whose damage is measured, in unseen folds"
     )
+    parser.add_argument(
+        "--target", choices=("repeat", "repeat+future"), default="repeat", help="attention that "
+        "the networks learn to tell: when the model repeats the text, or also from later parts of "
+        "the text itself",
+    )  # fmt: skip
     parser.add_argument("--hidden", type=count, default=96, help="units of each network")
     parser.add_argument("--steps", type=count, default=600, help="of training, for each layer")
     parser.add_argument(
@@ -180,6 +185,7 @@ def _train(args: argparse.Namespace) -> int:
         folds=args.folds,
         judged=args.judged,
         together=args.heads_together,
+        target=args.target,
         how=Fit(hidden=args.hidden, steps=args.steps, neighbours=args.neighbours),
         work=args.work or kept / "work" / name,
         device=args.device,

@@ -196,7 +196,7 @@ def rank_correlation(
         network: of one layer.
 
     Returns:
-        Mean over layers, heads and texts; within a text, over the tokens behind its prompt.
+        Mean over layers, heads and texts; within a text, over :attr:`Sample.learned`.
     """
     found = []
     for layer in range(layers):
@@ -204,8 +204,7 @@ def rank_correlation(
         for sample in samples:
             keys, values, target = sample.layer(layer)
             told = one.worth(keys[None], values[None])[0]
-            behind = slice(sample.text.prompt, None)
-            found.append(_spearman(told[:, behind], target[:, behind]))
+            found.append(_spearman(told[:, sample.learned], target[:, sample.learned]))
     return float(torch.cat(found).mean())
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F  # noqa: N812 - as torch calls it
 from torch import Tensor
 
 from memshare.errors import UserError
@@ -85,6 +86,18 @@ class CacheReader:
         log_probs = out.logits[0, : len(tokens) - prefix].float().log_softmax(-1)
         keys, values = cached(cache, prefix)
         return CacheReading(tokens, text.prompt, prefix, keys, values, log_probs)
+
+    @torch.inference_mode()
+    def read_watched(self, text: Text, prefix: int, watcher: Watcher) -> CacheReading:
+        """Read ``prefix`` tokens of a text, ``_CHUNK`` at a time, while ``watcher`` looks on."""
+        tokens = torch.tensor(text.tokens[:prefix], device=self._device)
+        cache, read = _new_cache(), 0
+        for chunk in tokens.split(_CHUNK):
+            self._read_on(chunk, read, cache, 1, watcher)
+            read += len(chunk)
+        keys, values = _cached(cache, prefix)
+        nothing = torch.empty(0, device=self._device)
+        return CacheReading(tokens, text.prompt, prefix, keys, values, nothing)
 
     @torch.inference_mode()
     def repeat(self, reading: CacheReading, watcher: Watcher) -> None:
@@ -237,18 +250,25 @@ class LargestAttention:
     """A :class:`Watcher` that keeps the most attention each token of the prefix gets.
 
     Attributes:
-        logs: per layer, ``[KV heads, P]``: logarithm of the largest attention.
+        logs: per layer, ``[KV heads, P]``: logarithm of the largest attention; ``-inf`` of tokens
+            that got none.
     """
 
-    def __init__(self, prefix: int) -> None:
+    def __init__(self, prefix: int, distance: int = 0) -> None:
+        """Watch ``prefix`` tokens; only queries at least ``distance`` tokens behind one count."""
         self.logs: dict[int, Tensor] = {}
         self._prefix = prefix
+        self._distance = distance
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """See :class:`Watcher`."""
         rows = queries.shape[1]
         # Only the tokens that are being read can lie behind a query.
         later = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu_(1)
+        first = max(keys.shape[1] - rows - self._distance, 0)  # of the tokens that can be near
+        columns = keys.shape[1] - first
+        near = torch.ones(rows, columns, dtype=torch.bool, device=keys.device)
+        near = near.triu_(columns - rows - self._distance + 1)
         seen = keys.float().transpose(-1, -2)  # [KV heads, channels, M]
         largest = []
         for head, query in enumerate(queries.float() * queries.shape[-1] ** -0.5):
@@ -256,8 +276,11 @@ class LargestAttention:
             scores = query @ seen[head * len(keys) // len(queries)]
             scores[:, -rows:].masked_fill_(later, -torch.inf)
             totals = scores.logsumexp(-1, keepdim=True)
+            if self._distance:
+                scores[:, first:].masked_fill_(near, -torch.inf)
             largest.append(scores[:, : self._prefix].sub_(totals).amax(0))
-        logs = torch.stack(largest).view(len(keys), -1, self._prefix).amax(1)
+        logs = torch.stack(largest).view(len(keys), -1, largest[0].shape[-1]).amax(1)
+        logs = F.pad(logs, (0, self._prefix - logs.shape[-1]), value=-torch.inf)  # not read yet
         known = self.logs.get(layer)
         self.logs[layer] = logs if known is None else torch.maximum(known, logs)
 

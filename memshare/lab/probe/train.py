@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from memshare import __version__
 from memshare.errors import UserError
-from memshare.lab.probe.collect import Sample, Samples
+from memshare.lab.probe.collect import TARGETS, Sample, Samples, Target
 from memshare.lab.probe.evaluate import Dropping, Tally, judge, rank_correlation
 from memshare.lab.probe.fit import Fit, fit
 from memshare.lab.probe.reader import CacheReader
@@ -32,7 +32,6 @@ from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
 
 logger = logging.getLogger(__name__)
 
-TARGET = "logarithm of the largest attention that a token gets when the model repeats the text"
 TRAINING_SEED = 1_000_000  # of solutions: far from those that are judged
 
 
@@ -53,6 +52,7 @@ class TrainingPlan:
         judged: texts whose damage is measured, at most; 0 measures rank correlation alone.
         together: KV heads that networks read together, a kind of networks each; empty for two
             kinds: all heads of a layer, and each alone.
+        target: what they learn to tell.
         how: hyperparameters; their ``together`` is not looked at.
         work: folder for what was read and trained so far.
         device: as torch names it.
@@ -71,6 +71,7 @@ class TrainingPlan:
     folds: int
     judged: int
     together: tuple[int, ...]
+    target: Target
     how: Fit
     work: Path
     device: str
@@ -86,7 +87,7 @@ def train(plan: TrainingPlan) -> Probe:
     """
     reader = CacheReader(plan.model, plan.device, plan.dtype)
     weights = fingerprint(plan.model)
-    samples = Samples(plan.work, weights, plan.prefix)
+    samples = Samples(plan.work, weights, plan.prefix, plan.target)
     kinds = _kinds(plan, reader)
     texts = _texts(plan, reader)
     read = samples.collect(texts, reader)
@@ -106,7 +107,7 @@ def train(plan: TrainingPlan) -> Probe:
         turn=turn_of(reader.rotation),
         neighbours=plan.how.neighbours,
         hidden=plan.how.hidden,
-        target=TARGET,
+        target=TARGETS[plan.target],
         trained_on=tuple(
             TrainingTexts(
                 kind=kind,

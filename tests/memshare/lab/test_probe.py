@@ -93,6 +93,34 @@ def test_the_largest_attention_is_the_models_own(reader: CacheReader) -> None:
         assert torch.allclose(watcher.stacked()[layer].exp(), chunks.amax(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("distance", [1, 64, 300])
+def test_attention_from_afar_is_the_models_own(reader: CacheReader, distance: int) -> None:
+    """Read in parts, against attention of the whole text that is written down."""
+    length = 600
+    whole = Text("long", text(reader).tokens[:length], PROMPT, "sums")
+    queries: dict[int, torch.Tensor] = {}
+    keys: dict[int, torch.Tensor] = {}
+
+    def watch(layer: int, new: torch.Tensor, seen: torch.Tensor, values: torch.Tensor) -> None:
+        known = queries.get(layer)
+        queries[layer] = new if known is None else torch.cat((known, new), 1)
+        keys[layer] = seen
+
+    watcher = LargestAttention(length, distance)
+    reading = reader.read_watched(whole, length, watcher)
+    reader.read_watched(whole, length, watch)
+    assert torch.allclose(reading.keys, reader.read(whole, length).keys, atol=1e-4)
+    apart = torch.arange(length)[:, None] - torch.arange(length)[None]
+    found = watcher.stacked().exp()
+    for layer in range(LAYERS):
+        groups = len(queries[layer]) // HEADS
+        scores = queries[layer] @ keys[layer].repeat_interleave(groups, 0).mT / CHANNELS**0.5
+        attention = scores.masked_fill(apart < 0, -torch.inf).softmax(-1)
+        far = attention.masked_fill(apart < distance, 0.0).amax(1).view(HEADS, -1, length).amax(1)
+        assert torch.allclose(found[layer], far, atol=1e-5)
+    assert (found[:, :, -distance:] == 0).all()
+
+
 def test_reading_on_over_everything_changes_nothing(reader: CacheReader) -> None:
     reading = reader.read(text(reader), PREFIX, REST)
     measured = reader.judge(reading, reading.keys, reading.values)
@@ -188,6 +216,19 @@ def test_networks_learn_what_keys_and_values_say(reader: CacheReader, tmp_path: 
         return rank_correlation(samples[4:], LAYERS, network)
 
     assert correlation(how) > correlation(Fit(hidden=16, steps=1, together=1)) + 0.2
+
+
+def test_what_follows_a_token_is_learned_from_as_well(reader: CacheReader, tmp_path: Path) -> None:
+    one = text(reader)
+    (repeated,) = Samples(tmp_path / "a", None, PREFIX).collect([one], reader)
+    (both,) = Samples(tmp_path / "b", None, PREFIX, "repeat+future").collect([one], reader)
+    future = LargestAttention(PREFIX, 64)
+    reader.read_watched(one, PREFIX, future)
+    for layer in range(LAYERS):
+        wanted = (repeated.layer(layer)[2] + future.stacked()[layer].clamp(min=-20.0)) / 2
+        assert torch.allclose(both.layer(layer)[2], wanted, atol=0.02)
+    assert repeated.learned == slice(PROMPT, PREFIX)
+    assert both.learned == slice(PROMPT, PREFIX - 128)
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(
