@@ -91,11 +91,11 @@ class CacheReader:
     def read_watched(self, text: Text, prefix: int, watcher: Watcher) -> CacheReading:
         """Read ``prefix`` tokens of a text, ``_CHUNK`` at a time, while ``watcher`` looks on."""
         tokens = torch.tensor(text.tokens[:prefix], device=self._device)
-        cache, read = _new_cache(), 0
+        cache, read = empty_cache(), 0
         for chunk in tokens.split(_CHUNK):
             self._read_on(chunk, read, cache, 1, watcher)
             read += len(chunk)
-        keys, values = _cached(cache, prefix)
+        keys, values = cached(cache, prefix)
         nothing = torch.empty(0, device=self._device)
         return CacheReading(tokens, text.prompt, prefix, keys, values, nothing)
 
