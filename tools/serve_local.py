@@ -36,6 +36,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHUTDOWN_SECONDS = 90.0
 
 
+class ServerFailedError(ServeError):
+    """The server was started, and ended or cannot become healthy: its log says more."""
+
+
 class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
     """A signal asked us to stop."""
 
@@ -50,8 +54,8 @@ def require_free_port(port: int, section: str) -> None:
         probe.settimeout(1.0)
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ServeError(
-                f"port {port} is in use by another program; stop it, or set another port in "
-                f"`{section}` of the configuration"
+                f"port {port} is in use by another program, perhaps another `make serve`; stop it, "
+                f"or set another port in `{section}` of the configuration"
             )
 
 
@@ -105,7 +109,7 @@ def wait_until_healthy(child: subprocess.Popen[bytes], url: str, minutes: float)
     """Wait for ``/health`` and show progress; return the seconds it took.
 
     Raises:
-        ServeError: the child ended, a replica cannot start, or the time is up.
+        ServerFailedError: the child ended, a replica cannot start, or the time is up.
     """
     started = time.monotonic()
     progress = StartProgress()
@@ -117,16 +121,16 @@ def wait_until_healthy(child: subprocess.Popen[bytes], url: str, minutes: float)
         progress.show(seconds)
         log.read_on()
         if child.poll() is not None:
-            raise ServeError(f"the server ended during start-up (exit {child.returncode})")
+            raise ServerFailedError(f"the server ended during start-up (exit {child.returncode})")
         if log.build_failed:
-            raise ServeError(f"the application cannot be built: {log.reason}")
+            raise ServerFailedError(f"the application cannot be built: {log.reason}")
         if log.replica_failures >= REPLICA_ATTEMPTS:
-            raise ServeError(f"a replica cannot start: {log.reason}")
+            raise ServerFailedError(f"a replica cannot start: {log.reason}")
         if log.replica_failures > told_failures:
             told_failures = log.replica_failures
             progress.say(f"a replica failed to start, Ray tries again (see {relative(LOG)})")
         if seconds > 60 * minutes:
-            raise ServeError(f"the server was not healthy within {minutes:g} minutes")
+            raise ServerFailedError(f"the server was not healthy within {minutes:g} minutes")
     progress.clear()
     return time.monotonic() - started
 
@@ -205,9 +209,9 @@ def serve(config: Path, minutes: float) -> None:
     """Run the cluster until the user stops it.
 
     Raises:
-        ServeError: it cannot start, or it ended by itself.
+        ServeError: nothing was started, because the file is wrong or a port is in use.
+        ServerFailedError: it cannot start, or it ended by itself.
     """
-    LOG.unlink(missing_ok=True)  # so that an error before the start shows no older log
     setup = read_setup(config)
     require_free_port(setup.http, "http_options")
     if setup.grpc is not None:
@@ -221,7 +225,7 @@ def serve(config: Path, minutes: float) -> None:
         seconds = wait_until_healthy(child, setup.url, minutes)
         print(greeting(setup, seconds, relative(LOG)), flush=True)
         status = child.wait()
-        raise ServeError(f"the server ended by itself (exit {status})")
+        raise ServerFailedError(f"the server ended by itself (exit {status})")
     except Stopped:
         pass  # what the user asked for; the shutdown below is all that is left to do
     finally:
@@ -238,7 +242,8 @@ def main() -> int:
     try:
         serve(args.config, args.minutes)
     except ServeError as error:
-        if LOG.exists():
+        # Before anything was started the log is an older one's, or that of a server that runs.
+        if isinstance(error, ServerFailedError):
             print(
                 f"\n----- end of {relative(LOG)} -----\n{ServeLog(LOG).tail(TAIL_LINES)}",
                 file=sys.stderr,

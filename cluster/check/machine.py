@@ -167,4 +167,4 @@ def _amount(what: str, fields: str, here: int, one: float, total: float) -> Iter
             "add nodes that bring the rest, or lower 'replicas': Ray waits for ever otherwise",
         )
     else:
-        yield CheckFinding(SECTION, "ok", f"{here} {what}s; {total:g} are reserved")
+        yield CheckFinding(SECTION, "ok", f"{here} {what}s, of which {total:g} reserved")

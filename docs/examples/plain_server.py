@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     with server(args.model, args.port, args.dtype) as url:
-        reply = ask(url, "What is the capital of France?")
+        reply = ask(url, "What is the capital of Japan?")
     print(json.dumps(reply["choices"], indent=2))
     print(f"usage: {reply['usage']}")
     print(f"KV memory: {reply['kv_transfer_params']}")

@@ -15,7 +15,7 @@ from ray import serve
 
 from cluster.app import build
 
-QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2 + 2?")
+QUESTIONS = ("What is the capital of Japan?", "Name three colours.", "What is 2 + 2?")
 
 
 def ask(url: str, question: str) -> str:

@@ -94,7 +94,7 @@ class Node:
             json={
                 "model": "smollm2",
                 "max_tokens": 8,
-                "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                "messages": [{"role": "user", "content": "What is the capital of Japan?"}],
             },
             timeout=300,
         )
@@ -220,7 +220,7 @@ def test_it_answers_over_http_to_those_with_a_key(served: Node) -> None:
 
 def test_it_answers_over_grpc_to_those_with_a_key(served: Node) -> None:
     address = f"127.0.0.1:{served.ports['grpc']}"
-    question = [("user", "What is the capital of France?")]
+    question = [("user", "What is the capital of Japan?")]
     with Client(address, key=DEMO_KEY) as client:
         answer = client.chat(question, Sampling(max_tokens=8, temperature=0), timeout=300)
         assert answer.message.content

@@ -168,7 +168,7 @@ def test_what_went_wrong_is_told_with_the_end_of_the_log(
     local: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def serve(config: Path, minutes: float) -> None:
-        raise local.ServeError("a replica cannot start: no memory")
+        raise local.ServerFailedError("a replica cannot start: no memory")
 
     monkeypatch.setattr(local, "serve", serve)
     monkeypatch.setattr(sys, "argv", ["serve_local.py"])
@@ -176,3 +176,18 @@ def test_what_went_wrong_is_told_with_the_end_of_the_log(
     told = capsys.readouterr().err
     assert "----- end of run/serve.log -----\na line\nthe last line" in told
     assert told.endswith("[serve] ERROR: a replica cannot start: no memory\n")
+
+
+def test_where_a_server_runs_already_another_leaves_its_log_alone(
+    local: Any, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = log.read_text()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        setup = SimpleNamespace(http=taken.getsockname()[1], grpc=None)
+        monkeypatch.setattr(local, "read_setup", lambda config: setup)
+        monkeypatch.setattr(sys, "argv", ["serve_local.py"])
+        assert local.main() == 1
+    told = capsys.readouterr().err
+    assert "is in use by another program, perhaps another `make serve`" in told
+    assert "end of" not in told
+    assert log.read_text() == before

@@ -13,7 +13,8 @@ from memshare.config import ENV_KEY, ConfigError
 KEY = "OPENAI_API_KEY"
 """The variable in which OpenAI's clients look for a key."""
 OURS = "cluster.app:build"
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of Japan?"
+"""One that the small model answers rightly, whatever a CPU's rounding makes of near ties."""
 
 # Flush left, so that the calls can be pasted as they are. Temperature 0: so small a model wanders.
 READY = """

@@ -17,13 +17,9 @@ from ray.serve.generated.serve_pb2_grpc import RayServeAPIServiceStub
 
 from cluster.check.ports import look_at_ports
 from tests.cluster.serve.support import QUESTION
-from tests.cluster.support.monitoring import (
-    serving_of,
-    wait_for,
-)
-from tools.bench.local_cluster import (
-    Server,
-)
+from tests.cluster.support.monitoring import serving_of, wait_for
+from tools.bench.local_cluster import Server
+from tools.serving.setup import QUESTION as FIRST_QUESTION
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -40,6 +36,28 @@ def test_chat_whole_and_streamed(server: Server) -> None:
     assert whole.usage.completion_tokens == 12
     assert "".join(streamed) == whole.choices[0].message.content
     assert sum(bool(piece) for piece in streamed) >= 8, "tokens come one by one"
+
+
+def test_the_first_question_is_answered_rightly_on_any_cpu(server: Server) -> None:
+    """What ``make serve`` prints. bfloat16 moves log-probabilities of this model by about 0.1."""
+    choice = (
+        server.client.chat.completions.create(
+            model="smollm2",
+            messages=[{"role": "user", "content": FIRST_QUESTION}],
+            max_tokens=24,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
+        )
+    ).choices[0]
+    assert choice.message.content is not None
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert "Tokyo" in choice.message.content
+    assert choice.finish_reason == "stop"
+    for token in choice.logprobs.content:
+        best, second = token.top_logprobs
+        assert best.logprob - second.logprob > 0.4, f"{best.token!r} or {second.token!r}"
 
 
 @pytest.mark.parametrize("stream", [False, True])

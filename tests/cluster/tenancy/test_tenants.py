@@ -166,7 +166,7 @@ def test_the_calls_that_make_serve_prints_work_with_a_key(keyed: Keyed) -> None:
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert "Paris" in done.stdout, done.stdout
+        assert "Tokyo" in done.stdout, done.stdout
 
 
 def test_keys_hold_for_grpc(keyed: Keyed) -> None:
