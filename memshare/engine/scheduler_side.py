@@ -80,6 +80,7 @@ class SchedulerSide:
         self.admission = Admission(config.admission, self.tracker, self.reclaimer, tables)
         self._census = BlockCensus(config.report, self.tracker, tables, self.recorder.counters)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
+        self._full_and_left = tables.token_map.full_and_left  # for each request that is looked at
         self._check_wanted = False
         self._check_failed = False
         self.recorder.event(
@@ -186,13 +187,12 @@ class SchedulerSide:
 
     def _look_at(self, state: RequestState) -> None:
         """Look at a request that may have filled a block since it was last looked at."""
-        request, token_map = state.request, self.tables.token_map
+        request = state.request
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
         in_prompt = committed < request.num_prompt_tokens
-        ticks = 1 if in_prompt else token_map.until_full(committed)
-        self._wheel.schedule((state, state.generation), ticks)
-        full = token_map.full(committed)
+        full, left = self._full_and_left(committed)
+        self._wheel.schedule((state, state.generation), 1 if in_prompt else left)
         if full == state.full:
             return
         state.full = full
