@@ -25,4 +25,7 @@ class TimingWheel(Generic[Item]):
 
     def due_within(self, ticks: int) -> int:
         """How many items come up in the next ``ticks`` ticks."""
-        return sum(len(self._due.get(self._now + i, ())) for i in range(1, ticks + 1))
+        count = 0  # a loop: in every engine step, where a generator takes twice as long
+        for tick in range(self._now + 1, self._now + ticks + 1):
+            count += len(self._due.get(tick, ()))
+        return count

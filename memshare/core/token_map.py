@@ -54,6 +54,8 @@ class TokenMap:
         """How many entries the first ``tokens`` tokens need; the last may be partly filled."""
         return -(-tokens // self.block_size)
 
-    def until_full(self, tokens: int) -> int:
-        """How many tokens more fill the entry that the next token goes to, 1..block_size."""
-        return self.block_size - tokens % self.block_size
+    def full_and_left(self, tokens: int) -> tuple[int, int]:
+        """How many entries the first ``tokens`` tokens fill, and how many tokens more fill the
+        entry that the next one goes to, 1..block_size. In one call, for the step hook."""
+        size = self.block_size
+        return tokens // size, size - tokens % size

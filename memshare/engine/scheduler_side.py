@@ -80,6 +80,7 @@ class SchedulerSide:
         self.admission = Admission(config, self.tracker, self.reclaimer, tables)
         self._census = BlockCensus(config.report, self.tracker, tables, self.recorder.counters)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
+        self._full_and_left = tables.token_map.full_and_left  # for each request that is looked at
         self._check_wanted = False
         self._check_failed = False
         self.recorder.event(
@@ -194,23 +195,23 @@ class SchedulerSide:
 
     def _look_at(self, state: RequestState) -> None:
         """Look at a request that may have filled a block since it was last looked at."""
-        committed = self._note_filled(state)
+        committed, left = self._note_filled(state)
         in_prompt = committed < state.request.num_prompt_tokens
-        ticks = 1 if in_prompt else self.tables.token_map.until_full(committed)
-        self._wheel.schedule((state, state.generation), ticks)
+        self._wheel.schedule((state, state.generation), 1 if in_prompt else left)
 
-    def _note_filled(self, state: RequestState) -> int:
-        """Take note of blocks that the request has filled; returns its committed tokens."""
+    def _note_filled(self, state: RequestState) -> tuple[int, int]:
+        """Take note of blocks that the request has filled; returns its committed tokens, and how
+        many more fill its next block."""
         request = state.request
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
-        full = self.tables.token_map.full(committed)
+        full, left = self._full_and_left(committed)
         if full != state.full:
             state.full = full
             for part in self._parts:
                 part.on_tokens(state)
             self.admission.grown(state)
-        return committed
+        return committed, left
 
     def receive(self, message: WorkerMessage) -> None:
         """Take what the workers (all ranks that have answered, folded together) report."""

@@ -31,7 +31,9 @@ def test_every_token_is_where_a_table_written_token_by_token_has_it(size: int, t
             assert (places.entry(position), places.slot(position)) == (entry, slot)
     assert places.entries(tokens) == len(table)
     assert places.full(tokens) == sum(len(positions) == size for positions in table)
-    after = written_out(size, tokens + places.until_full(tokens))
+    full, left = places.full_and_left(tokens)
+    assert full == places.full(tokens)
+    after = written_out(size, tokens + left)
     assert places.full(tokens) + 1 == len(after)
     assert len(after[-1]) == size
 

@@ -106,3 +106,14 @@ def test_a_configuration_does_not_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "freed"),
+    [("twins", 0.25), ("paper", 0.0), ("oldest", 0.6), ("random", 0.6), ("compaction", 0.3)],
+)
+def test_each_mechanism_says_what_it_usually_frees(name: str, freed: float) -> None:
+    """Where texts do not decide, all that the budget of its kind allows."""
+    budget = {"max_shared_fraction": 0.6, "max_dropped_fraction": 0.3}
+    config = load_config({"policy": {"name": name}, "budget": budget}, environ={})
+    assert registry.mechanism_of(config.policy).usually_freed(config) == freed
