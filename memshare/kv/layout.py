@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_FP8_MARGIN = 1 + 1 / 64  # above what 16-bit types round away, below half a step of fp8
 _DIGIT_BITS = 3  # 0..7 is exact in every cache type, fp8 included
 
 
@@ -129,11 +130,7 @@ class KVLayout:
         for shift in range(0, int(numbers[-1]).bit_length(), _DIGIT_BITS):
             digits = (numbers >> shift) & ((1 << _DIGIT_BITS) - 1)
             by_slot = digits.view(2, slots, 1, channels).expand(-1, -1, heads, -1)
-            # The backend divides by the scales, and rounds away what that leaves of an error.
-            scales = torch.tensor(layer.scales, device=digits.device).view(2, 1, 1, 1)
-            keys, values = (by_slot * scales).to(
-                layer.dtype if stored_as.itemsize == 1 else stored_as
-            )
+            keys, values = _as_written(by_slot, layer, stored_as)
             scratch = torch.zeros_like(kv_cache[:1])
             layer.write(keys.contiguous(), values.contiguous(), scratch, slot_mapping)
             found += scratch.view(stored_as)[0, 0].float().flatten().round().long() << shift
@@ -234,6 +231,16 @@ class _Strides(NamedTuple):
         """Those places of each head's contiguous region, ``[blocks, heads, places]``, as a view."""
         steps = (*heads.stride()[:2], *self.steps)
         return heads.as_strided((*heads.shape[:2], *self.sizes), steps, self.first)
+
+
+def _as_written(digits: Tensor, layer: CachedLayer, stored_as: torch.dtype) -> Tensor:
+    """What a backend must be given to store ``digits``, ``[2, slots, heads, channels]``."""
+    if stored_as.itemsize > 1:
+        return digits.to(stored_as)
+    # It divides by the scale, which is not exact, and may cut off what fp8 cannot hold, or round
+    # it. A little more than the digit becomes the digit either way.
+    scales = torch.tensor(layer.scales, device=digits.device).view(2, 1, 1, 1)
+    return (digits * (scales * _FP8_MARGIN)).to(layer.dtype)
 
 
 def _stored_as(layer: CachedLayer, kv_cache: Tensor) -> torch.dtype:

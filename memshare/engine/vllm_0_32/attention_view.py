@@ -211,8 +211,8 @@ class SqueezedTables:
         upper = batch.seq_lens_cpu_upper_bound
         longest = batch.max_seq_len
         if upper is not None:  # FlashInfer plans from it, so it must stay as tight as it was
-            upper = upper - torch.from_numpy(counts * (self._block_size * split))
-            longest = min(longest, int(upper.max()))
+            shorter = upper.numpy() - counts * (self._block_size * split)  # NumPy: small arrays
+            upper, longest = torch.from_numpy(shorter), min(longest, int(shorter.max()))
         return replace(
             batch,
             block_table_tensor=table,

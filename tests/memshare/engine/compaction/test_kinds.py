@@ -90,14 +90,16 @@ def watched(
     kind = KINDS[request.param]
     if request.param == "fp8" and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 KV cache needs a CPU with AVX-512")
-    with registered(), scaled(), start_engine(weights, memshare, **options | kind) as engine:
-        caches = engine.core.model_executor.driver_worker.worker._memshare.parts[NAME]
-        assert caches._layouts[0].scales == (SCALES if request.param == "fp8" else (1.0, 1.0))
-        yield Watched(engine)
-        assert engine.is_clean()
-        if request.param == "n-gram":
-            assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
-            forget_numba()
+    try:
+        with registered(), scaled(), start_engine(weights, memshare, **options | kind) as engine:
+            part = engine.core.model_executor.driver_worker.worker._memshare.parts[NAME]
+            assert part._layouts[0].scales == (SCALES if request.param == "fp8" else (1.0, 1.0))
+            yield Watched(engine)
+            assert engine.is_clean()
+            if request.param == "n-gram":
+                assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
+    finally:
+        forget_numba()
 
 
 def settle(watched: Watched) -> None:
