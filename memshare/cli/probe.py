@@ -95,8 +95,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--scorers", default="probe", help=f"separated by ','; of {', '.join(_SCORERS)}"
     )
     parser.add_argument(
-        "--heads-together", type=count, metavar="HEADS", help="which of the probe's networks "
-        "(default: those that read the most heads)",
+        "--tensor-parallel-size", type=count, default=1, help="judge the probe as ranks use "
+        "it that have a part of the heads each",
     )  # fmt: skip
     parser.add_argument("--recent", type=whole, default=128, help="last tokens that always stay")
     parser.add_argument(
@@ -224,7 +224,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         recorded=_kinds(args.texts),
         solutions=args.solutions,
         probe=args.probe,
-        together=args.heads_together,
+        tensor_parallel_size=args.tensor_parallel_size,
         scorers=tuple(scorers),
         prefix=args.prefix,
         continuation=args.continuation,

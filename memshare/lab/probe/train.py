@@ -209,7 +209,8 @@ def _judge(
     reading = reader.read(text, prefix, rest)
     for (together, scorer), freed in product(scorers.items(), plan.freed):
         key = (text.kind, freed, together)
-        tally = found.tallies.setdefault(key, Tally(text.kind, prefix, together))
+        size = reader.heads // together  # whose ranks have no more heads than that
+        tally = found.tallies.setdefault(key, Tally(text.kind, prefix, size))
         tally.measured.append(judge(reader, reading, scorer, Dropping(freed)))
 
 

@@ -1,14 +1,15 @@
 """``probe``: a small network reads off each token's key and value whether it will be needed.
 
 It sees the cache alone: no queries, and nothing in the forward pass. Each layer and group of KV
-heads has a network of its own, which reads what belongs to these heads: a rank evaluates its own.
+heads has a network of its own, which reads what belongs to these heads: a rank evaluates its own,
+and one that holds a part of a group takes the rest of it for average.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from memshare.kv.rotary import Rotation, RotationUnknown
 from memshare.mechanisms.compaction.probe.file import ProbeUnusable, read_probe
 from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
-from memshare.mechanisms.compaction.probe.network import ProbeNetwork, fast_dtype
+from memshare.mechanisms.compaction.probe.network import fast_dtype
 from memshare.mechanisms.compaction.probe.turn import TURN_TOLERANCE, turn_of, upright
 from memshare.mechanisms.compaction.scorers.recency import Recency
 from memshare.mechanisms.compaction.scorers.registry import ScorerUnusable
@@ -32,10 +33,18 @@ logger = logging.getLogger(__name__)
 _NUMBERS_AT_ONCE = 1 << 22  # keys and values that are worked on together: 16 MB, a few times over
 
 
+class Network(Protocol):
+    """Tells what tokens are worth."""
+
+    def worth(self, upright: Tensor, values: Tensor) -> Tensor:
+        """See :meth:`~memshare.mechanisms.compaction.probe.network.ProbeNetwork.worth`."""
+        ...
+
+
 class ProbeScorer:
     """A :class:`~memshare.mechanisms.compaction.scorers.contract.TokenScorer`."""
 
-    def __init__(self, network: ProbeNetwork, rotation: Rotation, neighbours: int) -> None:
+    def __init__(self, network: Network, rotation: Rotation, neighbours: int) -> None:
         """Score by ``network``, for this rank's heads.
 
         Args:
