@@ -76,6 +76,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--neighbours", type=whole, default=2, help="tokens on each side that are averaged over"
     )
     parser.add_argument(
+        "--smoothing", type=whole, default=0, help="tokens on each side over which the worth of "
+        "one is averaged",
+    )  # fmt: skip
+    parser.add_argument(
         "--heads-together", type=counts, default=(), metavar="HEADS", help="KV heads that a "
         "network reads, separated by ',': the file has networks of each kind, and a rank uses the "
         "largest of which it has whole groups (default: all of a layer, and 1, which fits every "
@@ -186,6 +190,7 @@ def _train(args: argparse.Namespace) -> int:
         judged=args.judged,
         together=args.heads_together,
         target=args.target,
+        smoothing=args.smoothing,
         how=Fit(hidden=args.hidden, steps=args.steps, neighbours=args.neighbours),
         work=args.work or kept / "work" / name,
         device=args.device,

@@ -172,7 +172,7 @@ def scorer_for(name: str, probe: Probe | None, size: int, reader: CacheReader) -
         sizes = ", ".join(map(str, probe.card.tensor_parallel_sizes))
         raise UserError(f"--tensor-parallel-size {size}: the probe is for {sizes}")
     networks = [probe.network(together).part(rank * heads, heads, device) for rank in range(size)]
-    return ProbeScorer(RankNetworks(networks), reader.rotation, probe.card.neighbours)
+    return ProbeScorer(RankNetworks(networks), reader.rotation, probe.card.reach)
 
 
 class RankNetworks:

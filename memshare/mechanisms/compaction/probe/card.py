@@ -70,6 +70,8 @@ class ProbeCard(_Record):
         turn: angle by which each rotated pair of key channels turns from one position to the next,
             in radians.
         neighbours: tokens on each side that the probe averages over.
+        smoothing: tokens on each side over which what it tells is averaged: the words around a fact
+            are needed to find it.
         hidden: units of the network.
         target: what it was trained to tell.
         trained_on: texts.
@@ -90,6 +92,7 @@ class ProbeCard(_Record):
     together: tuple[int, ...] = Field(min_length=1)
     turn: tuple[float, ...]
     neighbours: int = Field(ge=0)
+    smoothing: int = Field(default=0, ge=0)
     hidden: int = Field(ge=1)
     target: str
     trained_on: tuple[TrainingTexts, ...]
@@ -122,6 +125,11 @@ class ProbeCard(_Record):
         return next(whole, next(parts, None))
 
     @property
+    def reach(self) -> int:
+        """Tokens on each side on which a token's worth depends."""
+        return self.neighbours + self.smoothing
+
+    @property
     def tensor_parallel_sizes(self) -> tuple[int, ...]:
         """Sizes that can be used. Where a rank has one head, larger ones can be used too that
         repeat heads."""
@@ -146,6 +154,8 @@ class ProbeCard(_Record):
         yield f"- **Network**: a perceptron per layer and {kinds} of its KV heads, with"
         yield f"  {self.hidden} hidden units; reads a token's K and V, and their average over"
         yield f"  {2 * self.neighbours + 1} tokens."
+        if self.smoothing:
+            yield f"  What it tells is averaged over {2 * self.smoothing + 1} tokens."
         sizes = ", ".join(map(str, self.tensor_parallel_sizes))
         yield f"- **Tensor-parallel sizes**: {sizes}."
         for texts in self.trained_on:

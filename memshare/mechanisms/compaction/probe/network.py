@@ -18,12 +18,13 @@ class ProbeNetwork:
     written down.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], neighbours: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], neighbours: int, smoothing: int = 0) -> None:
         """Build it from what a file holds.
 
         Args:
             tensors: as :meth:`names_and_shapes` says, of any float type.
             neighbours: tokens on each side that are averaged over.
+            smoothing: tokens on each side over which what it tells is averaged.
         """
         named = {name: tensor.float() for name, tensor in tensors.items()}
         self._out = named["out.weight"]
@@ -37,6 +38,7 @@ class ProbeNetwork:
         self._matrix = torch.cat(weight.unbind(2), dim=-1).flatten(2, 3)
         self._offset = named["out.bias"]
         self._neighbours = neighbours
+        self._smoothing = smoothing
 
     @staticmethod
     def names_and_shapes(
@@ -81,7 +83,7 @@ class ProbeNetwork:
         if heads < together:
             inside = slice(first % together, first % together + heads)
         part = object.__new__(type(self))
-        part._neighbours = self._neighbours
+        part._neighbours, part._smoothing = self._neighbours, self._smoothing
         by_head = self._matrix[:, groups].unflatten(2, (together, -1))
         part._matrix = by_head[:, :, inside].flatten(2, 3).to(device, dtype)
         part._shifted = self._shifted[:, groups, inside].to(device)
@@ -106,6 +108,7 @@ class ProbeNetwork:
         own, around = (held @ self._matrix).float().chunk(2, dim=-1)
         hidden = F.gelu(own + average(around, self._neighbours) + self._bias[:, :, None])
         worth = hidden @ self._out + self._offset[:, :, None]  # [layers, groups, tokens, together]
+        worth = average(worth, self._smoothing)
         return worth.transpose(-1, -2).flatten(1, 2)
 
 

@@ -44,17 +44,17 @@ class Network(Protocol):
 class ProbeScorer:
     """A :class:`~memshare.mechanisms.compaction.scorers.contract.TokenScorer`."""
 
-    def __init__(self, network: Network, rotation: Rotation, neighbours: int) -> None:
+    def __init__(self, network: Network, rotation: Rotation, reach: int) -> None:
         """Score by ``network``, for this rank's heads.
 
         Args:
             network: on the device of the keys, as ``rotation``.
             rotation: that the cached keys went through.
-            neighbours: tokens on each side that the network averages over.
+            reach: tokens on each side on which the worth of one depends.
         """
         self._network = network
         self._rotation = rotation
-        self._neighbours = neighbours
+        self._reach = reach
 
     def score(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See :meth:`TokenScorer.score`."""
@@ -70,8 +70,8 @@ class ProbeScorer:
         self, keys: Tensor, values: Tensor, positions: Tensor, first: int, end: int
     ) -> Tensor:
         """Worth of tokens [first, end), which see their neighbours beyond."""
-        start = max(first - self._neighbours, 0)
-        seen = slice(start, end + self._neighbours)
+        start = max(first - self._reach, 0)
+        seen = slice(start, end + self._reach)
         turned = upright(keys[:, :, seen], positions[seen], self._rotation)
         worth = self._network.worth(turned, values[:, :, seen])
         return worth[..., first - start : end - start]
@@ -114,7 +114,7 @@ def build(choice: ScorerChoice, context: WorkerContext) -> TokenScorer:
     logger.info("tokens are kept by the probe %s, heads together: %d", path, together)
     device = cache.device
     network = probe.network(together).part(first, model.heads, device, fast_dtype(device))
-    return ProbeScorer(network, rotation.to(device), probe.card.neighbours)
+    return ProbeScorer(network, rotation.to(device), probe.card.reach)
 
 
 def _rotation(context: WorkerContext, turn: tuple[float, ...]) -> Rotation:

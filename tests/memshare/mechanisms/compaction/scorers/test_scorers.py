@@ -245,6 +245,19 @@ def test_keys_lose_their_rotation() -> None:
     assert torch.allclose(upright(turned, positions, ROTATION), keys, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [1, 2])
+def test_worth_is_averaged_over_neighbours(smoothing: int, model: Path, kept: Path) -> None:
+    plain = ProbeNetwork(tensors(2), NEIGHBOURS)
+    keys, turned, values, positions = cached()
+    worth = plain.worth(keys, values)
+    write(kept / "tiny.safetensors", model, together=(2,), smoothing=smoothing)
+    found = build_scorer(Choice("probe"), context(str(model))).score(turned, values, positions)
+    for i in range(TOKENS):
+        mean = worth[..., max(i - smoothing, 0) : i + smoothing + 1].mean(-1)
+        assert torch.allclose(found[..., i], mean, atol=0.05)
+    assert not torch.allclose(found, worth, atol=0.05)
+
+
 @pytest.mark.parametrize("together", [1, 2, HEADS])
 def test_worth_is_what_the_features_give(together: int) -> None:
     """Against the definition: averages written down, normalised, a perceptron a group."""
@@ -283,7 +296,8 @@ def test_long_texts_are_scored_in_parts_with_their_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, keys, values, positions = cached()
-    scorer = ProbeScorer(ProbeNetwork(tensors(2), NEIGHBOURS), ROTATION, NEIGHBOURS)
+    network = ProbeNetwork(tensors(2), NEIGHBOURS, smoothing=1)
+    scorer = ProbeScorer(network, ROTATION, NEIGHBOURS + 1)
     whole = scorer.score(keys, values, positions)
     numbers = 2 * LAYERS * HEADS * CHANNELS
     monkeypatch.setattr(probe_scorer, "_NUMBERS_AT_ONCE", 7 * numbers)
