@@ -76,6 +76,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--neighbours", type=whole, default=2, help="tokens on each side that are averaged over"
     )
     parser.add_argument(
+        "--smoothing", type=whole, default=0, help="tokens on each side over which the worth of "
+        "one is averaged",
+    )  # fmt: skip
+    parser.add_argument(
         "--heads-together", type=counts, default=(), metavar="HEADS", help="KV heads that a "
         "network reads, separated by ',': the file has networks of each kind, and a rank uses the "
         "largest of which it has whole groups (default: all of a layer, and 1, which fits every "
@@ -95,8 +99,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--scorers", default="probe", help=f"separated by ','; of {', '.join(_SCORERS)}"
     )
     parser.add_argument(
-        "--heads-together", type=count, metavar="HEADS", help="which of the probe's networks "
-        "(default: those that read the most heads)",
+        "--tensor-parallel-size", type=count, default=1, help="judge the probe as ranks use "
+        "it that have a part of the heads each",
     )  # fmt: skip
     parser.add_argument("--recent", type=whole, default=128, help="last tokens that always stay")
     parser.add_argument(
@@ -186,6 +190,7 @@ def _train(args: argparse.Namespace) -> int:
         judged=args.judged,
         together=args.heads_together,
         target=args.target,
+        smoothing=args.smoothing,
         how=Fit(hidden=args.hidden, steps=args.steps, neighbours=args.neighbours),
         work=args.work or kept / "work" / name,
         device=args.device,
@@ -224,7 +229,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         recorded=_kinds(args.texts),
         solutions=args.solutions,
         probe=args.probe,
-        together=args.heads_together,
+        tensor_parallel_size=args.tensor_parallel_size,
         scorers=tuple(scorers),
         prefix=args.prefix,
         continuation=args.continuation,

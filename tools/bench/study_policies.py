@@ -115,8 +115,7 @@ class Compactor:
             reader, probe = self._reader, None
             if name == "probe":
                 _, probe = probe_for(self._model, params.probe, reader)
-            together = probe.card.together[0] if probe else reader.heads
-            self._scorers[name] = scorer_for(name, probe, together, reader)
+            self._scorers[name] = scorer_for(name, probe, 1, reader)
         return self._scorers[name]
 
 

@@ -120,23 +120,23 @@ class Samples:
         tokens = sum(sample.length for sample in missing)
         with tqdm(total=tokens, desc="reading texts", unit="token", disable=None) as bar:
             for sample in missing:
-                _write(sample, reader, self._target)
+                _write(sample, reader)
                 bar.update(sample.length)
         return samples
 
 
-def _write(sample: Sample, reader: CacheReader, target: Target) -> None:
+def _write(sample: Sample, reader: CacheReader) -> None:
     from safetensors.torch import save_file
 
     future = LargestAttention(sample.length, _FAR)
-    if target == "repeat":
+    if sample.target == "repeat":
         reading = reader.read(sample.text, sample.length)
     else:
         reading = reader.read_watched(sample.text, sample.length, future)
     watcher = LargestAttention(sample.length)
     reader.repeat(reading, watcher)
     logs = watcher.stacked()
-    if target != "repeat":
+    if sample.target != "repeat":
         logs = (logs + future.stacked().clamp(min=_LEAST)) / 2
     partial = sample.path.with_name(f".{sample.path.name}.{os.getpid()}")
     tensors = {

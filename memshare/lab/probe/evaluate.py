@@ -146,13 +146,13 @@ class Tally:
     Attributes:
         kind: of the texts.
         prefix: tokens of each.
-        together: KV heads that the networks read together which chose.
+        tensor_parallel_size: ranks that shared the heads, each choosing by its own.
         measured: see :func:`judge`.
     """
 
     kind: str
     prefix: int
-    together: int
+    tensor_parallel_size: int = 1
     measured: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     def judged(self, freed: float, every: int = 0) -> Judged:
@@ -163,7 +163,7 @@ class Tally:
             prefix=self.prefix,
             freed=freed,
             every=every,
-            together=self.together,
+            tensor_parallel_size=self.tensor_parallel_size,
             kl=float(np.mean([one[:, _KL].mean() for one in self.measured])),
             same_top=float(np.mean([one[:, _TOP].mean() for one in self.measured])),
             unchanged=sum(bool((one[:, _TOP] == 1).all()) for one in self.measured),

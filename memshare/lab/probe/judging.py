@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from memshare.errors import UserError
@@ -17,6 +18,7 @@ from memshare.lab.probe.texts import Text, recorded_texts, solutions
 from memshare.mechanisms.compaction.probe.card import Judged
 from memshare.mechanisms.compaction.probe.file import Probe, ProbeUnusable, read_probe, write_probe
 from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
+from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 from memshare.mechanisms.compaction.scorers.contract import TokenScorer
 from memshare.mechanisms.compaction.scorers.probe import ProbeScorer
 from memshare.mechanisms.compaction.scorers.random import RandomScorer
@@ -36,7 +38,7 @@ class JudgingPlan:
         recorded: folders of texts by their kinds.
         solutions: worked problems of the test reasoner.
         probe: file or name; None takes the one that fits.
-        together: KV heads that its networks read together; None for the most.
+        tensor_parallel_size: as many ranks share the heads, each choosing by its own.
         scorers: ``probe``, ``recency``, ``random``; the last one without a weight of positions.
         prefix: tokens of each text of which some are dropped.
         continuation: tokens behind it.
@@ -54,7 +56,7 @@ class JudgingPlan:
     recorded: dict[str, Path]
     solutions: int
     probe: str | None
-    together: int | None
+    tensor_parallel_size: int
     scorers: tuple[str, ...]
     prefix: int
     continuation: int
@@ -77,8 +79,8 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
     reader = CacheReader(plan.model, plan.device, plan.dtype)
     found = probe_for(plan.model, plan.probe, reader) if "probe" in plan.scorers else None
     probe = found and found[1]
-    together = _together(plan, probe, reader)
     texts = _texts(plan, reader, frozenset(probe.card.seen if probe else ()))
+    size = plan.tensor_parallel_size
     tallies: dict[tuple[str, str, float], Tally] = {}
     for text in tqdm(texts, desc="judging", unit="text", disable=None):
         prefix = text.cut or plan.prefix
@@ -88,10 +90,8 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
             weight = 0.0 if name == "random" else plan.position_weight
             for freed in plan.freed:
                 how = Dropping(freed, plan.recent, weight, plan.every)
-                tally = tallies.setdefault(
-                    (name, text.kind, freed), Tally(text.kind, prefix, together)
-                )
-                scorer = scorer_for(name, probe, together, reader)
+                tally = tallies.setdefault((name, text.kind, freed), Tally(text.kind, prefix, size))
+                scorer = scorer_for(name, probe, size, reader)
                 tally.measured.append(judge(reader, reading, scorer, how))
     rows = [(name, tally.judged(freed, plan.every)) for (name, _, freed), tally in tallies.items()]
     if plan.record and found is not None:
@@ -149,32 +149,44 @@ def _texts(plan: JudgingPlan, reader: CacheReader, seen: frozenset[str]) -> list
     return unseen[: plan.limit]
 
 
-def _together(plan: JudgingPlan, probe: Probe | None, reader: CacheReader) -> int:
-    """How many heads are read together; all of them by scorers that read none."""
-    if probe is None or plan.together is None:
-        return probe.card.together[0] if probe else reader.heads
-    if plan.together not in probe.card.together:
-        known = ", ".join(map(str, probe.card.together))
-        raise UserError(
-            f"--heads-together {plan.together}: the probe has networks that read {known} together"
-        )
-    return plan.together
-
-
-def scorer_for(name: str, probe: Probe | None, together: int, reader: CacheReader) -> TokenScorer:
+def scorer_for(name: str, probe: Probe | None, size: int, reader: CacheReader) -> TokenScorer:
     """A scorer over a text that ``reader`` has read.
 
     Args:
         name: ``probe``, ``recency`` or ``random``.
         probe: for the first.
-        together: which of its networks.
+        size: of tensor parallelism: each rank scores by its own heads.
         reader: of the model.
+
+    Raises:
+        UserError: the probe does not serve this size.
     """
     if name == "recency":
         return Recency()
     if name == "random":
         return RandomScorer(seed=0, first_head=0)
     assert probe is not None  # it was asked for
-    network = probe.network(together)
-    whole = network.part(0, reader.heads, torch.device(reader.device))
-    return ProbeScorer(whole, reader.rotation, probe.card.neighbours)
+    heads, device = reader.heads // size, torch.device(reader.device)
+    together = probe.card.group(heads) if heads * size == reader.heads else None
+    if together is None:
+        sizes = ", ".join(map(str, probe.card.tensor_parallel_sizes))
+        raise UserError(f"--tensor-parallel-size {size}: the probe is for {sizes}")
+    networks = [probe.network(together).part(rank * heads, heads, device) for rank in range(size)]
+    return ProbeScorer(RankNetworks(networks), reader.rotation, probe.card.reach)
+
+
+class RankNetworks:
+    """The networks of all ranks, as one."""
+
+    def __init__(self, networks: list[ProbeNetwork]) -> None:
+        """Put together ``networks``, rank by rank."""
+        self._networks = networks
+
+    def worth(self, upright: Tensor, values: Tensor) -> Tensor:
+        """See :meth:`ProbeNetwork.worth`."""
+        parts = (tensor.chunk(len(self._networks), 1) for tensor in (upright, values))
+        worths = (
+            network.worth(*part)
+            for network, part in zip(self._networks, zip(*parts, strict=True), strict=True)
+        )
+        return torch.cat(list(worths), 1)

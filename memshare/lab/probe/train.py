@@ -53,6 +53,7 @@ class TrainingPlan:
         together: KV heads that networks read together, a kind of networks each; empty for two
             kinds: all heads of a layer, and each alone.
         target: what they learn to tell.
+        smoothing: tokens on each side over which what they tell is averaged.
         how: hyperparameters; their ``together`` is not looked at.
         work: folder for what was read and trained so far.
         device: as torch names it.
@@ -72,6 +73,7 @@ class TrainingPlan:
     judged: int
     together: tuple[int, ...]
     target: Target
+    smoothing: int
     how: Fit
     work: Path
     device: str
@@ -106,6 +108,7 @@ def train(plan: TrainingPlan) -> Probe:
         together=kinds,
         turn=turn_of(reader.rotation),
         neighbours=plan.how.neighbours,
+        smoothing=plan.smoothing,
         hidden=plan.how.hidden,
         target=TARGETS[plan.target],
         trained_on=tuple(
@@ -170,11 +173,12 @@ def _cross_validate(
         for together in kinds:
             title = f"fold {number} of {len(parts)}, heads together: {together}"
             tensors = _fit(plan, reader, seen, together, title)
-            network = _by_layer(tensors, plan.how.neighbours)
+            network = _by_layer(tensors, plan)
             correlation = rank_correlation(unseen, reader.layers, network)
             found.correlations.setdefault(together, []).append(correlation)
-            probe = ProbeNetwork(tensors, plan.how.neighbours)
-            scorers[together] = ProbeScorer(probe, reader.rotation, plan.how.neighbours)
+            probe = ProbeNetwork(tensors, plan.how.neighbours, plan.smoothing)
+            reach = plan.how.neighbours + plan.smoothing
+            scorers[together] = ProbeScorer(probe, reader.rotation, reach)
             logger.info(
                 "fold %d, heads together: %d: rank correlation %.3f on %d texts",
                 number, together, correlation, len(unseen),
@@ -209,7 +213,8 @@ def _judge(
     reading = reader.read(text, prefix, rest)
     for (together, scorer), freed in product(scorers.items(), plan.freed):
         key = (text.kind, freed, together)
-        tally = found.tallies.setdefault(key, Tally(text.kind, prefix, together))
+        size = reader.heads // together  # whose ranks have no more heads than that
+        tally = found.tallies.setdefault(key, Tally(text.kind, prefix, size))
         tally.measured.append(judge(reader, reading, scorer, Dropping(freed)))
 
 
@@ -220,9 +225,10 @@ def _fit(
     return fit(samples, reader.layers, how, plan.work, plan.device, title)
 
 
-def _by_layer(tensors: dict[str, Tensor], neighbours: int) -> Callable[[int], ProbeNetwork]:
+def _by_layer(tensors: dict[str, Tensor], plan: TrainingPlan) -> Callable[[int], ProbeNetwork]:
     def network(layer: int) -> ProbeNetwork:
-        return ProbeNetwork({name: t[layer : layer + 1] for name, t in tensors.items()}, neighbours)
+        of_layer = {name: tensor[layer : layer + 1] for name, tensor in tensors.items()}
+        return ProbeNetwork(of_layer, plan.how.neighbours, plan.smoothing)
 
     return network
 

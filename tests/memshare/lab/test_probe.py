@@ -271,11 +271,11 @@ def test_the_command_trains_judges_and_shows(
     probe = read_probe(tmp_path / "cache/memshare/probes/tiny.safetensors")
     assert (probe.card.layers, probe.card.heads, probe.card.channels) == (LAYERS, HEADS, CHANNELS)
     assert probe.card.together == (HEADS, 1)
-    assert [(row.kind, row.texts, row.together) for row in probe.card.judged] == [
-        ("sums", 2, HEADS), ("sums", 2, 1),
+    assert [(row.kind, row.texts, row.tensor_parallel_size) for row in probe.card.judged] == [
+        ("sums", 2, 1), ("sums", 2, HEADS),
     ]  # fmt: skip
     assert set(probe.card.rank_correlation) == {HEADS, 1}
-    assert "| 2 sums | 300 | 40% | yes | 2 |" in capsys.readouterr().out
+    assert "| 2 sums | 300 | 40% | yes | 1 |" in capsys.readouterr().out
 
     others = tmp_path / "others"
     others.mkdir()
@@ -291,19 +291,22 @@ def test_the_command_trains_judges_and_shows(
     ]  # fmt: skip
     assert main([*evaluate, "--every", "64", "--record", "--texts", str(others)]) == 0
     recorded = read_probe(tmp_path / "cache/memshare/probes/tiny.safetensors")
-    assert [(row.kind, row.every, row.together) for row in recorded.card.judged] == [
-        ("others", 64, HEADS), ("sums", 0, HEADS), ("sums", 0, 1),
+    assert [
+        (row.kind, row.every, row.tensor_parallel_size) for row in recorded.card.judged
+    ] == [
+        ("others", 64, 1), ("sums", 0, 1), ("sums", 0, HEADS),
     ]  # fmt: skip
     for together, named in probe.tensors.items():
         assert all(torch.equal(recorded.tensors[together][n], t) for n, t in named.items())
     alone = tmp_path / "alone.json"
-    words = [*evaluate, "--heads-together", "1", "--texts", str(others), "--json", str(alone)]
+    parallel = ["--tensor-parallel-size", str(HEADS)]
+    words = [*evaluate, *parallel, "--texts", str(others), "--json", str(alone)]
     assert main(words) == 0
     damage = {row["scorer"]: row["kl"] for row in json.loads(alone.read_text())}
     assert damage["random"] == rows[1]["kl"]
     assert damage["probe"] != rows[0]["kl"]
-    assert main([*evaluate, "--heads-together", "3", "--texts", str(others)]) == 1
-    assert "--heads-together 3: the probe has networks that read 2, 1" in capsys.readouterr().err
+    assert main([*evaluate, "--tensor-parallel-size", "3", "--texts", str(others)]) == 1
+    assert "--tensor-parallel-size 3: the probe is for 1, 2" in capsys.readouterr().err
     assert main([*evaluate, "--texts", str(texts)]) == 1
     assert "was trained on each of these texts" in capsys.readouterr().err
 
@@ -339,17 +342,21 @@ def test_a_padded_model_has_the_probe_of_its_original(
     original, padded = (
         read_probe(tmp_path / f"memshare/probes/{name}.safetensors") for name in ("tiny", "copy")
     )
-    assert (padded.card.heads, padded.card.together, padded.card.model) == (4, (1,), "copy")
+    assert (padded.card.heads, padded.card.together, padded.card.model) == (4, (4, 1), "copy")
     served = ServedModel(str(copy), LAYERS, 2, CHANNELS, ranks=2)
     assert find_probe(None, served) == tmp_path / "memshare/probes/copy.safetensors"
 
     wide = CacheReader(str(copy))
-    worths = []
-    for one, probe in ((reader, original), (wide, padded)):
-        reading = one.read(text(one), PREFIX)
-        worths.append(probe.network(1).worth(one.upright(reading.keys), reading.values))
-    assert worths[1].shape == (LAYERS, 4, PREFIX)
-    assert torch.allclose(worths[1][:, :HEADS], worths[0], atol=1e-3)
+    readings = reader.read(text(reader), PREFIX), wide.read(text(wide), PREFIX)
+    for before, after in ((HEADS, 4), (1, 1)):
+        worth, of_copy = (
+            probe.network(together).worth(reader.upright(reading.keys), reading.values)
+            for probe, together, reading in zip(
+                (original, padded), (before, after), readings, strict=True
+            )
+        )
+        assert of_copy.shape == (LAYERS, 4, PREFIX)
+        assert torch.allclose(of_copy[:, :HEADS], worth, atol=1e-3)
 
     capsys.readouterr()
     assert main(["probe", "pad", "tiny", "--model", str(model)]) == 1

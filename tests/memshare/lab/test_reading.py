@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
+from memshare.cli import replay
 from memshare.cli.main import main
-from memshare.config import DistanceConfig
+from memshare.config import DistanceConfig, load_config
 from memshare.lab.plots.steps import kv
 from memshare.lab.plots.trace import marks
 from memshare.lab.replay.divergence import COLUMNS
@@ -221,3 +223,24 @@ def test_policies_are_studied_beside_compaction(
     with pytest.raises(SystemExit):
         study_policies.main()
     assert "--kv fp8: compaction is judged over float32 alone" in capsys.readouterr().err
+
+
+def test_replay_lets_every_arm_give_up_as_much(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "story.json").write_text(json.dumps({"problem": PROMPT, "reasoning": TEXT}))
+    arms: list[dict[str, object]] = []
+
+    def no_engine(target: str, argument: dict[str, Any], *rest: object) -> dict[str, object]:
+        arms.append(argument["arm"])
+        return {"freed": 0.0, "cells": [(0.0, 0.0)] * 4}
+
+    monkeypatch.setattr(replay, "call_in_process", no_engine)
+    words = ["--traces", str(tmp_path), "--model", str(model), "--freed", "0.4"]
+    sizes = ["--prefix", "200", "--continuation", "40"]
+    assert main(["replay", *words, *sizes, "--arms", "twins,compaction,oldest"]) == 0
+    dense, *sharing = arms
+    assert dense["memshare"] is None
+    configs = [load_config(cast(Any, arm["memshare"]), environ={}) for arm in sharing]
+    assert [config.policy.name for config in configs] == ["twins", "compaction", "oldest"]
+    assert {config.max_given_up for config in configs} == {0.4}

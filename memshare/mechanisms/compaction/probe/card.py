@@ -33,7 +33,7 @@ class Judged(_Record):
         prefix: tokens of each, of which some were dropped.
         freed: fraction of them that was dropped, in every layer and head.
         every: tokens from one compaction to the next, as serving does it; 0 if once, at the end.
-        together: KV heads that the networks read together.
+        tensor_parallel_size: ranks that shared the heads, each choosing by its own.
         kl: KL divergence of the next-token distributions from the exact ones, nats per token.
         same_top: fraction of tokens whose most likely next token stays the same.
         unchanged: texts in which it stays so at every token.
@@ -44,7 +44,7 @@ class Judged(_Record):
     prefix: int
     freed: Fraction
     every: int = 0
-    together: int
+    tensor_parallel_size: int = 1
     kl: float
     same_top: Fraction
     unchanged: int
@@ -70,6 +70,8 @@ class ProbeCard(_Record):
         turn: angle by which each rotated pair of key channels turns from one position to the next,
             in radians.
         neighbours: tokens on each side that the probe averages over.
+        smoothing: tokens on each side over which what it tells is averaged: the words around a fact
+            are needed to find it.
         hidden: units of the network.
         target: what it was trained to tell.
         trained_on: texts.
@@ -90,6 +92,7 @@ class ProbeCard(_Record):
     together: tuple[int, ...] = Field(min_length=1)
     turn: tuple[float, ...]
     neighbours: int = Field(ge=0)
+    smoothing: int = Field(default=0, ge=0)
     hidden: int = Field(ge=1)
     target: str
     trained_on: tuple[TrainingTexts, ...]
@@ -114,14 +117,22 @@ class ProbeCard(_Record):
         return self
 
     def group(self, heads: int) -> int | None:
-        """How many heads the networks read together that a rank with ``heads`` uses; None if it has
-        whole groups of no kind."""
-        return next((together for together in self.together if heads % together == 0), None)
+        """How many heads the networks read together that a rank with ``heads`` uses: the most of
+        which it has whole groups, or else the fewest of which it has a part of one; None if its
+        heads fit neither."""
+        whole = (together for together in self.together if heads % together == 0)
+        parts = (together for together in reversed(self.together) if together % heads == 0)
+        return next(whole, next(parts, None))
+
+    @property
+    def reach(self) -> int:
+        """Tokens on each side on which a token's worth depends."""
+        return self.neighbours + self.smoothing
 
     @property
     def tensor_parallel_sizes(self) -> tuple[int, ...]:
-        """Sizes whose ranks have whole groups of heads each. Where a group is one head, larger
-        sizes can be used too that repeat heads."""
+        """Sizes that can be used. Where a rank has one head, larger ones can be used too that
+        repeat heads."""
         heads = self.heads
         sizes = (size for size in range(1, heads + 1) if heads % size == 0)
         return tuple(size for size in sizes if self.group(heads // size) is not None)
@@ -143,6 +154,8 @@ class ProbeCard(_Record):
         yield f"- **Network**: a perceptron per layer and {kinds} of its KV heads, with"
         yield f"  {self.hidden} hidden units; reads a token's K and V, and their average over"
         yield f"  {2 * self.neighbours + 1} tokens."
+        if self.smoothing:
+            yield f"  What it tells is averaged over {2 * self.smoothing + 1} tokens."
         sizes = ", ".join(map(str, self.tensor_parallel_sizes))
         yield f"- **Tensor-parallel sizes**: {sizes}."
         for texts in self.trained_on:
@@ -156,18 +169,19 @@ class ProbeCard(_Record):
         if self.judged:
             yield "\nDamage on texts that the probe has not seen (mean over texts):\n"
             yield (
-                "| texts | prefix | dropped | at once? | heads together | KL | same top token | "
-                "texts unchanged |"
+                "| texts | prefix | dropped | at once? | tensor-parallel size | KL | "
+                "same top token | texts unchanged |"
             )
             yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for row in self.judged:
             yield (
                 f"| {row.texts} {row.kind} | {row.prefix} | {row.freed:.0%} | {row.how_often} | "
-                f"{row.together} | {row.kl:.4f} | {row.same_top:.3f} | {row.unchanged} |"
+                f"{row.tensor_parallel_size} | {row.kl:.4f} | {row.same_top:.3f} | "
+                f"{row.unchanged} |"
             )
         yield ""
 
 
 def _what(row: Judged) -> tuple[str, float, int, int]:
     """Tells measurements apart: of two with the same, the later one holds."""
-    return row.kind, row.freed, row.every, -row.together
+    return row.kind, row.freed, row.every, row.tensor_parallel_size

@@ -43,7 +43,7 @@ class Probe:
         """What computes: the networks that read so many heads together."""
         from memshare.mechanisms.compaction.probe.network import ProbeNetwork
 
-        return ProbeNetwork(self.tensors[together], self.card.neighbours)
+        return ProbeNetwork(self.tensors[together], self.card.neighbours, self.card.smoothing)
 
 
 class _Stamp(BaseModel):

@@ -129,7 +129,7 @@ def misfits(card: ProbeCard, model: ServedModel, weights: Sequence[float] | None
         yield (
             f"together: it reads {kinds} heads together, and a rank has {model.heads}; "
             f"serve with a tensor-parallel size of {sizes}, or `memshare probe train --model "
-            f"{model.name} --heads-together {model.heads}`"
+            f"{model.name} --heads-together 1`"
         )
     if weights is not None and card.weights is not None and not same_weights(card.weights, weights):
         yield f"weights: it was trained for {card.model}, and those of {model.name} differ; {fix}"

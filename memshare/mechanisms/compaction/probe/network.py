@@ -18,21 +18,27 @@ class ProbeNetwork:
     written down.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], neighbours: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], neighbours: int, smoothing: int = 0) -> None:
         """Build it from what a file holds.
 
         Args:
             tensors: as :meth:`names_and_shapes` says, of any float type.
             neighbours: tokens on each side that are averaged over.
+            smoothing: tokens on each side over which what it tells is averaged.
         """
         named = {name: tensor.float() for name, tensor in tensors.items()}
-        weight = named["hidden.weight"] * named["scale"][..., None]
-        self._bias = named["hidden.bias"] - (named["shift"][..., None] * weight).sum(-2)
-        # Of a token's own K and V, and of those around it, side by side.
-        self._matrix = torch.cat(weight.chunk(2, dim=-2), dim=-1)
         self._out = named["out.weight"]
+        weight = named["hidden.weight"] * named["scale"][..., None]
+        # Of a token's own K and V, and of those around it: [layers, groups, 2, heads, ..., hidden].
+        parts = (2, self._out.shape[-1], -1)
+        weight, shift = weight.unflatten(2, parts), named["shift"].unflatten(2, parts)
+        # What each head of a group adds to the hidden units where its features are at their mean.
+        self._shifted = (shift[..., None] * weight).sum((2, 4))
+        self._bias = named["hidden.bias"] - self._shifted.sum(2)
+        self._matrix = torch.cat(weight.unbind(2), dim=-1).flatten(2, 3)
         self._offset = named["out.bias"]
         self._neighbours = neighbours
+        self._smoothing = smoothing
 
     @staticmethod
     def names_and_shapes(
@@ -60,21 +66,31 @@ class ProbeNetwork:
     def part(
         self, first: int, heads: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Self:
-        """The network of some consecutive heads, whole groups of them.
+        """The network of some consecutive heads.
+
+        Heads that are only a part of a group tell what they are worth without the others, whose
+        features count as if they were always at their mean.
 
         Args:
-            first: of the heads.
+            first: of the heads. They are whole groups, or a part of one.
             heads: how many.
             device: of the keys.
             dtype: that matrices are multiplied in; see :func:`fast_dtype`.
         """
         together = self._offset.shape[-1]
-        groups = slice(first // together, (first + heads) // together)
+        groups = slice(first // together, -(-(first + heads) // together))
+        inside = slice(0, together)
+        if heads < together:
+            inside = slice(first % together, first % together + heads)
         part = object.__new__(type(self))
-        part._neighbours = self._neighbours
-        part._matrix = self._matrix[:, groups].to(device, dtype)
-        for name in ("_bias", "_out", "_offset"):
-            setattr(part, name, getattr(self, name)[:, groups].to(device))
+        part._neighbours, part._smoothing = self._neighbours, self._smoothing
+        by_head = self._matrix[:, groups].unflatten(2, (together, -1))
+        part._matrix = by_head[:, :, inside].flatten(2, 3).to(device, dtype)
+        part._shifted = self._shifted[:, groups, inside].to(device)
+        absent = self._shifted[:, groups].sum(2).to(device) - part._shifted.sum(2)
+        part._bias = self._bias[:, groups].to(device) + absent
+        part._out = self._out[:, groups, :, inside].to(device)
+        part._offset = self._offset[:, groups, inside].to(device)
         return part
 
     def worth(self, upright: Tensor, values: Tensor) -> Tensor:
@@ -92,6 +108,7 @@ class ProbeNetwork:
         own, around = (held @ self._matrix).float().chunk(2, dim=-1)
         hidden = F.gelu(own + average(around, self._neighbours) + self._bias[:, :, None])
         worth = hidden @ self._out + self._offset[:, :, None]  # [layers, groups, tokens, together]
+        worth = average(worth, self._smoothing)
         return worth.transpose(-1, -2).flatten(1, 2)
 
 

@@ -1,14 +1,15 @@
 """``probe``: a small network reads off each token's key and value whether it will be needed.
 
 It sees the cache alone: no queries, and nothing in the forward pass. Each layer and group of KV
-heads has a network of its own, which reads what belongs to these heads: a rank evaluates its own.
+heads has a network of its own, which reads what belongs to these heads: a rank evaluates its own,
+and one that holds a part of a group takes the rest of it for average.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from memshare.kv.rotary import Rotation, RotationUnknown
 from memshare.mechanisms.compaction.probe.file import ProbeUnusable, read_probe
 from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
-from memshare.mechanisms.compaction.probe.network import ProbeNetwork, fast_dtype
+from memshare.mechanisms.compaction.probe.network import fast_dtype
 from memshare.mechanisms.compaction.probe.turn import TURN_TOLERANCE, turn_of, upright
 from memshare.mechanisms.compaction.scorers.recency import Recency
 from memshare.mechanisms.compaction.scorers.registry import ScorerUnusable
@@ -32,20 +33,28 @@ logger = logging.getLogger(__name__)
 _NUMBERS_AT_ONCE = 1 << 22  # keys and values that are worked on together: 16 MB, a few times over
 
 
+class Network(Protocol):
+    """Tells what tokens are worth."""
+
+    def worth(self, upright: Tensor, values: Tensor) -> Tensor:
+        """See :meth:`~memshare.mechanisms.compaction.probe.network.ProbeNetwork.worth`."""
+        ...
+
+
 class ProbeScorer:
     """A :class:`~memshare.mechanisms.compaction.scorers.contract.TokenScorer`."""
 
-    def __init__(self, network: ProbeNetwork, rotation: Rotation, neighbours: int) -> None:
+    def __init__(self, network: Network, rotation: Rotation, reach: int) -> None:
         """Score by ``network``, for this rank's heads.
 
         Args:
             network: on the device of the keys, as ``rotation``.
             rotation: that the cached keys went through.
-            neighbours: tokens on each side that the network averages over.
+            reach: tokens on each side on which the worth of one depends.
         """
         self._network = network
         self._rotation = rotation
-        self._neighbours = neighbours
+        self._reach = reach
 
     def score(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See :meth:`TokenScorer.score`."""
@@ -61,8 +70,8 @@ class ProbeScorer:
         self, keys: Tensor, values: Tensor, positions: Tensor, first: int, end: int
     ) -> Tensor:
         """Worth of tokens [first, end), which see their neighbours beyond."""
-        start = max(first - self._neighbours, 0)
-        seen = slice(start, end + self._neighbours)
+        start = max(first - self._reach, 0)
+        seen = slice(start, end + self._reach)
         turned = upright(keys[:, :, seen], positions[seen], self._rotation)
         worth = self._network.worth(turned, values[:, :, seen])
         return worth[..., first - start : end - start]
@@ -105,7 +114,7 @@ def build(choice: ScorerChoice, context: WorkerContext) -> TokenScorer:
     logger.info("tokens are kept by the probe %s, heads together: %d", path, together)
     device = cache.device
     network = probe.network(together).part(first, model.heads, device, fast_dtype(device))
-    return ProbeScorer(network, rotation.to(device), probe.card.neighbours)
+    return ProbeScorer(network, rotation.to(device), probe.card.reach)
 
 
 def _rotation(context: WorkerContext, turn: tuple[float, ...]) -> Rotation:

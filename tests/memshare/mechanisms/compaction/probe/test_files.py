@@ -33,7 +33,8 @@ def card(**changes: Any) -> ProbeCard:
         "target": "largest attention", "trained_on": (), "made_by": "a test",
         "rank_correlation": {2: 0.5, 1: 0.4},
         "judged": [
-            {"kind": "chains of thought", "texts": 3, "prefix": 100, "freed": 0.4, "together": 2,
+            {"kind": "chains of thought", "texts": 3, "prefix": 100, "freed": 0.4,
+             "tensor_parallel_size": 2,
              "kl": 0.01, "same_top": 0.97, "unchanged": 1},
         ],
     }  # fmt: skip
@@ -129,10 +130,15 @@ def test_heads_are_spread_over_ranks_as_vllm_does_it(
     assert card().group(heads) == min(heads, 2)
 
 
-def test_a_group_of_heads_must_be_on_one_rank() -> None:
-    (found,) = misfits(card(together=[2]), ServedModel("m", LAYERS, 1, CHANNELS, ranks=4), None)
-    assert found.startswith("together: it reads 2 heads together, and a rank has 1; serve with a")
-    assert "tensor-parallel size of 1, 2," in found
+def test_a_rank_has_whole_groups_of_heads_or_a_part_of_one() -> None:
+    twelve = card(heads=12, together=[12, 4])
+    assert [twelve.group(heads) for heads in (12, 4, 3, 2, 1)] == [12, 4, 12, 4, 4]
+    assert twelve.tensor_parallel_sizes == (1, 2, 3, 4, 6, 12)
+    model = ServedModel("m", LAYERS, 6, CHANNELS, ranks=2)
+    assert not list(misfits(twelve, model, None))
+    (found,) = misfits(card(heads=12, together=[4]), model, None)
+    assert found.startswith("together: it reads 4 heads together, and a rank has 6; serve with a")
+    assert "tensor-parallel size of 1, 3, 6, 12," in found
     assert "--heads-together 1" in found
 
 

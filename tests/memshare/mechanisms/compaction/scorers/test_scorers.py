@@ -176,12 +176,25 @@ def test_ranks_score_their_heads_as_one_rank_does(
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
-def test_ranks_that_split_a_group_of_heads_are_refused(model: Path, kept: Path) -> None:
-    write(kept / "tiny.safetensors", model, together=(HEADS,))
-    with pytest.raises(ScorerUnusable, match=r"tensor-parallel size of 1, .*--heads-together 2"):
-        build_scorer(Choice("probe", "tiny"), context(str(model), 0, 2))
-    # Nobody asked for it by name: the run goes on without.
-    assert isinstance(build_scorer(Choice("probe"), context(str(model), 0, 2)), Recency)
+@pytest.mark.parametrize(("together", "ranks"), [(HEADS, 2), (HEADS, HEADS), (2, HEADS)])
+def test_a_rank_with_a_part_of_a_group_takes_the_rest_for_average(
+    together: int, ranks: int, model: Path, kept: Path
+) -> None:
+    path = write(kept / "tiny.safetensors", model, together=(together,))
+    _, keys, values, positions = cached()
+    heads = HEADS // ranks
+    for rank in range(ranks):
+        mine = slice(rank * heads, (rank + 1) * heads)
+        scorer = build_scorer(Choice("probe"), context(str(model), rank, ranks))
+        worth = scorer.score(keys[:, mine], values[:, mine], positions)
+        # The definition: what is not there adds nothing to a normalised feature.
+        named = read_probe(path).tensors[together]
+        there = torch.zeros(2, together, 2 * CHANNELS, 1)
+        there[:, torch.arange(rank * heads, (rank + 1) * heads) % together] = 1
+        named["hidden.weight"] = named["hidden.weight"] * there.flatten(0, 2)
+        network = ProbeNetwork(named, NEIGHBOURS)
+        wanted = ProbeScorer(network, ROTATION, NEIGHBOURS).score(keys, values, positions)
+        assert torch.allclose(worth, wanted[:, mine], atol=0.05)
 
 
 def test_a_rank_uses_the_networks_that_read_the_most_of_its_heads(model: Path, kept: Path) -> None:
@@ -232,6 +245,19 @@ def test_keys_lose_their_rotation() -> None:
     assert torch.allclose(upright(turned, positions, ROTATION), keys, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [1, 2])
+def test_worth_is_averaged_over_neighbours(smoothing: int, model: Path, kept: Path) -> None:
+    plain = ProbeNetwork(tensors(2), NEIGHBOURS)
+    keys, turned, values, positions = cached()
+    worth = plain.worth(keys, values)
+    write(kept / "tiny.safetensors", model, together=(2,), smoothing=smoothing)
+    found = build_scorer(Choice("probe"), context(str(model))).score(turned, values, positions)
+    for i in range(TOKENS):
+        mean = worth[..., max(i - smoothing, 0) : i + smoothing + 1].mean(-1)
+        assert torch.allclose(found[..., i], mean, atol=0.05)
+    assert not torch.allclose(found, worth, atol=0.05)
+
+
 @pytest.mark.parametrize("together", [1, 2, HEADS])
 def test_worth_is_what_the_features_give(together: int) -> None:
     """Against the definition: averages written down, normalised, a perceptron a group."""
@@ -270,7 +296,8 @@ def test_long_texts_are_scored_in_parts_with_their_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, keys, values, positions = cached()
-    scorer = ProbeScorer(ProbeNetwork(tensors(2), NEIGHBOURS), ROTATION, NEIGHBOURS)
+    network = ProbeNetwork(tensors(2), NEIGHBOURS, smoothing=1)
+    scorer = ProbeScorer(network, ROTATION, NEIGHBOURS + 1)
     whole = scorer.score(keys, values, positions)
     numbers = 2 * LAYERS * HEADS * CHANNELS
     monkeypatch.setattr(probe_scorer, "_NUMBERS_AT_ONCE", 7 * numbers)
