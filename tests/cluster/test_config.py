@@ -469,3 +469,10 @@ def test_replicas_do_not_share_an_event_log(tmp_path: Path) -> None:
     assert parse(memshare=log).memshare.event_log is not None
     with pytest.raises(ConfigError, match=r"memshare.event_log = .*2 replicas"):
         parse(memshare=log, replicas=2)
+
+
+def test_adapters_that_share_a_cache_are_not_served_by_the_cluster_yet() -> None:
+    agents = {"scheme": "stacked", "adapters": {"plan": "/adapters/plan"}}
+    with pytest.raises(ConfigError, match=r"memshare.agents.scheme = 'stacked': .*\n.*fix: "):
+        parse(memshare={"mode": "off", "agents": agents})
+    assert parse(memshare={"agents": agents | {"scheme": "nonshared"}}).memshare.agents.adapters
