@@ -24,6 +24,12 @@ def refuse_contradictions(cluster: ClusterArgs) -> None:
             "replicas would write one file, over each other\n"
             "    fix: leave it out, or have one replica"
         )
+    if cluster.memshare.agents.shares:
+        found.append(
+            f"memshare.agents.scheme = {cluster.memshare.agents.scheme!r}: the cluster does not "
+            "serve adapters that share a cache yet\n"
+            "    fix: set it to 'nonshared', or serve one engine with `memshare serve`"
+        )
     if found:
         raise ConfigError("\n".join(found))
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memshare.config import AgentsConfig
 
 CONNECTOR = "MemShareConnector"
 CONNECTOR_MODULE = "memshare.engine.connector"
 ROLE = "kv_producer"
 WORKER_CLASS = "memshare.engine.worker.MemShareWorker"
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256)  # that vLLM's `max_lora_rank` may be
 
 
 def register_connector() -> None:
@@ -42,12 +47,36 @@ def plug_in(memshare: Mapping[str, object] | None) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` or ``EngineArgs``; none for None, which is plain vLLM.
 
     Raises:
-        ConfigError: a field is unknown or wrong. The engine would say so later, in a process of its
-            own, above tracebacks that end in "Engine core initialization failed".
+        ConfigError: a field is unknown or wrong, or adapters cannot share. The engine would say so
+            later, in a process of its own, above tracebacks that end in "Engine core initialization
+            failed".
     """
     if memshare is None:
         return {}
     from memshare.config import load_config  # not for `register_connector`, see there
 
-    load_config(memshare)
-    return {"kv_transfer_config": connector_options(memshare), "worker_cls": WORKER_CLASS}
+    config = load_config(memshare)
+    options = {"kv_transfer_config": connector_options(memshare), "worker_cls": WORKER_CLASS}
+    return options | adapter_options(config.agents)
+
+
+def adapter_options(agents: AgentsConfig) -> dict[str, Any]:
+    """Arguments of vLLM that make room for a configuration's adapters; none if it names none.
+
+    Raises:
+        ConfigError: an adapter cannot be read, or cannot share.
+    """
+    if not agents.adapters:
+        return {}
+    from memshare.agents.adapter import adapters_by_name
+    from memshare.agents.refusals import check_adapters
+
+    adapters = adapters_by_name(agents.adapters)
+    check_adapters(adapters, agents)
+    rank = max(adapter.rank for adapter in adapters)
+    return {
+        "enable_lora": True,
+        # On CPUs vLLM computes requests of the base model with the last slot: one stays empty.
+        "max_loras": len(adapters) + 1,
+        "max_lora_rank": next((room for room in _LORA_RANKS if room >= rank), rank),
+    }

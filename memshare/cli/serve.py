@@ -16,9 +16,15 @@ from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from memshare.config import ConfigError, load_config, merge
+from memshare.config import AgentsConfig, ConfigError, MemShareConfig, load_config, merge
 from memshare.errors import UserError
-from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS, connector_options
+from memshare.plug_in import (
+    CONNECTOR,
+    ROLE,
+    WORKER_CLASS,
+    adapter_options,
+    connector_options,
+)
 from memshare.process_env import engine_env
 from memshare.small_model.names import resolve_model
 
@@ -84,7 +90,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(["serve", *words])
     assert isinstance(options, argparse.Namespace)
-    options.kv_transfer_config = _transfer(options.kv_transfer_config, options.memshare)
+    config, options.kv_transfer_config = _transfer(options.kv_transfer_config, options.memshare)
+    _serve_adapters(options, config.agents)
     options.worker_cls = _worker_class(options.worker_cls)
     _resolve(options)
     return options
@@ -103,8 +110,9 @@ def _fields(text: str) -> dict[str, Any]:
 
 def _transfer(
     given: KVTransferConfig | None, memshare: Sequence[Mapping[str, Any]]
-) -> KVTransferConfig:
-    """vLLM's option for MemShare's connector; what the user has set in it stays."""
+) -> tuple[MemShareConfig, KVTransferConfig]:
+    """MemShare's configuration, and vLLM's option for its connector; what the user has set in that
+    stays."""
     from vllm.config import KVTransferConfig
 
     base = given or KVTransferConfig()
@@ -125,7 +133,30 @@ def _transfer(
     except ConfigError as error:
         raise UserError(str(error)) from None
     # Every field: the processes of the engine run what was checked here.
-    return replace(base, **connector_options(config.model_dump(mode="json")))
+    return config, replace(base, **connector_options(config.model_dump(mode="json")))
+
+
+def _serve_adapters(options: argparse.Namespace, agents: AgentsConfig) -> None:
+    """Let vLLM serve the adapters that MemShare's configuration names, each as a model; what the
+    user has set stays, and is checked by the engine."""
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    try:
+        wanted = adapter_options(agents)
+    except ConfigError as error:
+        raise UserError(str(error)) from None
+    if not wanted:
+        return
+    options.enable_lora = True
+    options.max_loras = max(options.max_loras, wanted["max_loras"])
+    options.max_lora_rank = max(options.max_lora_rank, wanted["max_lora_rank"])
+    given = list(options.lora_modules or [])
+    named = {module.name for module in given}
+    options.lora_modules = given + [
+        LoRAModulePath(name=name, path=str(path))
+        for name, path in agents.adapters.items()
+        if name not in named
+    ]
 
 
 def _worker_class(given: str) -> str:

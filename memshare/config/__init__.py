@@ -16,6 +16,7 @@ from memshare.config.loader import (
 )
 from memshare.config.model import (
     AdmissionConfig,
+    AgentsConfig,
     BudgetConfig,
     DistanceConfig,
     EvaluatorConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "ENV_KEY",
     "ENV_PREFIX",
     "AdmissionConfig",
+    "AgentsConfig",
     "BudgetConfig",
     "ConfigError",
     "DistanceConfig",

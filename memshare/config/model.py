@@ -184,11 +184,39 @@ class LogConfig(Section):
     one. 0 writes none."""
 
 
+class AgentsConfig(Section):
+    """LoRA adapters of one base model, and what they share of the KV cache. Not together with
+    reclaiming yet: set ``mode: off`` with any scheme but ``nonshared``."""
+
+    scheme: Literal["nonshared", "base_lr_shared", "stacked", "full_shared"] = "nonshared"
+    """``nonshared``: each adapter has a cache of its own, as in vLLM. ``base_lr_shared``: adapters
+    with the same A matrices on ``v_proj`` read each other's blocks. ``stacked``: adapters with any
+    A matrices do. ``full_shared``: they take each other's values as their own, which is wrong; a
+    baseline for measurements."""
+    adapters: dict[NonEmpty, Path] = Field(default_factory=dict)
+    """Folder of each adapter, as peft writes it, by the name that requests ask for. With a scheme
+    that shares, these are the adapters that are served, and all of them are one family."""
+    max_rank: Whole = Field(default=64, ge=1, le=64)
+    """Adapters of a higher rank are refused. A token's cache has a column for each rank, in every
+    layer and KV head."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether adapters read each other's blocks."""
+        return self.scheme != "nonshared"
+
+    @property
+    def widens_values(self) -> bool:
+        """Whether cached values get columns for the low-rank part."""
+        return self.scheme in ("base_lr_shared", "stacked")
+
+
 class MemShareConfig(Section):
     """Everything a user can set."""
 
     mode: Literal["off", "observe", "share"] = "share"
-    """``off``: nothing of MemShare runs. ``observe``: everything except remaps. ``share``: all."""
+    """``off``: nothing is reclaimed or observed. ``observe``: everything except remaps. ``share``:
+    all. ``agents`` has a switch of its own, ``agents.scheme``."""
     policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
         default_factory=registry.default_policy
     )
@@ -209,6 +237,8 @@ class MemShareConfig(Section):
     scope: Literal["request", "tenant"] = "request"
     """``request``: both blocks of a pair belong to one request. ``tenant``: to requests with the
     same ``cache_salt`` and LoRA adapter."""
+    agents: AgentsConfig = AgentsConfig()
+    """LoRA adapters that share one KV cache."""
     evaluator: EvaluatorConfig = EvaluatorConfig()
     """Where stage one runs."""
     integrity: IntegrityConfig = IntegrityConfig()
@@ -246,6 +276,22 @@ class MemShareConfig(Section):
     def max_thinning(self) -> float:
         """The most that it may lose of what may go."""
         return self.budget.max_thinning if self.drops_tokens else 1.0
+
+    @model_validator(mode="after")
+    def _suits_its_agents(self) -> MemShareConfig:
+        agents = self.agents
+        if agents.shares and not agents.adapters:
+            raise ValueError(
+                f"agents.scheme = {agents.scheme!r}: agents.adapters is empty\n"
+                "    fix: name the adapters that share, or set agents.scheme to 'nonshared'"
+            )
+        if agents.shares and self.mode != "off":
+            raise ValueError(
+                f"mode = {self.mode!r}: with agents.scheme {agents.scheme!r} several adapters read "
+                "a block, and such blocks cannot be reclaimed yet\n"
+                "    fix: set mode to 'off', or agents.scheme to 'nonshared'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _suits_its_policy(self) -> MemShareConfig:

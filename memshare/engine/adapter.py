@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.request import Request
 
+    from memshare.agents.family import Family
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
 
@@ -90,6 +92,26 @@ class Adapter(Protocol):
         self, vllm_config: VllmConfig, runner: object
     ) -> Mapping[str, CachedLayer]:
         """The attention layers of a worker's model, by name."""
+        ...
+
+    def value_refusals(self, vllm_config: VllmConfig, width: int) -> Iterator[str]:
+        """Why values cannot get so many low-rank columns, each with the way out. Asked before the
+        model is loaded."""
+        ...
+
+    def install_family(self, vllm_config: VllmConfig, runner: object, family: Family) -> None:
+        """Let a model that has just been loaded cache the family's low-rank columns, if it has
+        any, and no other adapter load into its slots. Before vLLM profiles memory or captures
+        graphs."""
+        ...
+
+    def join_family(self, request: Request, key: str) -> None:
+        """Compute a request's block hashes, those to come too, under a family's key in place of its
+        adapter's name. Before it is scheduled."""
+        ...
+
+    def padded_head_sizes(self) -> list[int]:
+        """Widths of heads that the engine's attention on CPUs takes."""
         ...
 
     def read_schedule(self, output: SchedulerOutput) -> Scheduled:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from memshare.config import EngineFacts, MemShareConfig, Setup, load_config, registry
 from memshare.core.interfaces import CacheGroup
 from memshare.engine.adapter import vllm_adapter
+from memshare.engine.agents import agent_faults
 from memshare.engine.messages import WorkerHandshake
 from memshare.engine.versions import check_vllm_version
 from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
@@ -43,9 +44,10 @@ def check_before_load(vllm_config: VllmConfig) -> None:
     """
     check_vllm_version()
     config = config_of(vllm_config)
-    if config.mode == "off":
-        return
-    _raise(setup_faults(vllm_config, config))
+    if config.mode != "off":
+        _raise(setup_faults(vllm_config, config))
+    elif config.agents.shares:
+        _raise([*plug_in_faults(vllm_config), *agent_faults(vllm_config, config.agents)])
 
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:
@@ -57,11 +59,20 @@ def check_cache(kv_cache_config: KVCacheConfig) -> None:
     _raise(cache_faults(kv_cache_config))
 
 
-def check_workers(handshakes: dict[tuple[int, int], WorkerHandshake], world_size: int) -> None:
-    """Refuse to start unless every rank's table can be edited.
+def check_workers(
+    handshakes: dict[tuple[int, int], WorkerHandshake], world_size: int, family: str | None = None
+) -> None:
+    """Refuse to start unless every rank's table can be edited, and its adapters are the
+    scheduler's.
+
+    Args:
+        handshakes: what the ranks report.
+        world_size: how many there are.
+        family: key of the adapters that share a cache; None if none do.
 
     Raises:
-        UnsupportedSetup: a rank did not answer or runs another worker class.
+        UnsupportedSetup: a rank did not answer, runs another worker class, or has read other
+            adapters.
     """
     hooked = sum(h.hooked for h in handshakes.values())
     if hooked != world_size:
@@ -71,6 +82,8 @@ def check_workers(handshakes: dict[tuple[int, int], WorkerHandshake], world_size
                 f"add --worker-cls {WORKER_CLASS}"
             ]
         )
+    if any(h.family != family for h in handshakes.values()):
+        _raise(["adapters were changed while the engine started; start it again"])
 
 
 def edits_view(config: MemShareConfig) -> bool:
@@ -115,8 +128,8 @@ def _raise(faults: Iterator[str] | list[str]) -> None:
         )
 
 
-def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
-    """What is not supported in a set-up, and the way out, as far as its options tell."""
+def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
+    """What MemShare needs, whatever it does."""
     transfer = vllm_config.kv_transfer_config
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
@@ -142,6 +155,12 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
         yield f"{model.model} is an encoder-decoder model; choose a decoder-only model"
     if model.runner_type != "generate":
         yield f"{model.model} runs as {model.runner_type!r}; MemShare serves generation only"
+
+
+def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
+    """What is not supported in a set-up, and the way out, as far as its options tell."""
+    yield from plug_in_faults(vllm_config)
+    model = vllm_config.model_config
     facts = EngineFacts(model=model.model, has_tokenizer=not model.skip_tokenizer_init)
     for mechanism in registry.mechanisms_of(config).values():
         yield from mechanism.refusals(Setup(config, facts))

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from memshare.engine.adapter import vllm_adapter
+from memshare.engine.agents import FamilyRequests, load_family
 from memshare.engine.compatibility import (
     check_before_load,
     check_cache,
@@ -57,7 +58,14 @@ _NOTHING = SchedulerMessage()
 
 
 class MemShareConnector(KVConnectorBase_V1):
-    """MemShare's place in the engine. With mode ``off`` both halves are None and nothing runs."""
+    """MemShare's place in the engine. With mode ``off`` both halves are None and nothing is
+    reclaimed.
+
+    Attributes:
+        scheduler_side: the half in the scheduler's process.
+        worker_side: the half in a worker.
+        worker_family: key of the adapters that share the worker's cache; the worker class sets it.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -68,8 +76,15 @@ class MemShareConnector(KVConnectorBase_V1):
         set_up_logging(config.logs)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
+        self.worker_family: str | None = None
+        self._family: FamilyRequests | None = None
         self._adapter = vllm_adapter()
         self._world_size = vllm_config.parallel_config.world_size
+        if role == KVConnectorRole.SCHEDULER:
+            family = load_family(vllm_config, config.agents)
+            if family is not None:
+                logger.info("MemShare agents: %s, family %s", config.agents, family.key)
+                self._family = FamilyRequests(family)
         if config.mode == "off":
             return
         check_cache(kv_cache_config)
@@ -109,14 +124,19 @@ class MemShareConnector(KVConnectorBase_V1):
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        """Start-up guard: every rank must have reported that its table can be edited."""
-        if self.scheduler_side is not None:
+        """Start-up guard: every rank must have reported that its table can be edited, and that it
+        has read the same adapters."""
+        if self.scheduler_side is not None or self._family is not None:
             check_workers(
-                cast("dict[tuple[int, int], WorkerHandshake]", metadata), self._world_size
+                cast("dict[tuple[int, int], WorkerHandshake]", metadata),
+                self._world_size,
+                None if self._family is None else self._family.family.key,
             )
 
     def on_new_request(self, request: Request) -> None:
-        """Begin to follow a request."""
+        """Begin to follow a request; let it find its family's blocks."""
+        if self._family is not None:
+            self._family.follow(request)
         if self.scheduler_side is not None:
             self.scheduler_side.follow(request)
 
@@ -171,7 +191,11 @@ class MemShareConnector(KVConnectorBase_V1):
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What the start-up guard looks at."""
-        return None if self.worker_side is None else self.worker_side.handshake()
+        if self.worker_side is not None:
+            return self.worker_side.handshake()
+        if self.worker_family is not None:
+            return WorkerHandshake(hooked=True, family=self.worker_family)
+        return None
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Called behind the forward pass: compare blocks, return what is ready."""

@@ -62,6 +62,8 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
 
     Attributes:
         hooked: the worker class is ours, so block tables can be edited.
+        family: key of the adapters that share this rank's cache; None if none do.
     """
 
     hooked: bool
+    family: str | None = None

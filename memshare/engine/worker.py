@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from memshare.engine.adapter import vllm_adapter
+from memshare.engine.agents import load_family
 from memshare.engine.compatibility import (
     check_before_load,
     check_layers,
@@ -34,6 +35,7 @@ class MemShareWorker(BaseWorker):
     """vLLM's worker, with MemShare's table edits before each step."""
 
     _memshare: WorkerSide | None = None
+    _family: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Check configuration and set-up first: nothing is loaded for a set-up that can't work."""
@@ -42,20 +44,28 @@ class MemShareWorker(BaseWorker):
         super().__init__(*args, **kwargs)
 
     def load_model(self, **options: Any) -> None:
-        """Load the model; let its attention read tables through a view if a mechanism needs it."""
+        """Load the model; let its attention read tables through a view if a mechanism needs it, and
+        cache what adapters share if they do."""
         super().load_model(**options)
-        if edits_view(config_of(self.vllm_config)):
+        config = config_of(self.vllm_config)
+        if edits_view(config):
             check_layers(self.vllm_config)
             vllm_adapter().install_view(self.vllm_config)
+        family = load_family(self.vllm_config, config.agents)
+        if family is not None:
+            vllm_adapter().install_family(self.vllm_config, self.model_runner, family)
+            self._family = family.key
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Create the KV cache, then attach MemShare to the model runner."""
         super().initialize_from_config(kv_cache_config)
         if has_kv_transfer_group():
             connector = get_kv_transfer_group()
-            if isinstance(connector, MemShareConnector) and connector.worker_side is not None:
-                self._memshare = connector.worker_side
-                self._memshare.attach(self.model_runner)
+            if isinstance(connector, MemShareConnector):
+                connector.worker_family = self._family
+                if connector.worker_side is not None:
+                    self._memshare = connector.worker_side
+                    self._memshare.attach(self.model_runner)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Let mechanisms edit the block tables, then run the step."""

@@ -323,3 +323,10 @@ def test_the_ledger_is_deployed_when_replicas_share_limits(
     args: dict[str, object], needed: bool
 ) -> None:
     assert parse(**args).uses_ledger is needed
+
+
+def test_adapters_that_share_a_cache_are_not_served_by_the_cluster_yet() -> None:
+    agents = {"scheme": "stacked", "adapters": {"plan": "/adapters/plan"}}
+    with pytest.raises(ConfigError, match=r"memshare.agents.scheme = 'stacked': .*\n.*fix: "):
+        parse(memshare={"mode": "off", "agents": agents})
+    assert parse(memshare={"agents": agents | {"scheme": "nonshared"}}).memshare.agents.adapters

@@ -79,10 +79,10 @@ def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None
 
 @pytest.mark.engine  # vLLM is loaded
 def test_the_compatibility_page_names_every_option_that_is_refused() -> None:
-    from memshare.engine.compatibility import setup_faults
+    from memshare.engine.compatibility import plug_in_faults, setup_faults
 
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
-    code = inspect.getsource(setup_faults)
+    code = inspect.getsource(plug_in_faults) + inspect.getsource(setup_faults)
     options = set(re.findall(r"(?:parallel|model|vllm_config|cache_config)\.(\w+)", code))
     options |= set(re.findall(r'"(\w+_context_parallel_size)"', code))
     # Not options: sections, and the model's own properties, which the page has in words.

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
 
+    from memshare.agents.family import Family
     from memshare.engine.vllm_0_32.model_memory import ModelMemory
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
@@ -28,11 +30,15 @@ __all__ = [
     "builder_refusals",
     "cache_refusals",
     "editable_group",
+    "install_family",
     "install_view",
+    "join_family",
+    "padded_head_sizes",
     "plan_cache",
     "read_model_memory",
     "read_schedule",
     "tokenizer",
+    "value_refusals",
     "view_refusals",
     "worker_tables",
 ]
@@ -133,3 +139,31 @@ def plan_cache(vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int
     from memshare.engine.vllm_0_32 import model_memory as planner
 
     return planner.plan_cache(vllm_config, model_memory, kv_bytes)
+
+
+def value_refusals(vllm_config: VllmConfig, width: int) -> Iterator[str]:
+    """See :meth:`Adapter.value_refusals`."""
+    from memshare.engine.vllm_0_32 import shared_values
+
+    return shared_values.value_refusals(vllm_config, width)
+
+
+def install_family(vllm_config: VllmConfig, runner: object, family: Family) -> None:
+    """See :meth:`Adapter.install_family`."""
+    from memshare.engine.vllm_0_32 import lora_slots
+
+    lora_slots.install_family(vllm_config, runner, family)
+
+
+def join_family(request: Request, key: str) -> None:
+    """See :meth:`Adapter.join_family`."""
+    from memshare.engine.vllm_0_32 import family_hashes
+
+    family_hashes.join_family(request, key)
+
+
+def padded_head_sizes() -> list[int]:
+    """See :meth:`Adapter.padded_head_sizes`."""
+    from memshare.engine.vllm_0_32.value_layout import padded_sizes
+
+    return padded_sizes()

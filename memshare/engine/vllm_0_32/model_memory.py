@@ -50,7 +50,7 @@ def read_model_memory(vllm_config: VllmConfig) -> ModelMemory:
 
     ranks = vllm_config.parallel_config.tensor_parallel_size
     dtype = cast(torch.dtype, vllm_config.model_config.dtype)
-    with set_current_vllm_config(vllm_config), _one_rank():
+    with set_current_vllm_config(vllm_config), one_rank():
         with torch.device("meta"), set_default_torch_dtype(dtype):
             model = initialize_model(vllm_config)
         current_platform.update_block_size_for_backend(vllm_config)
@@ -77,7 +77,7 @@ def plan_cache(vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int
 
 
 @contextmanager
-def _one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """vLLM's groups of ranks, with this process as the only one."""
     from vllm.distributed import (
         destroy_distributed_environment,

@@ -73,6 +73,10 @@ BAD: dict[str, list[object]] = {
     "budget.max_dropped_fraction": NO_FRACTIONS,
     "budget.max_thinning": NO_FRACTIONS,
     "scope": NO_WORDS,
+    "agents": ["stacked", 1, [], None, True],
+    "agents.scheme": NO_WORDS,
+    "agents.adapters": ["plan", 1, [], None, True],
+    "agents.max_rank": [65, *NO_COUNTS],
     "evaluator": ["ray", 1, [], None, True],
     "evaluator.source": NO_WORDS,
     "evaluator.queue_size": NO_COUNTS,
@@ -249,6 +253,20 @@ def test_a_rule_about_several_fields_names_them(values: dict[str, object], named
     assert load_config(values | {"policy": {"name": "paper"}}, {})
 
 
+@pytest.mark.parametrize("scheme", ["base_lr_shared", "stacked", "full_shared"])
+def test_agents_share_only_where_nothing_is_reclaimed(scheme: str) -> None:
+    agents: dict[str, object] = {"scheme": scheme, "adapters": {"plan": "/adapters/plan"}}
+    config = load_config({"mode": "off", "agents": agents}, {})
+    assert config.agents.shares
+    assert config.agents.widens_values == (scheme != "full_shared")
+    for mode in ("observe", "share"):
+        with pytest.raises(ConfigError, match=rf"  mode = '{mode}': .*\n.*set mode to 'off'"):
+            load_config({"mode": mode, "agents": agents}, {})
+    with pytest.raises(ConfigError, match=r"agents.adapters is empty\n    fix: name"):
+        load_config({"mode": "off", "agents": {"scheme": scheme}}, {})
+    assert load_config({"agents": agents | {"scheme": "nonshared"}}, {}).mode == "share"
+
+
 def test_a_comparison_is_not_configured_by_its_shell() -> None:
     shell = {"PATH": "/bin", "MEMSHARE_MODE": "off", "MEMSHARE_CONFIG": "x.yaml"}
     assert without_fields(shell) == {"PATH": "/bin"}
@@ -282,7 +300,8 @@ def test_every_default_can_be_given_back(source: Source, tmp_path: Path) -> None
             config = source(tmp_path, section + name, value)
             for part in plain(section).split(".")[:-1]:
                 config = getattr(config, part)
-            assert getattr(config, name) == field.get_default()
+            default = field.get_default(call_default_factory=True)
+            assert getattr(config, name) == default
 
 
 @sources

@@ -96,7 +96,8 @@ def write_tiny_weights(folder: Path, seed: int = 0) -> Path:
 
     config = json.loads((folder / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    vocabulary = config["vocab_size"]
+    vocabulary, head = config["vocab_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     generator = torch.Generator().manual_seed(seed)
 
     def weights(rows: int, columns: int, gain: float) -> torch.Tensor:
@@ -109,9 +110,10 @@ def write_tiny_weights(folder: Path, seed: int = 0) -> Path:
     }
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        gains = {"q_proj": 2.0, "k_proj": 2.0, "v_proj": 1.5, "o_proj": 1.5}
-        for part, gain in gains.items():
-            tensors[f"{name}.self_attn.{part}.weight"] = weights(hidden, hidden, gain)
+        parts = {"q_proj": (queries, 2.0), "k_proj": (keys, 2.0), "v_proj": (keys, 1.5)}
+        for part, (rows, gain) in parts.items():
+            tensors[f"{name}.self_attn.{part}.weight"] = weights(rows, hidden, gain)
+        tensors[f"{name}.self_attn.o_proj.weight"] = weights(hidden, queries, 1.5)
         for part in ("gate_proj", "up_proj"):
             tensors[f"{name}.mlp.{part}.weight"] = weights(inner, hidden, 1.0)
         tensors[f"{name}.mlp.down_proj.weight"] = weights(hidden, inner, 1.0)
@@ -123,7 +125,13 @@ def write_tiny_weights(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, **changes: Any) -> Path:
+    """Write a model's configuration and a tokenizer of bytes.
+
+    Args:
+        folder: is there.
+        changes: of the configuration.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -143,5 +151,5 @@ def write_tiny_model(folder: Path) -> Path:
         "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | changes))
     return folder

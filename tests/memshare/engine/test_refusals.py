@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from memshare.config import ConfigError
+from tests.memshare.agents.tiny import tiny_config, write_adapter
 from tests.memshare.engine.harness import StartEngine, write_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -144,3 +145,110 @@ def test_an_engine_does_not_start(start_engine: StartEngine, tiny: str, tmp_path
         start_engine(tiny, {"mdoe": "share"}, load_format="dummy", num_gpu_blocks_override=80),
     ):
         pass
+
+
+# ---- adapters that share a cache ----
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM(tiny_config(num_attention_heads=2, head_dim=32, vocab_size=258))
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("plan", "act")):
+        write_adapter(folder / name, base, seed=seed, a_seed=9)
+    write_adapter(folder / "keys", base, seed=3, targets=["k_proj"])
+    write_adapter(folder / "elsewhere", seed=4)
+    return folder
+
+
+def with_agents(vllm_config: Any, adapters: Path, scheme: str, *names: str) -> Any:
+    """An engine that lets these adapters share, as far as its options go."""
+    from vllm.config.lora import LoRAConfig
+
+    config = copy.deepcopy(vllm_config)
+    config.kv_transfer_config.kv_connector_extra_config = {
+        "mode": "off",
+        "agents": {"scheme": scheme, "adapters": {name: str(adapters / name) for name in names}},
+    }
+    config.lora_config = LoRAConfig(max_loras=3, max_lora_rank=8)
+    config.cache_config.enable_prefix_caching = True
+    return config
+
+
+AGENT_CASES = {
+    "another connector": (change("kv_transfer_config.kv_connector", "X"), "only KV connector"),
+    "worker class": (change("parallel_config.worker_cls", "auto"), "--worker-cls memshare"),
+    "no LoRA": (change("lora_config", None), "add --enable-lora"),
+    "too few slots": (change("lora_config.max_loras", 2), "set it to 3"),
+    "too low a rank": (change("lora_config.max_lora_rank", 1), "an adapter has 4; raise it"),
+    "cut matrices": (change("lora_config.fully_sharded_loras", True), "fully_sharded_loras"),
+    "some modules": (change("lora_config.target_modules", ["o_proj"]), "target_modules"),
+    "prefix caching": (change("cache_config.enable_prefix_caching", False), "leave it on"),
+    "fp8": (change("cache_config.cache_dtype", "fp8"), "kv_cache_dtype is 'fp8'"),
+    "architecture": (change("model_config._architecture", "PhiForCausalLM"), "PhiForCausalLM"),
+    "device": (change("device_config.device_type", "xpu"), "the device is xpu"),
+    "speculation": (change("speculative_config", object()), "speculative decoding"),
+}
+
+
+@pytest.mark.parametrize("case", AGENT_CASES)
+def test_adapters_cannot_share_in_such_an_engine(
+    vllm_config: Any, adapters: Path, case: str
+) -> None:
+    from memshare.engine.compatibility import UnsupportedSetup, check_before_load
+
+    config = with_agents(vllm_config, adapters, "base_lr_shared", "plan", "act")
+    check_before_load(config)  # the set-up itself is fine
+    spoil, symptom = AGENT_CASES[case]
+    spoil(config)
+    with pytest.raises(UnsupportedSetup, match=symptom):
+        check_before_load(config)
+    config.kv_transfer_config.kv_connector_extra_config = {"mode": "off"}
+    check_before_load(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "symptom"),
+    [
+        ("keys", "it changes k_proj"), ("elsewhere", "belongs to another base model"),
+        ("nowhere", "there is no such folder"),
+    ],
+)  # fmt: skip
+def test_adapters_that_cannot_share_are_refused_before_the_model_loads(
+    vllm_config: Any, adapters: Path, name: str, symptom: str
+) -> None:
+    from memshare.engine.compatibility import UnsupportedSetup
+    from memshare.engine.worker import MemShareWorker
+
+    config = with_agents(vllm_config, adapters, "stacked", "plan", name)
+    with pytest.raises(UnsupportedSetup, match=symptom):
+        MemShareWorker(config, 0, 0, "")
+
+
+def test_adapters_that_changed_while_the_engine_started_are_noticed() -> None:
+    from memshare.engine.compatibility import UnsupportedSetup, check_workers
+    from memshare.engine.messages import WorkerHandshake
+
+    check_workers({(0, 0): WorkerHandshake(True, "key")}, 1, "key")
+    for theirs, ours in (("other", "key"), (None, "key"), ("key", None)):
+        with pytest.raises(UnsupportedSetup, match="adapters were changed"):
+            check_workers({(0, 0): WorkerHandshake(True, theirs)}, 1, ours)
+    with pytest.raises(UnsupportedSetup, match="0 of 1 workers"):
+        check_workers({}, 1, "key")
+
+
+def test_a_request_for_an_unknown_adapter(adapters: Path) -> None:
+    from types import SimpleNamespace
+
+    from memshare.agents.adapter import read_adapter
+    from memshare.agents.family import Family
+    from memshare.engine.agents import FamilyRequests, UnknownAdapter
+
+    requests = FamilyRequests(Family("stacked", (read_adapter("plan", adapters / "plan"),), ""))
+    stranger: Any = SimpleNamespace(
+        request_id="r", lora_request=SimpleNamespace(lora_name="stranger")
+    )
+    with pytest.raises(UnknownAdapter, match=r"'stranger', which is none of .* \(plan\)"):
+        requests.follow(stranger)

@@ -21,6 +21,7 @@ from memshare.errors import UserError
 from memshare.plug_in import CONNECTOR, CONNECTOR_MODULE, ROLE, WORKER_CLASS
 from memshare.small_model.names import SMOLLM2
 from tests.machine import DTYPE
+from tests.memshare.agents.tiny import write_adapter
 from tests.memshare.engine.harness import write_tiny_model
 from tools.bench.local_cluster import free_port
 
@@ -249,3 +250,24 @@ def test_the_server_reclaims(server: tuple[str, subprocess.Popen[bytes]]) -> Non
     assert float(line.rpartition(" ")[2]) > 0
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
+
+
+def test_adapters_of_the_configuration_are_models_of_the_server(tmp_path: Path) -> None:
+    plan = write_adapter(tmp_path / "plan", seed=1, rank=12)
+    act = write_adapter(tmp_path / "act", seed=2)
+    file = tmp_path / "agents.yaml"
+    file.write_text(
+        f"mode: off\nagents: {{scheme: stacked, adapters: {{plan: {plan}, act: {act}}}}}\n"
+    )
+    words = ["some/model", "--memshare", str(file)]
+    options = serve.parse(words)
+    assert (options.enable_lora, options.max_loras, options.max_lora_rank) == (True, 3, 16)
+    served = {module.name: module.path for module in options.lora_modules}
+    assert served == {"plan": str(plan), "act": str(act)}
+    options = serve.parse([*words, "--max-loras", "8", "--lora-modules", f"plan={plan}"])
+    assert options.max_loras == 8
+    assert [module.name for module in options.lora_modules] == ["plan", "act"]
+    (act / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"agents.adapters.act = .* has no adapter_config.json"):
+        serve.parse(words)
+    assert not serve.parse(["some/model"]).enable_lora

@@ -1,0 +1,241 @@
+"""Adapters that share one cache, in real engines: exactness against peft and against a reference of
+each scheme, and who finds whose blocks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.memshare.agents.reference import Reference, Rows
+from tests.memshare.engine.agents import (
+    TOLERANCE,
+    Ask,
+    Roles,
+    Said,
+    Served,
+    distance,
+    whole_blocks,
+    words,
+    write_roles,
+)
+from tests.memshare.engine.harness import BLOCK, StartEngine
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+WRONG = 0.01
+"""Of log-probabilities: what a wrong matrix or a wrong column must exceed."""
+TURNS = ("plan", "act", "reflect", "plan")
+# Prompts come in pieces, and a batch of conversations does not fit.
+TIGHT: dict[str, Any] = {
+    "max_num_batched_tokens": 64, "num_gpu_blocks_override": 25, "max_num_seqs": 8,
+    "dtype": "float32", "max_model_len": 512,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def roles(tmp_path_factory: pytest.TempPathFactory) -> Roles:
+    return write_roles(tmp_path_factory.mktemp("roles"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=["base_lr_shared", "stacked", pytest.param("full_shared", marks=pytest.mark.complete)],
+)
+def scheme(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def served(scheme: str, roles: Roles, start_engine: StartEngine) -> Iterator[Served]:
+    with start_engine(str(roles.base), roles.options(scheme), **TIGHT) as engine:
+        yield Served(engine, roles.adapters(scheme))
+
+
+@pytest.fixture
+def reference(scheme: str, roles: Roles) -> Reference:
+    return roles.reference(scheme)
+
+
+def peft_distance(roles: Roles, adapters: dict[str, Path], ask: Ask, said: Said) -> float:
+    """How far an answer is from what peft says of the same text."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM.from_pretrained(roles.base, dtype=torch.float32)
+    if ask.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapters[ask.adapter]))
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ask.prompt, *said.tokens[:-1]]])).logits[0]
+    steps = logits[len(ask.prompt) - 1 :].log_softmax(-1)
+    gaps = [
+        abs(float(step[token]) - logprob)
+        for step, token, logprob in zip(steps, said.tokens, said.logprobs, strict=True)
+    ]
+    return max(gaps)
+
+
+def converse(served: Served, reference: Reference) -> Iterator[tuple[str, int, int, float]]:
+    """Agents take turns over one growing context, while others press for memory.
+
+    Yields:
+        Who, how many tokens could have been found, how many were, and how far it was off.
+    """
+    context, cache, known = words(1, 100), None, 0
+    for turn, name in enumerate(TURNS):
+        ask = Ask(context, name, tokens=24)
+        others = [
+            Ask(words(100 * turn + i, 90), adapter, tokens=40, salt=f"other-{turn}-{i}")
+            for i, adapter in enumerate([None, "act", "plan", "reflect", None])
+        ]
+        said, *answers = served.ask(ask, *others)
+        far, cache = distance(reference, ask, said, cache if said.cached else None)
+        yield name, known, said.cached, far
+        for other, answer in zip(others, answers, strict=True):
+            assert answer.cached == 0
+            assert distance(reference, other, answer)[0] < TOLERANCE
+        known = whole_blocks(len(context) + len(said.tokens) - 1)
+        context = [*context, *said.tokens, *words(50 + turn, 13)]
+
+
+def test_each_adapter_alone_is_what_peft_says(served: Served, roles: Roles, scheme: str) -> None:
+    """In one batch, with the base model among them, and whole prompts in pieces."""
+    asks = [
+        Ask(words(i, 40 + 30 * i), adapter, salt=f"alone-{i}")
+        for i, adapter in enumerate([None, "plan", "act", "reflect", None])
+    ]
+    for ask, said in zip(asks, served.ask(*asks), strict=True):
+        assert said.cached == 0
+        assert peft_distance(roles, roles.adapters(scheme), ask, said) < TOLERANCE
+    plan, act = asks[1], Ask(asks[1].prompt, "act", salt="again")
+    (said,) = served.ask(plan)
+    assert peft_distance(roles, roles.adapters(scheme), act, said) > WRONG, "control: wrong adapter"
+
+
+def test_turns_over_a_growing_context(served: Served, reference: Reference, scheme: str) -> None:
+    """Each agent reads what the others have written, in whole blocks, and is what the scheme says;
+    sharing everything is not."""
+    before = served.engine.metric("vllm:num_preemptions")
+    offs = []
+    for turn, (_, known, cached, far) in enumerate(converse(served, reference)):
+        assert cached <= known
+        assert (cached >= BLOCK) == (turn > 0)
+        offs.append(far)
+    assert served.engine.metric("vllm:num_preemptions") > before
+    if scheme == "full_shared":
+        assert offs[0] < TOLERANCE
+        assert min(offs[1:]) > WRONG
+    else:
+        assert max(offs) < TOLERANCE
+
+
+def test_a_switch_of_roles_finds_every_whole_block(served: Served) -> None:
+    """With memory enough, also what was generated."""
+    context = words(7, 75)
+    known = 0
+    for name in TURNS:
+        (said,) = served.ask(Ask(context, name, tokens=25))
+        assert said.cached == known
+        known = whole_blocks(len(context) + len(said.tokens) - 1)
+        context = [*context, *said.tokens, *words(len(context), 9)]
+
+
+def test_nobody_else_finds_them(served: Served) -> None:
+    """Other tenants, and the base model."""
+    text = words(8, 100)
+    served.ask(Ask(text, "plan", salt="tenant-1"))
+    for adapter, salt, found in (
+        ("plan", "tenant-1", 96), ("act", "tenant-1", 96), ("act", "tenant-2", 0),
+        ("act", None, 0), (None, "tenant-1", 0), (None, None, 0),
+    ):  # fmt: skip
+        (said,) = served.ask(Ask(text, adapter, salt=salt))
+        assert said.cached == found, (adapter, salt)
+
+
+def test_the_base_models_blocks_are_its_own(served: Served, roles: Roles, scheme: str) -> None:
+    text = words(9, 100)
+    (first,), (again,) = served.ask(Ask(text)), served.ask(Ask(text))
+    assert (first.cached, again.cached) == (0, 96)
+    assert peft_distance(roles, {}, Ask(text), again) < TOLERANCE
+    (said,) = served.ask(Ask(text, "plan"))
+    assert said.cached == 0
+    assert peft_distance(roles, roles.adapters(scheme), Ask(text, "plan"), said) < TOLERANCE
+
+
+def test_columns_of_others_would_be_noticed(
+    served: Served, reference: Reference, scheme: str
+) -> None:
+    """Control: a reader that takes the columns beside its own, or another's B matrices."""
+    if scheme == "full_shared":
+        pytest.skip("there are no columns")
+    runner = served.engine.core.model_executor.driver_worker.worker.model_runner
+    columns = runner.get_model().model.layers[0].self_attn.slot_columns
+    text = words(10, 100)
+    served.ask(Ask(text, "plan"))
+    kept = columns.clone()
+    columns.copy_(kept.roll(1, dims=1))
+    ask = Ask([*text, *words(11, 9)], "act")
+    (said,) = served.ask(ask)
+    columns.copy_(kept)
+    assert said.cached == 96
+    cache: list[Rows] = reference.run(text, "plan")[1]
+    assert distance(reference, ask, said, cache)[0] > WRONG
+    served.engine.scheduler.reset_prefix_cache()
+    served.ask(Ask(text, "plan"))
+    (said,) = served.ask(ask)
+    assert distance(reference, ask, said, cache)[0] < TOLERANCE
+    others = reference.adapters["act"].up
+    for layer in (0, 1):
+        others[layer, "v_proj"] = others[layer, "v_proj"].roll(1, dims=0)
+    assert distance(reference, ask, said, cache)[0] > WRONG
+
+
+def test_an_adapter_that_has_changed_does_not_load(
+    served: Served, roles: Roles, scheme: str, tmp_path: Path
+) -> None:
+    """Under its own name or another; and what is loaded goes on."""
+    from vllm.lora.request import LoRARequest
+
+    changed = tmp_path / "plan"
+    shutil.copytree(roles.adapters(scheme)["plan"], changed)
+    weights = changed / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"] *= 1.01
+    save_file(tensors, weights)
+    text = words(12, 70)
+    (before,) = served.ask(Ask(text, "plan", salt="before"))
+    core = served.engine.core
+    ids = served.lora("plan").lora_int_id
+    for request, what in (
+        (LoRARequest("plan", ids, str(changed), load_inplace=True), "not what it was when"),
+        (LoRARequest("plan", 77, str(roles.adapters(scheme)["plan"])), f"with the id {ids}"),
+        (LoRARequest("stranger", 78, str(changed)), "none of those that share"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            core.add_lora(request)
+    (after,) = served.ask(Ask(text, "plan", salt="after"))
+    assert (after.tokens, after.logprobs) == (before.tokens, before.logprobs)
+
+
+@pytest.mark.complete
+def test_one_stacked_adapter_is_what_vllm_serves(roles: Roles, start_engine: StartEngine) -> None:
+    """Alone in its family an adapter loses nothing: the same tokens from a growing context."""
+    said: dict[str, list[Said]] = {}
+    for scheme in ("nonshared", "stacked"):
+        options = roles.options(scheme, "act")
+        with start_engine(str(roles.base), options, **TIGHT) as engine:
+            served = Served(engine, roles.adapters(scheme))
+            context, answers = words(13, 90), []
+            for turn in range(4):
+                answers += served.ask(Ask(context, "act", tokens=20), Ask(words(turn, 50)))
+                context = [*context, *answers[-2].tokens, *words(20 + turn, 11)]
+            said[scheme] = answers
+    for plain, stacked in zip(*said.values(), strict=True):
+        assert (stacked.tokens, stacked.cached) == (plain.tokens, plain.cached)
+        assert stacked.logprobs == pytest.approx(plain.logprobs, abs=TOLERANCE)
