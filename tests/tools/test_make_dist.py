@@ -113,7 +113,7 @@ def test_the_wheel_is_small_and_the_weights_are_in_the_other(wheels: Mapping[str
     }
     data = names(wheels["memshare_lab_data"])
     assert "memshare_lab_data/adapter/adapter_model.safetensors" in data
-    for model in ("smollm2-135m", "smollm2-135m-reasoner"):
+    for model in ("smollm2-135m", "smollm2-135m-reasoner", "smollm2-135m-tp2"):
         assert {f"memshare_lab_data/probes/{model}{end}" for end in (".safetensors", ".md")} <= {
             *data
         }
