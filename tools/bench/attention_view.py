@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from memshare.core.token_map import TokenMap
-from memshare.engine.vllm_0_32.attention_view import SqueezedTables
+from memshare.engine.vllm_0_32.view.attention_view import SqueezedTables
 from memshare.kv.rotary import Rotation
 from memshare.lab.markdown import table_head, table_row
 from memshare.mechanisms.compaction.messages import CompactionCommands, Packing

@@ -74,28 +74,28 @@ def worker_tables(runner: object, group: CacheGroup) -> WorkerTables:
 
 def view_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     """See :meth:`Adapter.view_refusals`."""
-    from memshare.engine.vllm_0_32 import attention_view
+    from memshare.engine.vllm_0_32.view import attention_view
 
     return attention_view.view_refusals(vllm_config)
 
 
 def install_view(vllm_config: VllmConfig) -> None:
     """See :meth:`Adapter.install_view`."""
-    from memshare.engine.vllm_0_32 import attention_view
+    from memshare.engine.vllm_0_32.view import attention_view
 
     attention_view.install_view(vllm_config)
 
 
 def builder_refusals(runner: object, group: CacheGroup) -> Iterator[str]:
     """See :meth:`Adapter.builder_refusals`."""
-    from memshare.engine.vllm_0_32 import attention_view
+    from memshare.engine.vllm_0_32.view import attention_view
 
     return attention_view.builder_refusals(runner, group)
 
 
 def attention_view(runner: object, group: CacheGroup) -> AttentionView:
     """See :meth:`Adapter.attention_view`."""
-    from memshare.engine.vllm_0_32 import attention_view
+    from memshare.engine.vllm_0_32.view import attention_view
 
     return attention_view.attach_view(runner, group)
 

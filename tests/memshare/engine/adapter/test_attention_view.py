@@ -15,7 +15,7 @@ from memshare.config import load_config
 from memshare.core.interfaces import CacheGroup
 from memshare.engine.adapter import vllm_adapter
 from memshare.engine.compatibility import edits_view
-from memshare.engine.vllm_0_32 import attention_view
+from memshare.engine.vllm_0_32.view import attention_view
 from tests.memshare.engine.adapter.tables import assert_squeezed, squeezed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

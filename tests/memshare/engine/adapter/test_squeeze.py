@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from memshare.engine.vllm_0_32 import squeeze
+from memshare.engine.vllm_0_32.view import squeeze
 from tests.memshare.engine.adapter.tables import assert_squeezed, squeezed
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -91,7 +91,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
-    from memshare.engine.vllm_0_32 import squeeze_kernel
+    from memshare.engine.vllm_0_32.view import squeeze_kernel
 
     for name in ("sum", "cumsum"):  # kernels themselves
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
@@ -121,7 +121,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from memshare.engine.vllm_0_32.squeeze_kernel import squeeze_kernel
+from memshare.engine.vllm_0_32.view.squeeze_kernel import squeeze_kernel
 
 signature = dict.fromkeys(("table", "lens", "out", "out_lens"), "*i32")
 signature |= dict.fromkeys(("table_stride", "out_stride", "width"), "i32")
@@ -150,7 +150,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 def test_the_kernel_on_a_gpu() -> None:
-    from memshare.engine.vllm_0_32.squeeze_kernel import squeeze_nulls
+    from memshare.engine.vllm_0_32.view.squeeze_kernel import squeeze_nulls
 
     rng = np.random.default_rng(0)
     table = rng.integers(1, 60000, (256, 3000)).astype(np.int32)

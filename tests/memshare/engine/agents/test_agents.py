@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.memshare.agents.reference import Reference, Rows
-from tests.memshare.engine.agents import (
+from tests.memshare.engine.agents.served import (
     TOLERANCE,
     Ask,
     Roles,

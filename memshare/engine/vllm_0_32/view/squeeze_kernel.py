@@ -1,5 +1,6 @@
-"""The Triton kernel of :func:`~memshare.engine.vllm_0_32.squeeze.squeeze_nulls`: one launch for all
-rows, and rows without null entries are copied on the way.
+"""The Triton kernel of :func:`~memshare.engine.vllm_0_32.view.squeeze.squeeze_nulls`.
+
+One launch for all rows; rows without null entries are copied on the way.
 
 Imported only where Triton runs. It lies in a module of its own because Triton reads its source.
 """
@@ -44,8 +45,8 @@ def squeeze_kernel(
 def squeeze_nulls(
     table: Tensor, lens: Tensor, block_size: int, nulls: int, out: Tensor, out_lens: Tensor
 ) -> None:
-    """See :func:`memshare.engine.vllm_0_32.squeeze.squeeze_nulls`; ``out`` keeps what it had behind
-    a row's new length."""
+    """See :func:`memshare.engine.vllm_0_32.view.squeeze.squeeze_nulls`; ``out`` keeps what it had
+    behind a row's new length."""
     squeeze_kernel[(table.shape[0],)](
         table, lens, out, out_lens, table.stride(0), out.stride(0), table.shape[1],
         block_size=block_size, nulls=nulls, tile=_TILE,

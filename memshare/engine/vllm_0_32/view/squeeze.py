@@ -87,7 +87,7 @@ def squeeze_on(device: torch.device) -> Squeeze:
     from vllm.triton_utils import HAS_TRITON
 
     if HAS_TRITON and device.type == "cuda":
-        from memshare.engine.vllm_0_32 import squeeze_kernel
+        from memshare.engine.vllm_0_32.view import squeeze_kernel
 
         return squeeze_kernel.squeeze_nulls
     return squeeze_nulls

@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 from memshare.core.interfaces import CacheGroup
 from memshare.core.token_map import TokenMap
 from memshare.engine.vllm_0_32.cache_groups import is_full
-from memshare.engine.vllm_0_32.squeeze import RowSqueezer, squeeze_on
+from memshare.engine.vllm_0_32.view.squeeze import RowSqueezer, squeeze_on
 
 if TYPE_CHECKING:
     from torch import Tensor

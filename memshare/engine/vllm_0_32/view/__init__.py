@@ -1,0 +1,1 @@
+"""What attention reads of block tables: entries without holes."""
