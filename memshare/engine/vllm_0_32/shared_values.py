@@ -242,7 +242,7 @@ def _wide_attention(
             module.scaling,
             num_kv_heads=module.num_kv_heads,
             cache_config=vllm_config.cache_config,
-            quant_config=old.quant_config,
+            quant_config=None,  # weights are the projections'; the cache is not quantised
             prefix=old.layer_name,
             attn_backend=layout.backend,
             head_size_v=layout.values,

@@ -7,6 +7,8 @@ is run here, too.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,3 +236,58 @@ def test_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert layout.backend is not None
         assert layout.backend.get_name() == name
         assert layout.backend.head_size_v == 40
+
+
+INTERPRETED = """
+import os
+
+# Triton without a GPU, as vLLM takes it where devices are hidden for a while.
+os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+import vllm.platforms
+
+vllm.platforms.vllm_version_matches_substr = lambda name: False  # a build for CPUs has no Triton
+import torch
+from vllm.v1.attention.ops import triton_reshape_and_cache_flash as writing
+from vllm.v1.attention.ops.triton_unified_attention_diffkv import unified_attention_diffkv
+from memshare.agents.values import widen_values
+
+heads, kv_heads, block, tokens = 4, 2, 16, 21
+torch.manual_seed(0)
+for size, width in ((32, 8), (64, 24), (128, 16)):
+    values = size + width
+    query, key = torch.randn(tokens, heads, size), torch.randn(tokens, kv_heads, size)
+    base, low_rank = torch.randn(tokens, kv_heads * size), torch.randn(tokens, width)
+    value = widen_values(base, low_rank, kv_heads, values).view(tokens, kv_heads, values)
+    cache = torch.zeros(6, block, kv_heads, size + values)
+    table, one = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor(1.0)
+    slots = torch.tensor([int(table[0, t // block]) * block + t % block for t in range(tokens)])
+    writing.triton_reshape_and_cache_flash_diffkv(key, value, cache, slots, "auto", one, one)
+    out = torch.zeros(tokens, heads, values)
+    unified_attention_diffkv(
+        q=query, k=cache[..., :size], v=cache[..., size:], out=out,
+        cu_seqlens_q=torch.tensor([0, tokens], dtype=torch.int32),
+        seqused_k=torch.tensor([tokens], dtype=torch.int32), softmax_scale=size**-0.5,
+        q_descale=None, k_descale=None, v_descale=None, causal=True, alibi_slopes=None,
+        use_alibi_sqrt=False, window_size=(-1, -1), block_table=table, softcap=0, sinks=None,
+        max_seqlen_q=tokens, seq_threshold_3D=None, num_par_softmax_segments=None,
+        softmax_segm_output=None, softmax_segm_max=None, softmax_segm_expsum=None,
+    )
+    group = heads // kv_heads
+    scores = torch.einsum("thd,shd->hts", query, key.repeat_interleave(group, 1)) * size**-0.5
+    ahead = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+    wanted = torch.einsum("hts,shd->thd", weights, value.repeat_interleave(group, 1))
+    print("gap:", float((out - wanted).abs().max()))
+"""
+
+
+def test_vllms_kernels_for_gpus_take_values_wider_than_keys() -> None:
+    """The writing and the attending kernel of ``TRITON_ATTN_DIFFKV``, run by Triton's interpreter;
+    in a process of its own, because that leaves traces."""
+    pytest.importorskip("triton", reason="there is none for this machine")
+    out = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], check=True, capture_output=True, text=True
+    ).stdout
+    gaps = [float(line.split()[1]) for line in out.splitlines() if line.startswith("gap:")]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-5

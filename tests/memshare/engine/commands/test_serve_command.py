@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +22,11 @@ from memshare.small_model.names import SMOLLM2
 from tests.machine import DTYPE
 from tests.memshare.agents.tiny import write_adapter
 from tests.memshare.engine.harness import write_tiny_model
+from tests.memshare.engine.server import ROOT, serving
 from tools.bench.local_cluster import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[4]
 NAMED = f'{{"kv_connector": "{CONNECTOR}", "kv_role": "{ROLE}"}}'
 
 
@@ -205,33 +204,8 @@ def server(
             "--kv-transfer-config", NAMED.replace("}", f", {extra}}}"),
             "--worker-cls", WORKER_CLASS,
         ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{installed}:{ROOT}"}
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as a user's shell
-    log = tmp_path / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=tmp_path, env=environment, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 300
-        while not _answers(url):
-            assert process.poll() is None, log.read_text()[-9000:]
-            assert time.monotonic() < end, log.read_text()[-9000:]
-            time.sleep(0.5)
-        yield url, process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False
+    with serving(command, port, tmp_path, f"{installed}:{ROOT}") as served:
+        yield served
 
 
 def test_the_server_reclaims(server: tuple[str, subprocess.Popen[bytes]]) -> None:
