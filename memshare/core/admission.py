@@ -95,9 +95,11 @@ class Admission:
         Args:
             demand: blocks that running requests will begin in the next step.
         """
-        request, free = self._waiting, self._tables.free
-        ahead = self._ahead() if request is not None else 0
-        if request is None or ahead >= free:
+        request = self._waiting
+        if request is None:
+            return 0
+        free, ahead = self._tables.free, self._ahead()
+        if ahead >= free:
             return 0
         need = self._tables.blocks_to_admit(request)
         fits = need + self._own_growth(request) + ahead <= free

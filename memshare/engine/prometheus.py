@@ -94,6 +94,8 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
                 self._counters[name].labels(*values)
             for name in GAUGES:
                 self._gauges[name].labels(*values)
+            for name in HISTOGRAMS:
+                self._histograms[name].labels(*values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one payload."""

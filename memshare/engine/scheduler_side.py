@@ -151,7 +151,9 @@ class SchedulerSide:
                 self._look_at(state)
         demand = self._wheel.due_within(_AHEAD)
         self.reclaimer.reclaim(demand)
-        self.reclaimer.make_room(self.admission.shortage(demand))
+        shortage = self.admission.shortage(demand)
+        if shortage:
+            self.reclaimer.make_room(shortage)
         # vLLM admits nobody in a step in which memory was short. If it did, somebody has reset it.
         self.admission.advance(preempted=bool(scheduled.preempted) and not scheduled.resumed)
         self.recorder.explainer.tell(self.tables.free, self.tables.total)

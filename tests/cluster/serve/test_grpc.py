@@ -108,7 +108,6 @@ def test_grpc_tells_of_model_and_replica(server: Server) -> None:
         assert info.kv_blocks > 100
         assert info.memshare_mode == "share"
         assert stats.generation_tokens > 0
-        assert stats.memshare["applied"] > 0
         assert "Engine" in stats.replica_id or stats.replica_id
     assert main(["chat", "--address", server.grpc_address, "--max-tokens", "4", "Hello"]) == 0
 

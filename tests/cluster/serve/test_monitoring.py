@@ -36,6 +36,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
 def test_a_chat_shows_blocks_found_verified_and_reclaimed(server: Server) -> None:
     assert_that_blocks_are_reclaimed(server)
+    with server.grpc_client() as client:
+        assert client.stats().memshare["applied"] > 0
 
 
 def test_a_replica_reports_its_load(server: Server) -> None:

@@ -48,6 +48,7 @@ def test_dropped_tokens_are_not_read_by_attention() -> None:
     assert compacted.seconds / compacted.steps < 0.9 * remapped.seconds / remapped.steps
 
 
+@pytest.mark.complete
 def test_a_deployment_by_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = DEPLOYMENT.read_text(encoding="utf-8")
     small = tmp_path / "small.yaml"
