@@ -299,6 +299,7 @@ def imported() -> Iterator[str]:
 def test_the_fix_for_a_missing_library_names_an_extra_that_brings_it() -> None:
     ours = {"memshare", "cluster"}
     libraries = set(imported()) - set(sys.stdlib_module_names) - ours - {"google"}
+    libraries.remove("triton")  # imported only where vLLM says that one runs
     assert {"torch", "ray", "matplotlib", "numpy"} <= libraries
     brings = {
         extra: {canonicalize_name(Requirement(text).name) for text in texts}
