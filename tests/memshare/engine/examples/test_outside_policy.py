@@ -15,7 +15,7 @@ from tests.memshare.engine.harness import StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "newest_policy"
+EXAMPLE = Path(__file__).resolve().parents[4] / "docs" / "examples" / "newest_policy"
 POLICY = {"name": "newest", "spare": 1}
 
 

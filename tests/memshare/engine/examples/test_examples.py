@@ -17,7 +17,7 @@ from tools.runtime_env import runtime_env
 
 pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(600)]
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples"
+EXAMPLES = Path(__file__).resolve().parents[4] / "docs" / "examples"
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Tests with engines in this process; pytest puts the environment back after the package."""
