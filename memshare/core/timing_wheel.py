@@ -16,7 +16,7 @@ class TimingWheel(Generic[Item]):
 
     def schedule(self, item: Item, ticks: int) -> None:
         """Let ``item`` come up ``ticks`` >= 1 ticks from now."""
-        self._due.setdefault(self._now + max(ticks, 1), []).append(item)
+        self._due.setdefault(self._now + ticks, []).append(item)
 
     def advance(self) -> list[Item]:
         """Move on one tick; returns what has come up."""

@@ -146,9 +146,10 @@ class SchedulerSide:
         self._note_schedule(scheduled)
         for part in self._parts:
             part.begin_step()
-        for state, generation in self._wheel.advance():
+        for due in self._wheel.advance():  # those that may have filled a block since
+            state, generation = due
             if state.alive and state.generation == generation:
-                self._look_at(state)
+                self._wheel.schedule(due, self._note_filled(state))
         demand = self._wheel.due_within(_AHEAD)
         self.reclaimer.reclaim(demand)
         shortage = self.admission.shortage(demand)
@@ -195,15 +196,9 @@ class SchedulerSide:
                 self._wheel.schedule((state, state.generation), 1)
                 self.admission.grown(state)  # it may have been preempted and resumed at once
 
-    def _look_at(self, state: RequestState) -> None:
-        """Look at a request that may have filled a block since it was last looked at."""
-        committed, left = self._note_filled(state)
-        in_prompt = committed < state.request.num_prompt_tokens
-        self._wheel.schedule((state, state.generation), 1 if in_prompt else left)
-
-    def _note_filled(self, state: RequestState) -> tuple[int, int]:
-        """Take note of blocks that the request has filled; returns its committed tokens, and how
-        many more fill its next block."""
+    def _note_filled(self, state: RequestState) -> int:
+        """Take note of blocks that the request has filled; returns in how many steps, at least one,
+        to look again."""
         request = state.request
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
@@ -213,7 +208,7 @@ class SchedulerSide:
             for part in self._parts:
                 part.on_tokens(state)
             self.admission.grown(state)
-        return committed, left
+        return left if committed >= request.num_prompt_tokens else 1
 
     def receive(self, message: WorkerMessage) -> None:
         """Take what the workers (all ranks that have answered, folded together) report."""
