@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{len(plan.tasks)} requests ({args.workload}), {sum(t.max_tokens for t in plan.tasks)} "
         f"tokens at most; {args.model} ({args.dtype}); {plan.blocks - 1} usable KV blocks of "
-        f"{plan.block_size}, trigger {args.trigger}, recent window {args.recent}; "
+        f"{plan.block_size}, trigger {args.trigger}; "
         f"{args.repeats} repeats of {len(arms)} arms; {machine()}."
         f"{known_arms.wider(arms, plan.blocks, plan.dtype)} {_how_long(args, plan, len(arms))}\n",
         flush=True,

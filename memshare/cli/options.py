@@ -9,22 +9,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memshare.config import BudgetConfig, ProtectConfig
+from memshare.config import BudgetConfig
 from memshare.errors import UserError
 
 
 def add_sharing(parser: argparse._ActionsContainer) -> None:
     """Declare when, and how much of what, arms with MemShare give up."""
-    budget, recent = BudgetConfig(), ProtectConfig().recent_tokens
+    budget = BudgetConfig()
     parser.add_argument(
         "--budget",
         help="max_shared_fraction, or max_dropped_fraction where tokens are dropped; several by ','"
         f" (default: {budget.max_shared_fraction:g} and {budget.max_dropped_fraction:g})",
     )
-    parser.add_argument("--recent", type=whole, default=recent, help="protect.recent_tokens")
+    add_recent(parser)
     parser.add_argument(
         "--trigger", default="pressure", choices=("pressure", "eager"),
         help="give up blocks when memory is short, or at once",
+    )  # fmt: skip
+
+
+def add_recent(parser: argparse._ActionsContainer) -> None:
+    """Declare the recent window; without it policies keep their own."""
+    parser.add_argument(
+        "--recent", type=whole,
+        help="protect.recent_tokens (default: 32 where tokens are dropped, else 128)",
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memshare.cli.options import count, fractions, positive, whole
+from memshare.cli.options import add_recent, count, fractions, positive
 from memshare.config import without_fields
 from memshare.core.token_map import TokenMap
 from memshare.errors import UserError
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arm did",
     )  # fmt: skip
     group.add_argument("--arm", default="twins", help="of the record")
-    group.add_argument("--recent", type=whole, default=128, help="protect.recent_tokens")
+    add_recent(group)
     group.add_argument("--max-num-seqs", type=count, default=256, help="requests at once")
     group.add_argument(
         "--max-num-batched-tokens", type=count, default=8192, help="tokens of a step"

@@ -98,8 +98,9 @@ class ProtectConfig(Section):
 
     prompt_tokens: Literal["all"] | Annotated[Whole, Field(ge=0)] = "all"
     """Tokens from the start of the prompt, or ``all`` of it."""
-    recent_tokens: Whole = Field(default=128, ge=0)
-    """The newest tokens of a request, which are never a target (kept exact)."""
+    recent_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    """The newest tokens of a request, which are never a target (kept exact). null: 32 with
+    ``compaction``, which chooses tokens by what they are worth, else 128."""
 
 
 class BudgetConfig(Section):
@@ -108,7 +109,7 @@ class BudgetConfig(Section):
     max_shared_fraction: Fraction = 0.25
     """Fraction of a request's blocks that may be re-pointed. After a preemption, admission counts
     on all of it, so a budget above what the policy finds leads to further preemptions."""
-    max_dropped_fraction: Fraction = 0.5
+    max_dropped_fraction: Fraction = 0.4
     """``compaction``, instead of the above: fraction of a request's blocks that may be freed by
     dropping tokens. Compaction always finds all of it."""
     max_thinning: Fraction = 0.8
@@ -271,6 +272,12 @@ class MemShareConfig(Section):
         """The most that a request may lose, as a fraction of its full blocks."""
         budget = self.budget
         return budget.max_dropped_fraction if self.drops_tokens else budget.max_shared_fraction
+
+    @property
+    def recent_tokens(self) -> int:
+        """How many of a request's newest tokens are never a target."""
+        asked = self.protect.recent_tokens
+        return asked if asked is not None else 32 if self.drops_tokens else 128
 
     @property
     def max_thinning(self) -> float:

@@ -20,9 +20,9 @@ def first_target(prompt: int, token_map: TokenMap, protect: ProtectConfig) -> in
     return token_map.entries(protected)
 
 
-def end_target(full: int, token_map: TokenMap, protect: ProtectConfig) -> int:
+def end_target(full: int, token_map: TokenMap, recent_tokens: int) -> int:
     """One past the last block before the recent window of a request with ``full`` full blocks."""
-    return token_map.full(max(0, token_map.first_position(full) - protect.recent_tokens))
+    return token_map.full(max(0, token_map.first_position(full) - recent_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RequestShape:
             return blocks
         full = token_map.full(tokens)
         first = first_target(self.prompt, token_map, config.protect)
-        targets = max(0, end_target(full, token_map, config.protect) - first)
+        targets = max(0, end_target(full, token_map, config.recent_tokens) - first)
         fraction = min(self.freed, config.max_given_up)
         return blocks - min(int(fraction * full), int(config.max_thinning * targets))
 

@@ -28,6 +28,7 @@ class RequestTracker:
         self._config = config
         self._max_given_up = config.max_given_up
         self._max_thinning = config.max_thinning
+        self._recent_tokens = config.recent_tokens
         self._tables = tables
         self._states: dict[str, RequestState] = {}
 
@@ -95,7 +96,7 @@ class RequestTracker:
         return min(self._budget(state, full), int(self._max_thinning * may_go))
 
     def _end_target(self, full: int) -> int:
-        return end_target(full, self._tables.token_map, self._config.protect)
+        return end_target(full, self._tables.token_map, self._recent_tokens)
 
     def _budget(self, state: RequestState, full: int) -> int:
         asked = state.options.memshare_max_shared_fraction

@@ -121,7 +121,7 @@ class Reader:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer_of(model)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._map = TokenMap(block_size)
-        self._protect = ProtectConfig(recent_tokens=recent)
+        self._recent = recent
         self._distance = distance or DistanceConfig()
         steps = StepConfig()
         self._automaton = compile_delimiters(steps.delimiters, token_bytes(self.tokenizer))
@@ -197,8 +197,8 @@ class Reader:
         twins = self._twins(prefilled, config) if config.uses_stages else None
         full = self._map.full(prefilled.prefix)
         prefix = Prefix(
-            first=first_target(prefilled.prompt, self._map, self._protect),
-            end=end_target(full, self._map, self._protect),
+            first=first_target(prefilled.prompt, self._map, ProtectConfig()),
+            end=end_target(full, self._map, self._recent),
             full=full,
             budget=int(fraction * full),
             twins=twins,

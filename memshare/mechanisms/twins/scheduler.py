@@ -26,7 +26,7 @@ class TwinsPart(OnDemandPart):
             context.recorder,
             # Nothing can go before the recent window is full, so a short answer is not looked at.
             # Half of the window leaves time for both stages.
-            output_before_first=context.config.protect.recent_tokens // 2,
+            output_before_first=context.config.recent_tokens // 2,
             # The prompt is never given up: what repeats it has a copy that stays.
             with_prompt=True,
         )

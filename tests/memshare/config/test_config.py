@@ -67,7 +67,7 @@ BAD: dict[str, list[object]] = {
     "distance.max_waiting": NO_COUNTS,
     "protect": ["all", 1, [], None, True],
     "protect.prompt_tokens": [-1, 1.5, *NO_NUMBERS],
-    "protect.recent_tokens": [-1, 1.5, *NO_NUMBERS],
+    "protect.recent_tokens": [-1, 1.5, *(value for value in NO_NUMBERS if value is not None)],
     "budget": ["x", 1, [], None, True],
     "budget.max_shared_fraction": NO_FRACTIONS,
     "budget.max_dropped_fraction": NO_FRACTIONS,

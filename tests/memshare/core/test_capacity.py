@@ -32,14 +32,17 @@ def test_a_request_by_hand() -> None:
 def test_a_compacted_request_by_hand() -> None:
     """The same, of which 8 blocks may go: bounded by all its blocks, and by what may go."""
 
-    def held(**budget: float) -> int:
-        limits = config(policy={"name": "compaction"}, budget=budget)
+    def held(recent: int | None = 128, **budget: float) -> int:
+        policy, protect = {"name": "compaction"}, {"recent_tokens": recent}
+        limits = config(policy=policy, budget=budget, protect=protect)
         return RequestShape(96, 400, 1.0).held(400, BLOCKS, limits)
 
     assert held(max_dropped_fraction=1.0, max_thinning=1.0) == 16 - 8
     assert held(max_dropped_fraction=1.0, max_thinning=0.75) == 16 - 6
     assert held(max_dropped_fraction=0.4, max_thinning=0.9) == 16 - 6
     assert held(max_dropped_fraction=0.2, max_shared_fraction=1.0) == 16 - 3
+    # Three blocks more where the window is the policy's own, of one block.
+    assert held(None, max_dropped_fraction=1.0, max_thinning=1.0) == 16 - 11
 
 
 def test_concurrency_by_hand() -> None:
@@ -53,12 +56,12 @@ def test_concurrency_by_hand() -> None:
 
 
 def test_protection_is_whole_blocks() -> None:
-    protect = ProtectConfig(prompt_tokens=40, recent_tokens=40)
+    protect = ProtectConfig(prompt_tokens=40)
     assert first_target(100, BLOCKS, protect) == 2
     assert first_target(10, BLOCKS, protect) == 1
     assert first_target(100, BLOCKS, ProtectConfig()) == 4
-    assert end_target(10, BLOCKS, protect) == 8
-    assert end_target(1, BLOCKS, protect) == 0
+    assert end_target(10, BLOCKS, 40) == 8
+    assert end_target(1, BLOCKS, 40) == 0
 
 
 @given(
