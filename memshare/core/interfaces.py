@@ -59,6 +59,20 @@ class LoraAdapter(Protocol):
         ...
 
 
+class AskedAdapter(LoraAdapter, Protocol):
+    """A LoRA adapter as a request asks for it."""
+
+    @property
+    def lora_name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def lora_path(self) -> str:
+        """Where it is to be read from."""
+        ...
+
+
 class EngineRequest(Protocol):
     """A request as the engine's scheduler holds it: live, and read only."""
 

@@ -125,18 +125,18 @@ class MemShareConnector(KVConnectorBase_V1):
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """Start-up guard: every rank must have reported that its table can be edited, and that it
-        has read the same adapters."""
+        has read the same adapters. vLLM's core makes its block hasher right after this call."""
         if self.scheduler_side is not None or self._family is not None:
             check_workers(
                 cast("dict[tuple[int, int], WorkerHandshake]", metadata),
                 self._world_size,
                 None if self._family is None else self._family.family.key,
             )
+        if self._family is not None:
+            self._family.hash_blocks()
 
     def on_new_request(self, request: Request) -> None:
-        """Begin to follow a request; let it find its family's blocks."""
-        if self._family is not None:
-            self._family.follow(request)
+        """Begin to follow a request."""
         if self.scheduler_side is not None:
             self.scheduler_side.follow(request)
 
