@@ -233,3 +233,27 @@ def test_the_command(other_process: ProcessPoolExecutor, tmp_path: Path) -> None
     assert status == (0 if report["works"] else 1)
     too_long = ["check", str(file), "--prompt", "4000", "--output", "97"]
     assert other_process.submit(command, too_long).result()[0] == 1
+
+
+def test_the_command_for_a_cluster_of_agents(
+    other_process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    roles = write_roles(tmp_path)
+    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    document["http_options"]["port"] = 18437
+    args = document["applications"][0]["args"]
+    args |= {"model": str(roles.base), "memshare": roles.options("stacked")}
+    args["engine"]["dtype"] = "float32"
+    file = tmp_path / "agents.yaml"
+    file.write_text(yaml.safe_dump(document))
+    _, output = other_process.submit(command, ["check", str(file), "--json"]).result()
+    report = json.loads(output)
+    assert report["memory"]["block_bytes"] == 2 * 2 * 32 * (64 + 64) * 4
+    texts = {f["section"]: f["text"] for f in report["findings"] if f["level"] == "ok"}
+    assert "act, plan, reflect share one cache, scheme stacked" in texts["configuration"]
+    args["memshare"]["agents"]["scheme"] = "base_lr_shared"
+    file.write_text(yaml.safe_dump(document))
+    status, output = other_process.submit(command, ["check", str(file), "--json"]).result()
+    assert status == 1
+    (failed,) = [f for f in json.loads(output)["findings"] if f["level"] == "fail"]
+    assert "its A matrix on v_proj differs from that of 'act'" in failed["text"]
