@@ -265,6 +265,34 @@ class AttentionView(Protocol):
         ...
 
 
+class Admission(NamedTuple):
+    """A request that is given blocks for the first time, or again after a preemption.
+
+    Attributes:
+        request_id: of it.
+        adapter: name of its LoRA adapter; None without one.
+        block_ids: all that it holds.
+        found: tokens at its beginning that need not be computed.
+    """
+
+    request_id: str
+    adapter: str | None
+    block_ids: Sequence[int]
+    found: int
+
+
+class BlockGrowth(NamedTuple):
+    """Blocks that a step gives to requests.
+
+    Attributes:
+        admitted: requests that held none.
+        grown: further blocks of others, by request.
+    """
+
+    admitted: Sequence[Admission]
+    grown: Sequence[tuple[str, Sequence[int]]]
+
+
 class Scheduled(NamedTuple):
     """What the engine has just scheduled.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from memshare.core.interfaces import (
     AskedAdapter,
     AttentionView,
+    BlockGrowth,
     BlockTables,
     CacheGroup,
     Scheduled,
@@ -123,6 +124,11 @@ class Adapter(Protocol):
 
     def read_schedule(self, output: SchedulerOutput) -> Scheduled:
         """What a step of vLLM's scheduler means for block tables."""
+        ...
+
+    def read_growth(self, output: SchedulerOutput) -> BlockGrowth:
+        """Which blocks a step of vLLM's scheduler gives to whom, where all layers are one group. A
+        resumed request's adapter is not told again."""
         ...
 
     def tokenizer(self, vllm_config: VllmConfig) -> Tokenizer:

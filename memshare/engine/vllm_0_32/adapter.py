@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memshare.core.interfaces import AttentionView, BlockTables, CacheGroup, WorkerTables
-from memshare.engine.vllm_0_32.schedule import read_schedule
+from memshare.engine.vllm_0_32.schedule import read_growth, read_schedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +36,7 @@ __all__ = [
     "install_view",
     "padded_head_sizes",
     "plan_cache",
+    "read_growth",
     "read_model_memory",
     "read_schedule",
     "tokenizer",

@@ -159,6 +159,40 @@ def test_a_switch_of_roles_finds_every_whole_block(
         context = [*context, *said.tokens, *words(len(context), 9)]
 
 
+def test_what_is_found_of_others_is_counted(served: Served) -> None:
+    """On the metrics, by who reads it, and in a request's usage."""
+    side = served.engine.scheduler.connector.family_side
+    names = ("agent_tokens_found", "agent_tokens_shared")
+
+    def counted() -> list[int]:
+        return [
+            side.counters.totals[f"{name}:{role}"] for role in ("plan", "act") for name in names
+        ]
+
+    text = words(16, 75)
+    before = counted()
+    for role, found, shared in (("plan", 0, 0), ("act", 64, 64), ("plan", 64, 0)):
+        said = served.ask(Ask(text, role, tokens=25))[0]
+        usage = {"blocks_shared": 0, "tokens_dropped": 0, "peak_kv_blocks": 4, "preemptions": 0}
+        assert said.usage == usage | {"tokens_shared": shared}
+        assert said.cached == found
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [64, 0, 64, 64]
+    for name in names:
+        total = sum(count for key, count in side.counters.totals.items() if key.startswith(name))
+        assert served.engine.metric(f"vllm:memshare_{name}") == total
+    assert served.ask(Ask(text))[0].usage["tokens_shared"] == 0, "the base model's"
+
+
+def test_bytes_of_low_rank_columns(served: Served, scheme: str) -> None:
+    """Of 25 blocks of 32 tokens, 2 layers with 2 heads of 32 in float32: heads of 40 would do, and
+    are padded to 64 on CPUs, keys with them."""
+    served.ask(Ask(words(17, 40), "plan"))  # a step reports them
+    cache = served.engine.core.vllm_config.cache_config
+    widened = cache.num_gpu_blocks * 32 * 2 * 2 * (64 + 64 - 2 * 32) * 4
+    wanted = 0 if scheme == "full_shared" else widened
+    assert served.engine.metric("vllm:memshare_low_rank_bytes") == wanted
+
+
 def test_nobody_else_finds_them(served: Served) -> None:
     """Other tenants, and the base model."""
     text = words(8, 100)
@@ -275,8 +309,8 @@ Ended = tuple[str | None, int, int | None]
 
 
 def ask_with_strangers(roles: Roles, changed: Path) -> list[list[Ended]]:
-    """Runs in a process of its own, so that its engine has one, too: good requests, and batches of a
-    good one, one that is made up, and one of the base model."""
+    """Runs in a process of its own, so that its engine has one, too: good requests, and batches of
+    a good one, one that is made up, and one of the base model."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
