@@ -77,7 +77,7 @@ def hash_by_family(key: str, admit: Callable[[LoRARequest], None]) -> None:
     function is replaced for this one call.
     """
     unchecked: Any = core
-    make = core.get_request_block_hasher
+    make = unchecked.get_request_block_hasher
 
     def make_once(hash_block_size: int, hash_function: Callable[[Any], bytes]) -> FamilyHasher:
         unchecked.get_request_block_hasher = make
