@@ -37,7 +37,7 @@ def build(args: Mapping[str, object]) -> Application:
         ConfigError: names each wrong field, its value and the fix.
     """
     cluster = parse_cluster_args(args)
-    if cluster.engine.extra:
+    if cluster.engine.extra or cluster.memshare.agents.adapters:
         # Only here: it imports vLLM, which takes many seconds.
         from cluster.engine.options import check_engine_options
 

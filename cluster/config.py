@@ -289,7 +289,9 @@ class ClusterArgs(Section):
     scaling: ScalingConfig | None = None
     """Replicas by KV pressure; None keeps their number at ``replicas``."""
     memshare: MemShareConfig = MemShareConfig()
-    """What MemShare does; ``mode: off`` leaves a plain vLLM, without connector and worker class."""
+    """What MemShare does; ``mode: off`` leaves a plain vLLM, without connector and worker class,
+    unless ``agents`` share. Each of ``agents.adapters`` is a model of the API by its name; their
+    folders are absolute, and exist wherever replicas run and where the application is built."""
     page: PageConfig = PageConfig()
     """The live page."""
 
@@ -316,7 +318,7 @@ class ClusterArgs(Section):
     @property
     def uses_memshare(self) -> bool:
         """Whether engines run with MemShare's connector and worker class."""
-        return self.memshare.mode != "off"
+        return self.memshare.mode != "off" or self.memshare.agents.shares
 
     @property
     def uses_ledger(self) -> bool:
@@ -327,7 +329,7 @@ class ClusterArgs(Section):
     def uses_pool(self) -> bool:
         """Whether a pool of evaluator actors is needed."""
         return (
-            self.uses_memshare
+            self.memshare.mode != "off"
             and self.memshare.uses_stages
             and self.memshare.evaluator.source == "ray"
         )

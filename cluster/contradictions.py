@@ -17,18 +17,15 @@ def refuse_contradictions(cluster: ClusterArgs) -> None:
     Raises:
         ConfigError: names each field, its value and the fix.
     """
-    found = [*_executor(cluster), *_gpus(cluster), *_nodes(cluster), *_routing(cluster)]
+    found = [
+        *_executor(cluster), *_gpus(cluster), *_nodes(cluster), *_routing(cluster),
+        *_agents(cluster),
+    ]  # fmt: skip
     if cluster.memshare.event_log is not None and cluster.most_replicas > 1:
         found.append(
             f"memshare.event_log = {str(cluster.memshare.event_log)!r}: {cluster.most_replicas} "
             "replicas would write one file, over each other\n"
             "    fix: leave it out, or have one replica"
-        )
-    if cluster.memshare.agents.shares:
-        found.append(
-            f"memshare.agents.scheme = {cluster.memshare.agents.scheme!r}: the cluster does not "
-            "serve adapters that share a cache yet\n"
-            "    fix: set it to 'nonshared', or serve one engine with `memshare serve`"
         )
     if found:
         raise ConfigError("\n".join(found))
@@ -101,3 +98,37 @@ def _routing(cluster: ClusterArgs) -> Iterator[str]:
                 f"routing.{name} = {getattr(routing, name)!r}: has no effect with {setting}\n"
                 f"    fix: leave it out, or {change}"
             )
+
+
+# Options of vLLM that follow from the adapters.
+_OF_ADAPTERS = {"enable_lora", "lora_modules", "max_loras", "max_lora_rank"}
+
+
+def _agents(cluster: ClusterArgs) -> Iterator[str]:
+    """Adapters are models of the API, and replicas must find them."""
+    agents = cluster.memshare.agents
+    for name, folder in agents.adapters.items():
+        field = f"memshare.agents.adapters.{name} = {str(folder)!r}"
+        if not folder.is_absolute():
+            yield (
+                f"{field}: is not absolute; replicas run in folders of their own\n"
+                f"    fix: write {str(folder.absolute())!r}, or where replicas find it"
+            )
+        if name == cluster.public_name:
+            yield (
+                f"{field}: {name!r} is the base model's name in the API already\n"
+                "    fix: give the adapter another name, or set served_model_name"
+            )
+    if agents.adapters:
+        for option, value in cluster.engine.extra.items():
+            if option.removeprefix("--").replace("-", "_") in _OF_ADAPTERS:
+                yield (
+                    f"engine.extra.{option} = {value!r}: follows from memshare.agents.adapters\n"
+                    "    fix: leave it out"
+                )
+    if agents.shares and not cluster.engine.enable_prefix_caching:
+        yield (
+            "engine.enable_prefix_caching = False: adapters find each other's blocks by it "
+            f"(memshare.agents.scheme = {agents.scheme!r})\n"
+            "    fix: leave it out, or set memshare.agents.scheme to 'nonshared'"
+        )

@@ -131,6 +131,9 @@ def _split(file: Path | None, words: list[str]) -> tuple[Path | None, list[str]]
 
 
 def _configuration(config: MemShareConfig) -> str:
+    if config.agents.shares:
+        names = ", ".join(config.agents.adapters)
+        return f"mode {config.mode}; {names} share one cache, scheme {config.agents.scheme}"
     if config.mode == "off":
         return "mode off: plain vLLM"
     return f"mode {config.mode}, policy {config.policy.name}, trigger {config.trigger.kind}"
@@ -164,7 +167,7 @@ def _capacity(
         else None
     )
     return (
-        list(_pressure(plain.spread, max_num_seqs)),
+        [] if config.agents.shares else list(_pressure(plain.spread, max_num_seqs)),
         Capacity(prompt, output, shape.freed, max_num_seqs, plain, shared),
     )
 

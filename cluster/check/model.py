@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from memshare.agents.memory import HeadLayout
     from memshare.engine.adapter import ModelMemory
 
 SECTION = "model"
@@ -67,7 +68,7 @@ class ModelCheck:
                 return
         self.say("the model's configuration (loads vLLM)")
         from memshare.engine.adapter import UNBOUNDED, vllm_adapter
-        from memshare.engine.compatibility import cache_faults, config_of, setup_faults
+        from memshare.engine.compatibility import cache_faults, config_of, faults_before_load
 
         try:
             config = self.config = vllm_config(self.setup, self.place)
@@ -76,13 +77,14 @@ class ModelCheck:
             return
         transfer = config.kv_transfer_config
         memshare = self.setup.memshare if transfer is None else config_of(config)
-        faults = list(setup_faults(config, memshare)) if memshare.mode != "off" else []
+        faults = list(faults_before_load(config, memshare))
         yield from (CheckFinding(SECTION, "fail", fault) for fault in faults)
         if config.model_config.is_encoder_decoder or config.model_config.runner_type != "generate":
             return  # named above: has no KV cache of the kind that is counted below
         self.say("the model's layers, without weights")
         try:
-            model_memory = vllm_adapter().read_model_memory(config)
+            heads = None if faults else _heads(config, memshare, self.place)
+            model_memory = vllm_adapter().read_model_memory(config, heads)
             cache = vllm_adapter().plan_cache(config, model_memory, UNBOUNDED)
         except Exception as error:
             yield CheckFinding(
@@ -133,7 +135,8 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     from memshare.plug_in import plug_in
 
     options = parse_words(setup.engine)
-    if options.kv_transfer_config is None and setup.memshare.mode != "off":
+    wanted = setup.memshare.mode != "off" or setup.memshare.agents.adapters
+    if options.kv_transfer_config is None and wanted:
         for name, value in plug_in(setup.memshare.model_dump(mode="json")).items():
             setattr(options, name, value)
     if place.elsewhere and options.block_size is None:
@@ -143,6 +146,14 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     if place.elsewhere:  # what the environment here says about a CPU's cache is not for GPUs
         config.cache_config.kv_cache_memory_bytes = options.kv_cache_memory_bytes
     return config
+
+
+def _heads(config: VllmConfig, memshare: MemShareConfig, place: Place) -> HeadLayout | None:
+    """Widths of cached heads where adapters share; None where they do not."""
+    from memshare.engine.agents import head_layout, load_family
+
+    family = load_family(config, memshare.agents)
+    return None if family is None else head_layout(config, family, place.gpu_bytes is not None)
 
 
 def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int, str]:

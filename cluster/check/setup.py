@@ -30,7 +30,8 @@ class CheckedSetup:
     Attributes:
         subject: what the user named.
         engine: vLLM's options, as on its server's command line.
-        memshare: MemShare's configuration; with mode ``off``, vLLM runs without it.
+        memshare: MemShare's configuration; with mode ``off``, and no adapters, vLLM runs without
+            it.
         needs: what it reserves.
         serving: where it will be served; None for plain vLLM.
         hub: what hinders asking the hub for the model; None if nothing does.

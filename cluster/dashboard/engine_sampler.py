@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Reuse, Thinned
+from cluster.dashboard.records import (
+    AdapterTokens,
+    BlockTrace,
+    ReplicaReport,
+    ReplicaSample,
+    Reuse,
+    Thinned,
+)
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import CompactionNote, PreemptionNote, RemapNote, RequestRow
 
@@ -92,6 +99,8 @@ class EngineSampler:
         self._told_before = 0  # preemptions that MemShare has told, and vLLM has not yet
         self._gauges: dict[str, float] = {}
         self._kinds: dict[str, int] = {}
+        self._found: Counter[str] = Counter()  # tokens, by adapter
+        self._shared: Counter[str] = Counter()
         self._requests: list[RequestRow] = []
         self._unsent: deque[ReplicaSample] = deque(maxlen=_UNSENT)
         self._followed: dict[str, _Followed] = {}
@@ -113,6 +122,8 @@ class EngineSampler:
         if payload["lags"]:
             interval.lag = max(interval.lag or 0.0, *payload["lags"])
         self._gauges.update(payload["gauges"])
+        self._found.update(payload["labelled"].get("agent_tokens_found", {}))
+        self._shared.update(payload["labelled"].get("agent_tokens_shared", {}))
         if payload["blocks"]:
             self._kinds = dict(payload["blocks"])
             self._requests = list(payload["requests"])
@@ -176,6 +187,7 @@ class EngineSampler:
             kinds=self._kinds,
             requests=self._requests,
             ended=list(self._ended),
+            adapters={n: AdapterTokens(f, self._shared[n]) for n, f in self._found.items()},
         )
 
     def sent(self, report: ReplicaReport) -> None:

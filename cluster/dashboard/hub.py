@@ -99,6 +99,7 @@ class DashboardHub:
                     "kinds": replica.latest.kinds,
                     "requests": replica.latest.requests,
                     "ended": replica.latest.ended,
+                    "adapters": {n: a._asdict() for n, a in replica.latest.adapters.items()},
                     "samples": [s for number, s in replica.samples if number > after],
                 }
                 for name, replica in sorted(

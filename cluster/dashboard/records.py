@@ -38,6 +38,18 @@ class ReplicaSample(NamedTuple):
     lag: float | None
 
 
+class AdapterTokens(NamedTuple):
+    """Tokens that requests of an adapter have found in the cache since the engine started.
+
+    Attributes:
+        found: and did not compute.
+        shared: those of them that another adapter wrote.
+    """
+
+    found: int
+    shared: int
+
+
 class Reuse(NamedTuple):
     """A block of a request that was given up, and the block that is read instead.
 
@@ -100,6 +112,7 @@ class ReplicaReport:
         kinds: KV blocks by kind (``memshare.telemetry.metrics.BLOCKS``); empty if not known.
         requests: those with most blocks, as last looked at.
         ended: requests that have ended lately and whose trace can still be asked for.
+        adapters: what each has found, where adapters share a cache.
     """
 
     replica: str
@@ -110,3 +123,4 @@ class ReplicaReport:
     kinds: dict[str, int]
     requests: list[RequestRow]
     ended: list[str] = field(default_factory=list)
+    adapters: dict[str, AdapterTokens] = field(default_factory=dict)

@@ -12,8 +12,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.config import ClusterArgs, EngineConfig, ExtraValue
-from memshare.config import ConfigError, MemShareConfig
-from memshare.plug_in import WORKER_CLASS, connector_options
+from memshare.config import AgentsConfig, ConfigError, MemShareConfig
+from memshare.plug_in import WORKER_CLASS, adapter_options, connector_options
 
 # Options that `engine.extra` may not set, and where they belong.
 _ELSEWHERE = {
@@ -67,7 +67,8 @@ def check_engine_options(args: ClusterArgs) -> None:
     """Check everything that vLLM can check without the model.
 
     Raises:
-        ConfigError: names the field, its value and the fix.
+        ConfigError: names the field, its value and the fix; of adapters, also that one cannot be
+            read, or cannot share.
     """
     parser = _parser()
     known = parser.option_names
@@ -88,6 +89,8 @@ def check_engine_options(args: ClusterArgs) -> None:
             raise _wrong(raw, value, str(refused), "give a value that vLLM accepts") from None
     try:
         validate_parsed_serve_args(_parse(parser, engine_words(args, args.model, args.memshare)))
+    except ConfigError:
+        raise
     except (_RefusedError, TypeError, ValueError) as error:
         raise ConfigError(
             f"vLLM does not accept the engine's options: {error}\n"
@@ -137,6 +140,9 @@ def engine_words(args: ClusterArgs, model: str, config: MemShareConfig) -> list[
         args: the application's arguments.
         model: folder or Hugging Face id that ``args.model`` stands for on this machine.
         config: MemShare's configuration on this machine.
+
+    Raises:
+        ConfigError: an adapter cannot be read, or cannot share.
     """
     argv = ["--model", model, "--served-model-name", args.public_name]
     for name, value in args.engine.model_dump(exclude={"extra"}, exclude_none=True).items():
@@ -147,7 +153,17 @@ def engine_words(args: ClusterArgs, model: str, config: MemShareConfig) -> list[
         argv.append("--logging-config.formatter=json")
     if args.uses_memshare:
         argv += ["--kv-transfer-config", _connector(config), "--worker-cls", WORKER_CLASS]
-    return argv
+    return argv + _adapter_words(config.agents)
+
+
+def _adapter_words(agents: AgentsConfig) -> list[str]:
+    """Let vLLM serve each adapter as a model."""
+    options = adapter_options(agents)
+    if not options:
+        return []
+    modules = [json.dumps({"name": n, "path": str(p)}) for n, p in agents.adapters.items()]
+    words = [word for name, value in options.items() for word in _flag(name, value)]
+    return [*words, "--lora-modules", *modules]
 
 
 def _names(args: ClusterArgs) -> set[str]:

@@ -59,6 +59,20 @@ class LoraAdapter(Protocol):
         ...
 
 
+class AskedAdapter(LoraAdapter, Protocol):
+    """A LoRA adapter as a request asks for it."""
+
+    @property
+    def lora_name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def lora_path(self) -> str:
+        """Where it is to be read from."""
+        ...
+
+
 class EngineRequest(Protocol):
     """A request as the engine's scheduler holds it: live, and read only."""
 
@@ -249,6 +263,34 @@ class AttentionView(Protocol):
     def clear(self) -> None:
         """No request has null entries any more."""
         ...
+
+
+class Admission(NamedTuple):
+    """A request that is given blocks for the first time, or again after a preemption.
+
+    Attributes:
+        request_id: of it.
+        adapter: name of its LoRA adapter; None without one.
+        block_ids: all that it holds.
+        found: tokens at its beginning that need not be computed.
+    """
+
+    request_id: str
+    adapter: str | None
+    block_ids: Sequence[int]
+    found: int
+
+
+class BlockGrowth(NamedTuple):
+    """Blocks that a step gives to requests.
+
+    Attributes:
+        admitted: requests that held none.
+        grown: further blocks of others, by request.
+    """
+
+    admitted: Sequence[Admission]
+    grown: Sequence[tuple[str, Sequence[int]]]
 
 
 class Scheduled(NamedTuple):

@@ -7,13 +7,15 @@ the interfaces of :mod:`memshare.core.interfaces` alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from memshare.core.interfaces import (
+    AskedAdapter,
     AttentionView,
+    BlockGrowth,
     BlockTables,
     CacheGroup,
     Scheduled,
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-    from vllm.v1.request import Request
 
     from memshare.agents.family import Family
+    from memshare.agents.memory import HeadLayout
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
 
@@ -105,9 +107,15 @@ class Adapter(Protocol):
         graphs."""
         ...
 
-    def join_family(self, request: Request, key: str) -> None:
-        """Compute a request's block hashes, those to come too, under a family's key in place of its
-        adapter's name. Before it is scheduled."""
+    def hash_by_family(self, key: str, admit: Callable[[AskedAdapter], None]) -> None:
+        """Let the engine's core, which is about to make its block hasher, hash the blocks of every
+        adapter's requests under a family's key in place of the adapter's name.
+
+        Args:
+            key: of the family.
+            admit: is shown the adapter of each request when it arrives, and again with each block
+                that it fills. What it raises at first ends the request, and nothing else.
+        """
         ...
 
     def padded_head_sizes(self) -> list[int]:
@@ -118,6 +126,11 @@ class Adapter(Protocol):
         """What a step of vLLM's scheduler means for block tables."""
         ...
 
+    def read_growth(self, output: SchedulerOutput) -> BlockGrowth:
+        """Which blocks a step of vLLM's scheduler gives to whom, where all layers are one group. A
+        resumed request's adapter is not told again."""
+        ...
+
     def tokenizer(self, vllm_config: VllmConfig) -> Tokenizer:
         """The tokenizer that the engine uses."""
         ...
@@ -126,9 +139,16 @@ class Adapter(Protocol):
         """The worker class of this platform, which ours extends."""
         ...
 
-    def read_model_memory(self, vllm_config: VllmConfig) -> ModelMemory:
+    def read_model_memory(
+        self, vllm_config: VllmConfig, heads: HeadLayout | None = None
+    ) -> ModelMemory:
         """Build the model without weights, and see what it needs. Not in a process that is to run
-        an engine, too."""
+        an engine, too.
+
+        Args:
+            vllm_config: as an engine would get it.
+            heads: widths of cached heads where adapters share; the model's own if None.
+        """
         ...
 
     def plan_cache(

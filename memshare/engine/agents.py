@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memshare.agents.adapter import adapters_by_name
+from memshare.agents.adapter import Adapter, adapters_by_name, digest_of
 from memshare.agents.base import BaseModelFacts, facts_of, identity_of
 from memshare.agents.family import Family, family_of
+from memshare.agents.memory import HeadLayout, padded, widened
 from memshare.agents.refusals import faults_of
 from memshare.config import AgentsConfig, ConfigError
+from memshare.core.interfaces import AskedAdapter
 from memshare.engine.adapter import vllm_adapter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.request import Request
 
 
-class UnknownAdapter(ValueError):  # noqa: N818 - reads as a finding in the log
-    """A request wants an adapter that the engine was not started with."""
+class RefusedAdapter(ValueError):  # noqa: N818 - reads as a finding in the log
+    """A request wants an adapter that the engine was not started with. The text says what to do."""
 
 
 def load_family(vllm_config: VllmConfig, config: AgentsConfig) -> Family | None:
@@ -34,29 +36,59 @@ def load_family(vllm_config: VllmConfig, config: AgentsConfig) -> Family | None:
 
 
 class FamilyRequests:
-    """The scheduler's part: requests of a family's adapters find each other's blocks."""
+    """Requests of a family's adapters find each other's blocks, and others' end with an error.
+
+    vLLM's servers know their adapters and answer 404 themselves; this meets programs that make up a
+    LoRA request. A worker would find the same fault in the middle of a step, and end the engine.
+
+    Attributes:
+        family: whose requests they are.
+    """
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._join = vllm_adapter().join_family
+        self._ids: dict[str, int] = {}
+        self._admitted: set[tuple[str, int, str]] = set()
 
-    def follow(self, request: Request) -> None:
-        """Take a request that has just arrived. One of the base model stays by itself.
+    def hash_blocks(self) -> None:
+        """Let the engine's core, which is about to be ready, hash blocks under the family's key."""
+        vllm_adapter().hash_by_family(self.family.key, self.admit)
+
+    def admit(self, asked: AskedAdapter) -> None:
+        """Look at the adapter that a request wants. Reads its files when it is first asked for.
 
         Raises:
-            UnknownAdapter: see there. vLLM's server knows its adapters and answers 404 itself; this
-                meets programs that make up a LoRA request.
+            RefusedAdapter: see there.
         """
-        lora = request.lora_request
-        if lora is None:
+        name, number = asked.lora_name, asked.lora_int_id
+        if (name, number, asked.lora_path) in self._admitted:
             return
-        if self.family.member(lora.lora_name) is None:
+        member = self.family.member(name)
+        if member is None:
             known = ", ".join(adapter.name for adapter in self.family.adapters)
-            raise UnknownAdapter(
-                f"request {request.request_id} wants the adapter {lora.lora_name!r}, which is none "
-                f"of those that share a cache ({known}); add it to agents.adapters"
+            raise RefusedAdapter(
+                f"adapter {name!r} is none of those that share a cache ({known}); ask for one of "
+                "them, or add it to agents.adapters and restart the engine"
             )
-        self._join(request, self.family.key)
+        if self._ids.get(name, number) != number:
+            raise RefusedAdapter(
+                f"adapter {name!r} is known by the id {self._ids[name]}; ask for it with that id, "
+                f"and not with {number}"
+            )
+        if not _holds(Path(asked.lora_path), member):
+            raise RefusedAdapter(
+                f"adapter {name!r} ({asked.lora_path}) is not what {member.folder} was when the "
+                "engine started; ask for that folder, and if it has changed, restart the engine"
+            )
+        self._ids[name] = number
+        self._admitted.add((name, number, asked.lora_path))
+
+
+def _holds(folder: Path, member: Adapter) -> bool:
+    try:
+        return digest_of(folder.expanduser()) == member.digest
+    except OSError:
+        return False
 
 
 def agent_faults(vllm_config: VllmConfig, config: AgentsConfig) -> Iterator[str]:
@@ -74,6 +106,20 @@ def agent_faults(vllm_config: VllmConfig, config: AgentsConfig) -> Iterator[str]
     family = family_of(config, adapters, "")
     if family is not None and family.width:
         yield from vllm_adapter().value_refusals(vllm_config, family.width)
+
+
+def head_layout(vllm_config: VllmConfig, family: Family, on_gpu: bool) -> HeadLayout | None:
+    """How wide a family's heads are in the cache; None if no attention takes such heads.
+
+    Args:
+        vllm_config: of an engine, which need not run here.
+        family: whose columns it has.
+        on_gpu: where it is to run.
+    """
+    base = _base(vllm_config)
+    if on_gpu or not family.width:
+        return widened(base, family.width)
+    return padded(base, family.width, vllm_adapter().padded_head_sizes())
 
 
 def _base(vllm_config: VllmConfig) -> BaseModelFacts:

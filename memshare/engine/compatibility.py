@@ -43,11 +43,16 @@ def check_before_load(vllm_config: VllmConfig) -> None:
         UnsupportedVersion: vLLM was not tested.
     """
     check_vllm_version()
-    config = config_of(vllm_config)
+    _raise(faults_before_load(vllm_config, config_of(vllm_config)))
+
+
+def faults_before_load(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
+    """What is not supported of what the configuration switches on, each with the way out."""
     if config.mode != "off":
-        _raise(setup_faults(vllm_config, config))
+        yield from setup_faults(vllm_config, config)
     elif config.agents.shares:
-        _raise([*plug_in_faults(vllm_config), *agent_faults(vllm_config, config.agents)])
+        yield from plug_in_faults(vllm_config)
+        yield from agent_faults(vllm_config, config.agents)
 
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:

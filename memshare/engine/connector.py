@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from memshare.engine.adapter import vllm_adapter
-from memshare.engine.agents import FamilyRequests, load_family
+from memshare.engine.agents import load_family
 from memshare.engine.compatibility import (
     check_before_load,
     check_cache,
@@ -27,6 +27,7 @@ from memshare.engine.compatibility import (
     compile_steps,
     config_of,
 )
+from memshare.engine.family_side import FamilySide
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
 from memshare.engine.prometheus import MemSharePromMetrics, MemShareStats
 from memshare.engine.scheduler_side import SchedulerSide
@@ -63,6 +64,7 @@ class MemShareConnector(KVConnectorBase_V1):
 
     Attributes:
         scheduler_side: the half in the scheduler's process.
+        family_side: what is in its place where adapters share a cache.
         worker_side: the half in a worker.
         worker_family: key of the adapters that share the worker's cache; the worker class sets it.
     """
@@ -77,14 +79,15 @@ class MemShareConnector(KVConnectorBase_V1):
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self.worker_family: str | None = None
-        self._family: FamilyRequests | None = None
+        self.family_side: FamilySide | None = None
         self._adapter = vllm_adapter()
         self._world_size = vllm_config.parallel_config.world_size
         if role == KVConnectorRole.SCHEDULER:
             family = load_family(vllm_config, config.agents)
             if family is not None:
                 logger.info("MemShare agents: %s, family %s", config.agents, family.key)
-                self._family = FamilyRequests(family)
+                head_dim = vllm_config.model_config.get_head_size()
+                self.family_side = FamilySide(family, kv_cache_config, head_dim)
         if config.mode == "off":
             return
         check_cache(kv_cache_config)
@@ -125,18 +128,19 @@ class MemShareConnector(KVConnectorBase_V1):
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """Start-up guard: every rank must have reported that its table can be edited, and that it
-        has read the same adapters."""
-        if self.scheduler_side is not None or self._family is not None:
+        has read the same adapters. vLLM's core makes its block hasher right after this call."""
+        requests = None if self.family_side is None else self.family_side.requests
+        if self.scheduler_side is not None or requests is not None:
             check_workers(
                 cast("dict[tuple[int, int], WorkerHandshake]", metadata),
                 self._world_size,
-                None if self._family is None else self._family.family.key,
+                None if requests is None else requests.family.key,
             )
+        if requests is not None:
+            requests.hash_blocks()
 
     def on_new_request(self, request: Request) -> None:
-        """Begin to follow a request; let it find its family's blocks."""
-        if self._family is not None:
-            self._family.follow(request)
+        """Begin to follow a request."""
         if self.scheduler_side is not None:
             self.scheduler_side.follow(request)
 
@@ -147,9 +151,12 @@ class MemShareConnector(KVConnectorBase_V1):
 
         What is returned here reaches the request's last output as ``kv_transfer_params``.
         """
-        if self.scheduler_side is None:
-            return False, None
-        return False, cast("dict[str, Any] | None", self.scheduler_side.finish(request))
+        usage = None
+        if self.scheduler_side is not None:
+            usage = self.scheduler_side.finish(request)
+        elif self.family_side is not None:
+            usage = self.family_side.finish(request, len(block_ids))
+        return False, cast("dict[str, Any] | None", usage)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -172,6 +179,8 @@ class MemShareConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The message that goes to the workers with this step."""
+        if self.family_side is not None:
+            self.family_side.take(self._adapter.read_growth(scheduler_output))
         if self.scheduler_side is None:
             return _NOTHING
         return self.scheduler_side.build_message(self._adapter.read_schedule(scheduler_output))
@@ -223,9 +232,8 @@ class MemShareConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What has changed since the last step (scheduler side)."""
-        if self.scheduler_side is None:
-            return None
-        payload = self.scheduler_side.take_stats()
+        side = self.scheduler_side or self.family_side
+        payload = None if side is None else side.take_stats()
         return None if payload is None else MemShareStats(payload)
 
     @classmethod
@@ -242,7 +250,8 @@ class MemShareConnector(KVConnectorBase_V1):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics | None:
         """Register the metrics on vLLM's ``/metrics``."""
-        if config_of(vllm_config).mode == "off":
+        config = config_of(vllm_config)
+        if config.mode == "off" and not config.agents.shares:
             return None
         return MemSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 

@@ -84,7 +84,8 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
             name: histogram(metric.family, metric.meaning, labels(metric), buckets=metric.buckets)
             for name, metric in HISTOGRAMS.items()
         }
-        policy = config_of(vllm_config).policy.name
+        config = config_of(vllm_config)
+        policy = "off" if config.mode == "off" else config.policy.name  # adapters may share alone
         self._values = {
             engine: (*values, policy) for engine, values in per_engine_labelvalues.items()
         }

@@ -18,8 +18,8 @@ class RequestUsage(TypedDict):
     """What one request cost."""
 
     blocks_shared: int
-    """KV blocks it gave up in its life, by remaps or by compaction; 0 if its output is vLLM's
-    own."""
+    """KV blocks it gave up in its life, by remaps or by compaction. If this and ``tokens_shared``
+    are 0, its output is vLLM's own."""
     tokens_dropped: int
     """Tokens that compaction dropped in its life, as many in every layer and KV head."""
     peak_kv_blocks: int
@@ -27,6 +27,9 @@ class RequestUsage(TypedDict):
     that belong to others don't. A preemption in the middle of a block may hide that one block."""
     preemptions: int
     """How often it lost its blocks."""
+    tokens_shared: int
+    """Tokens that it found in blocks of other adapters of its family (``agents``), and did not
+    compute; again each time that it came back from a preemption."""
 
 
 class ReturnedUsage(TypedDict):
@@ -36,7 +39,7 @@ class ReturnedUsage(TypedDict):
 
 
 def returned_usage(
-    request: EngineRequest, state: RequestState | None, entries: int
+    request: EngineRequest, state: RequestState | None, entries: int, tokens_shared: int = 0
 ) -> ReturnedUsage | None:
     """The usage of a request that ends now.
 
@@ -44,6 +47,7 @@ def returned_usage(
         request: vLLM's own object.
         state: ours; None if the request was not followed, as it had to stay exact.
         entries: of its block table.
+        tokens_shared: that it found in blocks of other adapters.
 
     Returns:
         None if it has not asked.
@@ -62,5 +66,6 @@ def returned_usage(
             "tokens_dropped": dropped,
             "peak_kv_blocks": peak,
             "preemptions": preemptions,
+            "tokens_shared": tokens_shared,
         }
     }

@@ -185,16 +185,18 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., memshare: _Optional[_Union[MemShareUsage, _Mapping]] = ...) -> None: ...
 
 class MemShareUsage(_message.Message):
-    __slots__ = ("blocks_shared", "peak_kv_blocks", "preemptions", "tokens_dropped")
+    __slots__ = ("blocks_shared", "peak_kv_blocks", "preemptions", "tokens_dropped", "tokens_shared")
     BLOCKS_SHARED_FIELD_NUMBER: _ClassVar[int]
     PEAK_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_SHARED_FIELD_NUMBER: _ClassVar[int]
     blocks_shared: int
     peak_kv_blocks: int
     preemptions: int
     tokens_dropped: int
-    def __init__(self, blocks_shared: _Optional[int] = ..., peak_kv_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., tokens_dropped: _Optional[int] = ...) -> None: ...
+    tokens_shared: int
+    def __init__(self, blocks_shared: _Optional[int] = ..., peak_kv_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., tokens_dropped: _Optional[int] = ..., tokens_shared: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "model", "text", "token_ids", "logprobs", "finish", "usage")

@@ -215,6 +215,21 @@ LABELLED = _named(
         "integrity checks",
         (Label("result", {"passed": "the bookkeeping agrees", "failed": "it does not"}),),
     ),
+    Metric(
+        "agent_tokens_found",
+        "counter",
+        "tokens",
+        "tokens that an adapter's requests found in the cache and did not compute, where adapters "
+        "share it ([agents](agents.md))",
+        (Label("adapter"),),
+    ),
+    Metric(
+        "agent_tokens_shared",
+        "counter",
+        "tokens",
+        "those of them that stood in blocks that another adapter wrote",
+        (Label("adapter"),),
+    ),
 )
 """Counters of the engine with one label; a series appears when it is first counted."""
 
@@ -245,6 +260,13 @@ GAUGES = _named(
         "gauge",
         "0 or 1",
         "1 after a failed integrity check has stopped further remaps",
+    ),
+    Metric(
+        "low_rank_bytes",
+        "gauge",
+        "bytes",
+        "what low-rank columns of adapters that share take of each worker's KV cache, with the "
+        "padding that they need",
     ),
 )
 """Gauges of the engine without their own label."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -325,8 +326,29 @@ def test_the_ledger_is_deployed_when_replicas_share_limits(
     assert parse(**args).uses_ledger is needed
 
 
-def test_adapters_that_share_a_cache_are_not_served_by_the_cluster_yet() -> None:
-    agents = {"scheme": "stacked", "adapters": {"plan": "/adapters/plan"}}
-    with pytest.raises(ConfigError, match=r"memshare.agents.scheme = 'stacked': .*\n.*fix: "):
-        parse(memshare={"mode": "off", "agents": agents})
-    assert parse(memshare={"agents": agents | {"scheme": "nonshared"}}).memshare.agents.adapters
+def with_adapters(scheme: str = "stacked", folder: str = "/adapters/plan", **args: object) -> Any:
+    agents = {"scheme": scheme, "adapters": {"plan": folder}}
+    return parse(memshare={"mode": "off", "agents": agents}, **args)
+
+
+@pytest.mark.parametrize(
+    ("args", "symptom"),
+    [
+        ({"folder": "adapters/plan"}, r"memshare.agents.adapters.plan = 'adapters/plan': .*absol"),
+        ({"served_model_name": "plan"}, r"adapters.plan = .*'plan' is the base model's name"),
+        ({"engine": {"enable_prefix_caching": False}}, "engine.enable_prefix_caching = False"),
+        ({"engine": {"extra": {"max-loras": 9}}}, "engine.extra.max-loras = 9: follows from"),
+        ({"engine": {"extra": {"lora_modules": "a=b"}}}, "engine.extra.lora_modules = 'a=b'"),
+    ],
+)
+def test_adapters_that_the_cluster_cannot_serve_so(args: dict[str, Any], symptom: str) -> None:
+    with pytest.raises(ConfigError, match=symptom + r"[^\n]*\n    fix: "):
+        with_adapters(**args)
+
+
+def test_adapters_bring_memshare_into_a_plain_vllm() -> None:
+    """If they share: else vLLM serves them alone."""
+    assert with_adapters().uses_memshare
+    assert not with_adapters().uses_pool
+    assert not with_adapters("nonshared").uses_memshare
+    assert not with_adapters("nonshared", engine={"enable_prefix_caching": False}).uses_memshare

@@ -1,5 +1,6 @@
 // The live page: asks for what is new, once in an interval, and draws.
 
+import { renderAgents } from "./agents.js";
 import { drawCard, lagOf, makeCard } from "./cards.js";
 import { greatest, palette, scaleOf } from "./chart.js";
 import { renderRequests, showPartsLegend } from "./requests.js";
@@ -129,6 +130,7 @@ function render() {
   };
   for (const replica of replicas) drawCard(replica, scene);
   renderTotals(replicas, scene);
+  renderAgents(replicas, state.config?.memshare.agents);
   renderRequests(replicas, openTrace);
 }
 
@@ -207,6 +209,7 @@ function showConfig(config) {
   if (memshare.mode !== "off") {
     facts.push(["policy", memshare.policy.name], ["trigger", memshare.trigger.kind], ["evaluators", memshare.evaluator.source]);
   }
+  if (memshare.agents.scheme !== "nonshared") facts.push(["agents", memshare.agents.scheme]);
   $("settings").replaceChildren(...facts.map(([name, value]) => {
     const item = make("li", "", `${name} `);
     item.append(make("b", "", value));

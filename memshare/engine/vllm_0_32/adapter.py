@@ -5,19 +5,20 @@ Modules are imported when they are asked for: a scheduler needs no worker's code
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memshare.core.interfaces import AttentionView, BlockTables, CacheGroup, WorkerTables
-from memshare.engine.vllm_0_32.schedule import read_schedule
+from memshare.engine.vllm_0_32.schedule import read_growth, read_schedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.request import Request
 
     from memshare.agents.family import Family
+    from memshare.agents.memory import HeadLayout
     from memshare.engine.vllm_0_32.model_memory import ModelMemory
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
@@ -30,11 +31,12 @@ __all__ = [
     "builder_refusals",
     "cache_refusals",
     "editable_group",
+    "hash_by_family",
     "install_family",
     "install_view",
-    "join_family",
     "padded_head_sizes",
     "plan_cache",
+    "read_growth",
     "read_model_memory",
     "read_schedule",
     "tokenizer",
@@ -127,11 +129,11 @@ def base_worker() -> type[Any]:
     return Worker
 
 
-def read_model_memory(vllm_config: VllmConfig) -> ModelMemory:
+def read_model_memory(vllm_config: VllmConfig, heads: HeadLayout | None = None) -> ModelMemory:
     """See :meth:`Adapter.read_model_memory`."""
     from memshare.engine.vllm_0_32 import model_memory
 
-    return model_memory.read_model_memory(vllm_config)
+    return model_memory.read_model_memory(vllm_config, heads)
 
 
 def plan_cache(vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int) -> KVCacheConfig:
@@ -155,11 +157,11 @@ def install_family(vllm_config: VllmConfig, runner: object, family: Family) -> N
     lora_slots.install_family(vllm_config, runner, family)
 
 
-def join_family(request: Request, key: str) -> None:
-    """See :meth:`Adapter.join_family`."""
+def hash_by_family(key: str, admit: Callable[[LoRARequest], None]) -> None:
+    """See :meth:`Adapter.hash_by_family`."""
     from memshare.engine.vllm_0_32 import family_hashes
 
-    family_hashes.join_family(request, key)
+    family_hashes.hash_by_family(key, admit)
 
 
 def padded_head_sizes() -> list[int]:

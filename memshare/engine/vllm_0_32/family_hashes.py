@@ -2,6 +2,9 @@
 
 vLLM puts an adapter's name and path into the hashes of its requests' blocks. A request of a family
 is shown to vLLM's own hasher with another name there; tokens, salt and all else stay the request's.
+
+vLLM hashes a prompt when the request arrives, on the thread that reads requests and beside the
+forward pass. What is raised there ends that request alone, with an error.
 """
 
 from __future__ import annotations
@@ -10,9 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from vllm.v1.engine import core
+
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.request import Request
+
+    Hasher = Callable[[Request], list[BlockHash]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +43,44 @@ class _InFamily:
 
 
 @dataclass(frozen=True, slots=True)
-class _FamilyHasher:
-    """vLLM's block hasher, for one family. Holds no request, so that none holds itself."""
+class FamilyHasher:
+    """vLLM's block hasher, for the adapters of a family; the base model's requests stay by
+    themselves. Holds no request, so that none holds itself.
 
-    hasher: Callable[[Request], list[BlockHash]]
+    Attributes:
+        hasher: vLLM's own.
+        name: that members' blocks are hashed under.
+        admit: see :meth:`Adapter.hash_by_family`.
+    """
+
+    hasher: Hasher
     name: _FamilyName
+    admit: Callable[[LoRARequest], None]
 
     def __call__(self, request: Request) -> list[BlockHash]:
+        lora = request.lora_request
+        if lora is None:
+            return self.hasher(request)
+        self.admit(lora)
         return self.hasher(cast("Request", _InFamily(request, self.name)))
 
 
-def join_family(request: Request, key: str) -> None:
-    """See :meth:`Adapter.join_family`."""
-    if request._block_hasher is None:
-        return  # nothing is cached
-    request._block_hasher = _FamilyHasher(request._block_hasher, _FamilyName(key))
-    request.block_hashes.clear()
-    request.update_block_hashes()
+def family_hasher(hasher: Hasher, key: str, admit: Callable[[LoRARequest], None]) -> FamilyHasher:
+    """A hasher that takes ``key`` for the name of every adapter that ``admit`` lets pass."""
+    return FamilyHasher(hasher, _FamilyName(key), admit)
+
+
+def hash_by_family(key: str, admit: Callable[[LoRARequest], None]) -> None:
+    """See :meth:`Adapter.hash_by_family`.
+
+    vLLM's core gives nobody its hasher, and makes it once, by a function that it has imported. That
+    function is replaced for this one call.
+    """
+    unchecked: Any = core
+    make = unchecked.get_request_block_hasher
+
+    def make_once(hash_block_size: int, hash_function: Callable[[Any], bytes]) -> FamilyHasher:
+        unchecked.get_request_block_hasher = make
+        return family_hasher(make(hash_block_size, hash_function), key, admit)
+
+    unchecked.get_request_block_hasher = make_once

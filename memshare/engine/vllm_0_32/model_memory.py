@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
+    from memshare.agents.memory import HeadLayout
+
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
@@ -33,12 +35,13 @@ class ModelMemory:
     layers: dict[str, KVCacheSpec]
 
 
-def read_model_memory(vllm_config: VllmConfig) -> ModelMemory:
+def read_model_memory(vllm_config: VllmConfig, heads: HeadLayout | None = None) -> ModelMemory:
     """Build the model without weights. Not in a process that is to run an engine, too: vLLM keeps
     tensors that models share, such as rotary embeddings, in global tables.
 
     Args:
         vllm_config: as an engine would get it. Its layers and its KV cache layout are set here.
+        heads: widths of cached heads where adapters share; the model's own if None.
 
     Raises:
         Exception: whatever vLLM raises for a model that it cannot build.
@@ -56,6 +59,8 @@ def read_model_memory(vllm_config: VllmConfig) -> ModelMemory:
         current_platform.update_block_size_for_backend(vllm_config)
         layers = {name: _of_one(spec, ranks) for name, spec in _specs(vllm_config)}
         _resolve_layout(vllm_config, layers)
+    if heads is not None:
+        layers = {name: _widened(spec, heads) for name, spec in layers.items()}
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     return ModelMemory(weight_bytes // ranks, layers)
 
@@ -116,6 +121,14 @@ def _of_one(spec: KVCacheSpec, ranks: int) -> KVCacheSpec:
     if not isinstance(spec, AttentionSpec) or isinstance(spec, MLAAttentionSpec):
         return spec
     return replace(spec, num_kv_heads=max(1, spec.num_kv_heads // ranks))
+
+
+def _widened(spec: KVCacheSpec, heads: HeadLayout) -> KVCacheSpec:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    if not isinstance(spec, AttentionSpec):
+        return spec
+    return replace(spec, head_size=heads.keys, head_size_v=heads.values)
 
 
 def _resolve_layout(vllm_config: VllmConfig, layers: dict[str, KVCacheSpec]) -> None:

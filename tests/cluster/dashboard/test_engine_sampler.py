@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import pytest
@@ -13,7 +13,14 @@ import pytest
 from cluster.config import PageConfig
 from cluster.dashboard.engine_sampler import EngineSampler
 from cluster.dashboard.hub import DashboardHub
-from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Reuse, Thinned
+from cluster.dashboard.records import (
+    AdapterTokens,
+    BlockTrace,
+    ReplicaReport,
+    ReplicaSample,
+    Reuse,
+    Thinned,
+)
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import (
     CompactionNote,
@@ -207,6 +214,19 @@ def test_samples_wait_for_a_board_that_is_away_but_not_without_bound(rig: Rig) -
     assert [s.time for s in rig.watch.report().samples] == [1501.0]
 
 
+def test_what_adapters_have_found_adds_up(rig: Rig) -> None:
+    rig.step()
+    assert rig.watch.report().adapters == {}
+    for _ in range(2):
+        found = {"plan": 32, "act": 64}
+        rig.step(
+            payload(labelled={"agent_tokens_found": found, "agent_tokens_shared": {"act": 32}})
+        )
+    rig.next_sample()
+    adapters = {"plan": AdapterTokens(64, 0), "act": AdapterTokens(128, 64)}
+    assert rig.watch.report().adapters == adapters
+
+
 # ---- the board ----
 
 
@@ -230,6 +250,13 @@ async def test_a_browser_gets_everything_once() -> None:
     name, number = str(first["board"]), int(str(first["number"]))
     assert times(await board.state(name, number)) == {"x": [3], "y": []}
     assert times(await board.state("another board", number)) == {"x": [1, 2, 3], "y": [1]}
+
+
+async def test_a_browser_is_told_what_adapters_have_found() -> None:
+    board = DashboardHub(PageConfig())
+    await board.report(replace(report("x"), adapters={"plan": AdapterTokens(64, 32)}))
+    (replica,) = json.loads(json.dumps(await board.state("", 0)))["replicas"]
+    assert replica["adapters"] == {"plan": {"found": 64, "shared": 32}}
 
 
 async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,16 +240,33 @@ def test_adapters_that_changed_while_the_engine_started_are_noticed() -> None:
         check_workers({}, 1, "key")
 
 
-def test_a_request_for_an_unknown_adapter(adapters: Path) -> None:
+def asked(name: str, folder: Path, number: int = 1) -> Any:
     from types import SimpleNamespace
 
+    return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=str(folder))
+
+
+def test_a_request_for_an_adapter_that_was_not_checked(adapters: Path, tmp_path: Path) -> None:
     from memshare.agents.adapter import read_adapter
     from memshare.agents.family import Family
-    from memshare.engine.agents import FamilyRequests, UnknownAdapter
+    from memshare.engine.agents import FamilyRequests, RefusedAdapter
 
-    requests = FamilyRequests(Family("stacked", (read_adapter("plan", adapters / "plan"),), ""))
-    stranger: Any = SimpleNamespace(
-        request_id="r", lora_request=SimpleNamespace(lora_name="stranger")
-    )
-    with pytest.raises(UnknownAdapter, match=r"'stranger', which is none of .* \(plan\)"):
-        requests.follow(stranger)
+    plan = adapters / "plan"
+    copied = Path(shutil.copytree(plan, tmp_path / "copied"))
+    requests = FamilyRequests(Family("stacked", (read_adapter("plan", plan),), ""))
+    for wanted, symptom in (
+        (asked("stranger", plan), r"'stranger' is none of .* \(plan\)"),
+        (asked("plan", tmp_path / "nowhere"), "is not what .*plan was"),
+        (asked("plan", adapters / "act"), "is not what .*plan was"),
+    ):
+        with pytest.raises(RefusedAdapter, match=symptom):
+            requests.admit(wanted)
+    requests.admit(asked("plan", plan))
+    requests.admit(asked("plan", copied))
+    with pytest.raises(RefusedAdapter, match="by the id 1; ask for it with that id"):
+        requests.admit(asked("plan", plan, 2))
+    weights = copied / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    requests.admit(asked("plan", copied))  # what is loaded goes on
+    with pytest.raises(RefusedAdapter, match="if it has changed, restart"):
+        requests.admit(asked("plan", Path(shutil.copytree(copied, tmp_path / "changed"))))

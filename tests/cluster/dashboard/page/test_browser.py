@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from cluster.config import PageConfig
-from cluster.dashboard.records import BlockTrace, ReplicaReport, Thinned
+from cluster.dashboard.records import AdapterTokens, BlockTrace, ReplicaReport, Thinned
 from tests.cluster.dashboard.page.browsing import open_browser
 from tests.cluster.dashboard.page.recorded import (
     ARGUMENTS,
@@ -132,6 +133,28 @@ def test_a_trace_greys_what_compaction_has_dropped(
         expect(page.locator("#trace-facts")).to_contain_text("4 given up")
         expect(page.locator("#trace-detail")).to_contain_text("tokens of 4 of the blocks 3")
         assert visit.errors == []
+
+
+def test_adapters_that_share_have_a_table(browser: BrowserContext, server: PageServer) -> None:
+    """What they have found on all replicas; no table where none share."""
+    adapters = {"plan": "/adapters/plan", "act": "/adapters/act"}
+    agents = {"scheme": "stacked", "adapters": adapters}
+    shares = ARGUMENTS | {"memshare": {"mode": "off", "agents": agents}}
+    found = {"plan": AdapterTokens(96, 0), "act": AdapterTokens(2000, 1500)}
+    with serve_page(PageConfig(), shares) as sharing:
+        for name in ("replica-0", "replica-1"):
+            report = recorded(name, 60, time.time())
+            sharing.report(replace(report, adapters=found if name == "replica-0" else {}))
+        with visiting(browser, sharing) as visit:
+            rows = visit.page.locator("#agents tbody tr")
+            expect(rows).to_have_text(["plan960 (0%)", "act2,0001,500 (75%)"])
+            expect(visit.page.locator("#agents-hint")).to_contain_text("scheme stacked")
+            expect(visit.page.locator("#settings")).to_contain_text("agents stacked")
+            assert visit.errors == []
+    server.report(recorded("replica-0", 60, time.time()))
+    with visiting(browser, server) as visit:
+        expect(visit.page.locator(".card")).to_have_count(1)
+        expect(visit.page.locator("#agents")).to_be_hidden()
 
 
 def open_trace(page: Page, server: PageServer, trace: BlockTrace) -> None:

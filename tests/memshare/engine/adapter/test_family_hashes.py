@@ -32,7 +32,7 @@ def hasher() -> Callable[..., Any]:
 
 
 def ask(
-    hasher: Callable[..., Any] | None,
+    hasher: Callable[..., Any],
     text: list[int],
     name: str | None = None,
     salt: str | None = None,
@@ -43,15 +43,14 @@ def ask(
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
+    from memshare.engine.vllm_0_32.family_hashes import family_hasher
+
     params = SamplingParams(max_tokens=500)
     params.update_from_generation_config({}, eos_token_id=None)
     lora = LoRARequest(name, 1, f"/adapters/{name}") if name is not None else None
-    request = Request(
-        "r", text, params, None, lora_request=lora, cache_salt=salt, block_hasher=hasher
-    )
     if key is not None:
-        vllm_adapter().join_family(request, key)
-    return request
+        hasher = family_hasher(hasher, key, lambda asked: None)
+    return Request("r", text, params, None, lora_request=lora, cache_salt=salt, block_hasher=hasher)
 
 
 @given(text=texts, name=names, other=names, salt=salts, key=keys)
@@ -98,5 +97,35 @@ def test_nobody_outside_of_a_family_finds_its_blocks(
         assert ours.isdisjoint(ask(hasher, text, stranger, salt).block_hashes)
 
 
-def test_without_prefix_caching_there_is_nothing_to_do() -> None:
-    assert ask(None, [1] * BLOCK, "plan", None, "key-of-one").block_hashes == []
+@given(text=texts, salt=salts, key=keys)
+def test_the_base_models_blocks_are_hashed_as_ever(
+    hasher: Callable[..., Any], text: list[int], salt: str | None, key: str
+) -> None:
+    """Also by the hasher of an engine that serves a family."""
+    ours = ask(hasher, text, None, salt, key).block_hashes
+    assert ours == ask(hasher, text, None, salt).block_hashes
+
+
+def test_the_core_makes_one_such_hasher(hasher: Callable[..., Any]) -> None:
+    """The next engine of this process gets vLLM's own, whether it shares or not."""
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.engine import core
+
+    make, asked = core.get_request_block_hasher, []
+    vllm_adapter().hash_by_family("key", asked.append)
+    hashing = get_hash_fn_by_name("sha256")
+    ours: Any = core.get_request_block_hasher(BLOCK, hashing)
+    assert core.get_request_block_hasher is make
+    text = [1] * BLOCK
+    assert ask(ours, text, "plan").block_hashes == ask(hasher, text, "act", key="key").block_hashes
+    assert [lora.lora_name for lora in asked] == ["plan"]
+
+
+def test_what_is_not_admitted_becomes_no_request(hasher: Callable[..., Any]) -> None:
+    from memshare.engine.vllm_0_32.family_hashes import family_hasher
+
+    def refuse(asked: Any) -> None:
+        raise ValueError(f"no {asked.lora_name}")
+
+    with pytest.raises(ValueError, match="no plan"):
+        ask(family_hasher(hasher, "key", refuse), [1] * BLOCK, "plan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,13 @@ class Said:
         tokens: it wrote.
         logprobs: of each.
         cached: tokens of the prompt that it found in the cache.
+        usage: what it cost, as MemShare says.
     """
 
     tokens: list[int]
     logprobs: list[float]
     cached: int
+    usage: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,13 @@ class Served:
             for ask in asks
         ]
         params = [
-            SamplingParams(max_tokens=ask.tokens, temperature=0, ignore_eos=True, logprobs=0)
+            SamplingParams(
+                max_tokens=ask.tokens,
+                temperature=0,
+                ignore_eos=True,
+                logprobs=0,
+                extra_args={"memshare_usage": "on"},
+            )
             for ask in asks
         ]
         outputs = self.engine.llm.generate(
@@ -132,7 +140,8 @@ class Served:
         logprobs = [
             step[token].logprob for step, token in zip(choice.logprobs, tokens, strict=True)
         ]
-        return Said(tokens, logprobs, output.num_cached_tokens)
+        usage = (output.kv_transfer_params or {}).get("memshare", {})
+        return Said(tokens, logprobs, output.num_cached_tokens, usage)
 
 
 def words(seed: int, count: int) -> list[int]:

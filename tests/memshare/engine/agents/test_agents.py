@@ -4,10 +4,12 @@ each scheme, and who finds whose blocks."""
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from tests.memshare.engine.agents.served import (
     words,
     write_roles,
 )
-from tests.memshare.engine.harness import BLOCK, StartEngine
+from tests.memshare.engine.harness import BLOCK, Engine, StartEngine
 from tests.memshare.engine.server import serving
 from tools.bench.local_cluster import free_port
 
@@ -157,6 +159,40 @@ def test_a_switch_of_roles_finds_every_whole_block(
         context = [*context, *said.tokens, *words(len(context), 9)]
 
 
+def test_what_is_found_of_others_is_counted(served: Served) -> None:
+    """On the metrics, by who reads it, and in a request's usage."""
+    side = served.engine.scheduler.connector.family_side
+    names = ("agent_tokens_found", "agent_tokens_shared")
+
+    def counted() -> list[int]:
+        return [
+            side.counters.totals[f"{name}:{role}"] for role in ("plan", "act") for name in names
+        ]
+
+    text = words(16, 75)
+    before = counted()
+    for role, found, shared in (("plan", 0, 0), ("act", 64, 64), ("plan", 64, 0)):
+        said = served.ask(Ask(text, role, tokens=25))[0]
+        usage = {"blocks_shared": 0, "tokens_dropped": 0, "peak_kv_blocks": 4, "preemptions": 0}
+        assert said.usage == usage | {"tokens_shared": shared}
+        assert said.cached == found
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [64, 0, 64, 64]
+    for name in names:
+        total = sum(count for key, count in side.counters.totals.items() if key.startswith(name))
+        assert served.engine.metric(f"vllm:memshare_{name}") == total
+    assert served.ask(Ask(text))[0].usage["tokens_shared"] == 0, "the base model's"
+
+
+def test_bytes_of_low_rank_columns(served: Served, scheme: str) -> None:
+    """Of 25 blocks of 32 tokens, 2 layers with 2 heads of 32 in float32: heads of 40 would do, and
+    are padded to 64 on CPUs, keys with them."""
+    served.ask(Ask(words(17, 40), "plan"))  # a step reports them
+    cache = served.engine.core.vllm_config.cache_config
+    widened = cache.num_gpu_blocks * 32 * 2 * 2 * (64 + 64 - 2 * 32) * 4
+    wanted = 0 if scheme == "full_shared" else widened
+    assert served.engine.metric("vllm:memshare_low_rank_bytes") == wanted
+
+
 def test_nobody_else_finds_them(served: Served) -> None:
     """Other tenants, and the base model."""
     text = words(8, 100)
@@ -266,6 +302,58 @@ def test_turns_on_two_ranks(
         for turn, (_, _, cached, far) in enumerate(turns):
             assert (cached >= BLOCK) == (turn > 0)
             assert far < TOLERANCE
+
+
+Ended = tuple[str | None, int, int | None]
+"""Why a request ended, with how many tokens of output, and how many it found."""
+
+
+def ask_with_strangers(roles: Roles, changed: Path) -> list[list[Ended]]:
+    """Runs in a process of its own, so that its engine has one, too: good requests, and batches of
+    a good one, one that is made up, and one of the base model."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    engine = Engine(str(roles.base), roles.options("base_lr_shared"), **TIGHT)
+    served = Served(engine, roles.alike)
+    prompt = TokensPrompt(prompt_token_ids=words(15, 100))
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    plan, act, reflect = map(served.lora, ("plan", "act", "reflect"))
+    asked = [
+        [plan],
+        [act, LoRARequest("stranger", 7, plan.lora_path), None],
+        [act, LoRARequest("plan", 7, plan.lora_path), None],
+        [act, LoRARequest("plan", 1, str(changed)), None],
+        [act, LoRARequest("reflect", 3, str(changed / "nowhere")), None],
+        [reflect, plan],
+    ]
+    answers = []
+    for loras in asked:
+        outputs = engine.llm.generate(
+            [prompt] * len(loras), params, use_tqdm=False, lora_request=loras
+        )
+        choices = [(output.outputs[0], output.num_cached_tokens) for output in outputs]
+        answers.append([(c.finish_reason, len(c.token_ids), found) for c, found in choices])
+    engine.close()
+    return answers
+
+
+@pytest.mark.complete
+def test_a_made_up_request_ends_alone(roles: Roles, tmp_path: Path) -> None:
+    """Whatever is wrong with its adapter; everybody else is served on, in the same batch, too."""
+    changed = Path(shutil.copytree(roles.alike["plan"], tmp_path / "plan"))
+    weights = changed / "adapter_model.safetensors"
+    tensors = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        first, *batches, last = pool.submit(ask_with_strangers, roles, changed).result()
+    assert first == [("length", 6, 0)]
+    for act, made_up, base in batches:
+        assert made_up[:2] == ("error", 0)
+        assert act == ("length", 6, 96)
+        assert base[:2] == ("length", 6)
+    assert last == [("length", 6, 96)] * 2
 
 
 @pytest.mark.complete

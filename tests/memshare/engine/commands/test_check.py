@@ -20,6 +20,7 @@ from cluster.check.report import GIB, CheckFinding, Memory
 from cluster.check.setup import CheckedSetup
 from memshare.cli.main import main
 from memshare.config import load_config
+from tests.memshare.engine.agents.served import write_roles
 from tests.memshare.engine.harness import StartEngine, write_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -77,6 +78,14 @@ def look(
     return list(checking.findings()), checking.memory
 
 
+def look_at_agents(folder: str, agents: dict[str, Any], place: Place) -> Look:
+    """Runs in the other process: adapters that share, in an engine of float32."""
+    config = load_config({"mode": "off", "agents": agents}, {})
+    words = ("--model", folder, "--max-model-len=1024", "--dtype=float32", *BLOCKS)
+    checking = ModelCheck(CheckedSetup("test", words, config, Needs()), place, print)
+    return list(checking.findings()), checking.memory
+
+
 def command(words: list[str]) -> tuple[int, str]:
     """Runs in the other process: the command line, and what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -129,6 +138,35 @@ def test_blocks_are_counted_as_an_engine_counts_them(
         config = engine.core.vllm_config.cache_config
         assert memory.blocks == config.num_gpu_blocks
         assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
+
+
+def test_heads_of_adapters_that_share_are_counted_with_their_columns(
+    other_process: ProcessPoolExecutor, start_engine: StartEngine, tmp_path: Path
+) -> None:
+    roles = write_roles(tmp_path)
+    options = roles.options("stacked")  # 6 + 4 + 8 columns, so 24, behind heads of 32
+
+    def check(agents: dict[str, Any], place: Place = HERE) -> Look:
+        base = str(roles.base)
+        return other_process.submit(look_at_agents, base, agents, place).result()
+
+    found, memory = check(options["agents"])
+    assert [finding.level for finding in found] == ["ok"]
+    assert memory is not None
+    assert memory.block_bytes == 2 * 2 * 32 * (64 + 64) * 4, "layers, heads, tokens, widths, bytes"
+    engine_options = {"dtype": "float32", "max_model_len": 1024}
+    with start_engine(str(roles.base), options, **engine_options) as engine:
+        assert memory.blocks == engine.core.vllm_config.cache_config.num_gpu_blocks
+    _, elsewhere = check(options["agents"], Place(10 * GIB, 4 * GIB, elsewhere=True))
+    assert elsewhere is not None
+    assert elsewhere.block_bytes == 2 * 2 * 32 * (32 + 32 + 24) * 4, "GPUs pad nothing"
+    _, plain = check(options["agents"] | {"scheme": "nonshared"})
+    assert plain is not None
+    assert plain.block_bytes == 2 * 2 * 32 * (32 + 32) * 4
+    found, _ = check(options["agents"] | {"max_rank": 4})
+    assert any(
+        finding.level == "fail" and "raise agents.max_rank" in finding.text for finding in found
+    )
 
 
 def test_weights_are_counted_as_transformers_counts_them(
@@ -195,3 +233,27 @@ def test_the_command(other_process: ProcessPoolExecutor, tmp_path: Path) -> None
     assert status == (0 if report["works"] else 1)
     too_long = ["check", str(file), "--prompt", "4000", "--output", "97"]
     assert other_process.submit(command, too_long).result()[0] == 1
+
+
+def test_the_command_for_a_cluster_of_agents(
+    other_process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    roles = write_roles(tmp_path)
+    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    document["http_options"]["port"] = 18437
+    args = document["applications"][0]["args"]
+    args |= {"model": str(roles.base), "memshare": roles.options("stacked")}
+    args["engine"]["dtype"] = "float32"
+    file = tmp_path / "agents.yaml"
+    file.write_text(yaml.safe_dump(document))
+    _, output = other_process.submit(command, ["check", str(file), "--json"]).result()
+    report = json.loads(output)
+    assert report["memory"]["block_bytes"] == 2 * 2 * 32 * (64 + 64) * 4
+    texts = {f["section"]: f["text"] for f in report["findings"] if f["level"] == "ok"}
+    assert "act, plan, reflect share one cache, scheme stacked" in texts["configuration"]
+    args["memshare"]["agents"]["scheme"] = "base_lr_shared"
+    file.write_text(yaml.safe_dump(document))
+    status, output = other_process.submit(command, ["check", str(file), "--json"]).result()
+    assert status == 1
+    (failed,) = [f for f in json.loads(output)["findings"] if f["level"] == "fail"]
+    assert "its A matrix on v_proj differs from that of 'act'" in failed["text"]

@@ -11,6 +11,7 @@ import yaml
 from cluster.config import ClusterArgs, parse_cluster_args
 from cluster.engine.options import check_engine_options, parse_engine_options
 from memshare.config import ConfigError
+from tests.memshare.agents.tiny import write_adapter
 
 pytestmark = pytest.mark.engine
 
@@ -86,3 +87,27 @@ def test_off_is_plain_vllm() -> None:
     assert vars(options) == vars(plain)
     assert options.kv_transfer_config is None
     assert options.worker_cls == "auto"
+
+
+def test_adapters_are_models_of_the_api(tmp_path: Path) -> None:
+    folders = {
+        name: str(write_adapter(tmp_path / name, seed=seed, rank=4 + 5 * seed))
+        for seed, name in enumerate(("plan", "act"))
+    }
+    for scheme in ("stacked", "nonshared"):
+        agents = {"scheme": scheme, "adapters": folders}
+        args = parse(memshare={"mode": "off", "agents": agents})
+        check_engine_options(args)
+        options = parse_engine_options(args, "/folder", args.memshare)
+        assert (options.enable_lora, options.max_loras, options.max_lora_rank) == (True, 3, 16)
+        assert {module.name: module.path for module in options.lora_modules} == folders
+        assert (options.kv_transfer_config is not None) == (scheme == "stacked")
+    nowhere = {"act": str(tmp_path / "nowhere")}
+    for scheme, adapters, symptom in (
+        ("base_lr_shared", folders, "its A matrix on v_proj differs"),
+        ("stacked", nowhere, r"adapters.act = .*no such folder"),
+    ):
+        agents = {"scheme": scheme, "adapters": adapters}
+        args = parse(memshare={"mode": "off", "agents": agents})
+        with pytest.raises(ConfigError, match=rf"(?s){symptom}.*fix: "):
+            check_engine_options(args)
