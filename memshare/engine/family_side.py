@@ -39,8 +39,9 @@ class FamilySide:
         """
         self.requests = FamilyRequests(family)
         self.counters = Counters()
-        block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
-        self._writers = BlockWriters(cache.num_blocks, TokenMap(block_size))
+        (group,) = cache.kv_cache_groups  # all layers have full attention
+        token_map = TokenMap(group.kv_cache_spec.block_size)
+        self._writers = BlockWriters(cache.num_blocks, token_map)
         taken = low_rank_bytes(cache, head_dim) if family.width else 0
         self._gauges = {"low_rank_bytes": float(taken)}
 
