@@ -1,0 +1,6 @@
+"""Role adapters: what they are trained on, how, and what sharing a cache does to them.
+
+``records`` reads what roles wrote and tells which records are of one trajectory, ``passes`` makes
+of them what a model reads at a time, ``fit`` trains one role, and ``train`` all of them, into a
+folder each with the card that ``card`` writes.
+"""
