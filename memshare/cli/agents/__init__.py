@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from memshare.cli.agents import check, train
+from memshare.cli.agents import bench, check, train
+from memshare.cli.main import Command
 
-_ACTIONS = {
+_ACTIONS: dict[str, tuple[Command, str]] = {
     "check": (check, "which adapters share, and why others do not"),
     "train": (train, "train adapters for roles, with one A matrix for all"),
+    "bench": (bench, "what sharing gains and loses, on recorded trajectories"),
 }
 
 
@@ -27,4 +29,5 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an adapter, records or the base model cannot be used.
     """
-    return _ACTIONS[args.action][0].run(args)
+    module, _ = _ACTIONS[args.action]
+    return module.run(args)

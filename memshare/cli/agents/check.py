@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_rank > _MOST_RANK:
         raise UserError(f"--max-rank {args.max_rank}: give at most {_MOST_RANK}")
-    folders = _named(args.adapters)
+    folders = named(args.adapters)
     try:
         base = read_facts(args.base) if args.base is not None else None
         adapters = [read_adapter(name, folder) for name, folder in folders.items()]
@@ -66,14 +66,19 @@ def run(args: argparse.Namespace) -> int:
     return 0 if possible else 1
 
 
-def _named(words: Sequence[str]) -> dict[str, Path]:
+def named(words: Sequence[str]) -> dict[str, Path]:
+    """Read words ``PATH`` or ``NAME=PATH``, by names.
+
+    Raises:
+        UserError: two have one name.
+    """
     folders: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
         path = Path(folder if equals else word)
         name = name if equals else path.resolve().name
         if name in folders:
-            raise UserError(f"two adapters are called {name!r}: name one by NAME=FOLDER")
+            raise UserError(f"{word}: {name!r} is there already; name one by NAME={word}")
         folders[name] = path
     return folders
 

@@ -133,7 +133,7 @@ def _step(model: PeftModel, batch: Iterator[Pass], optimiser: torch.optim.Optimi
     total = 0.0
     for one in chosen:
         loss = nll(model, one).sum() / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     optimiser.step()
     return total

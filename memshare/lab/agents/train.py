@@ -150,7 +150,9 @@ def _load_base(plan: TrainingPlan, model: str) -> Any:
 
     with quiet_transformers():
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, plan.dtype))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, dtype=getattr(torch, plan.dtype)
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"--base {plan.base}: it cannot be loaded: {reason}") from None
@@ -246,7 +248,7 @@ def _write(plan: TrainingPlan, role: str, adapter: PeftModel, card: RoleCard) ->
     from safetensors.torch import load_file, save_file
 
     partial = plan.output / ".work" / f"{role}.{os.getpid()}"
-    settings = adapter.peft_config["default"]
+    settings: Any = adapter.peft_config["default"]
     settings.base_model_name_or_path = card.base  # no folder of this machine
     settings.target_modules = sorted(settings.target_modules)  # a set has no order
     adapter.save_pretrained(str(partial), save_embedding_layers=False)

@@ -18,7 +18,7 @@ def rows(role: str, count: int = 6) -> list[dict[str, str]]:
     first."""
     found = []
     for number in range(count):
-        first = f"{number}: what is {number}+{number}? "
+        first = f"{number}: what is {number}+{number}? Think of {number} apples and {number} more. "
         said = f"{role} {number}"
         found.append({"input": first, "output": said})
         found.append({"input": f"{first}{said}. Sure? ", "output": "yes"})
