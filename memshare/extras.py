@@ -19,6 +19,7 @@ _FIXES = {
     ),
     **dict.fromkeys(("accelerate", "gguf"), "pip install 'memshare[model]'"),
     **dict.fromkeys(("datasets", "math_verify", "openai"), "pip install 'memshare[eval]'"),
+    "peft": "pip install 'memshare[train]'",
     "matplotlib": "pip install 'memshare[plots]'",
 }
 """Import name of a library to the command that installs it."""

@@ -71,7 +71,7 @@ def test_memory_of_the_agents(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, what in (
         ([folder / "none"], "there is no such folder"),
-        ([folder / "plan", f"plan={folder / 'act'}"], "two adapters are called 'plan'"),
+        ([folder / "plan", f"plan={folder / 'act'}"], "'plan' is there already; name one by NAME="),
         (["--base", folder / "plan", folder / "plan"], "give the folder of the base model"),
         (["--max-rank", 65, folder / "plan"], "give at most 64"),
     ):

@@ -1,4 +1,4 @@
-"""``memshare agents``: LoRA adapters of one base model that share one KV cache.
+"""``memshare agents check``: which adapters share one KV cache, and why others do not.
 
 Each adapter is a folder that peft wrote, named by its last part or as NAME=FOLDER.
 """
@@ -25,24 +25,18 @@ _MOST_RANK = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.description = __doc__
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    check = actions.add_parser(
-        "check", help="which adapters share, and why others do not",
-        formatter_class=parser.formatter_class,
-    )  # fmt: skip
-    check.description = (
+    parser.description = (
         "Reads adapters and says under which scheme they share one KV cache, with whom, what a "
         "token of N agents takes, and why one cannot. Loads no model. Exit status 1: no scheme "
         "takes all of them."
     )
-    check.add_argument("adapters", nargs="+", metavar="ADAPTER", help="FOLDER or NAME=FOLDER")
-    check.add_argument("--base", type=Path, metavar="DIR", help="folder of the base model")
-    check.add_argument("--max-rank", type=count, default=_MOST_RANK, help="agents.max_rank")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="FOLDER or NAME=FOLDER")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the base model")
+    parser.add_argument("--max-rank", type=count, default=_MOST_RANK, help="agents.max_rank")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what is asked.
+    """Tell.
 
     Raises:
         UserError: an adapter or the base model cannot be read.
@@ -52,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_rank > _MOST_RANK:
         raise UserError(f"--max-rank {args.max_rank}: give at most {_MOST_RANK}")
-    folders = _named(args.adapters)
+    folders = named(args.adapters)
     try:
         base = read_facts(args.base) if args.base is not None else None
         adapters = [read_adapter(name, folder) for name, folder in folders.items()]
@@ -72,14 +66,19 @@ def run(args: argparse.Namespace) -> int:
     return 0 if possible else 1
 
 
-def _named(words: Sequence[str]) -> dict[str, Path]:
+def named(words: Sequence[str]) -> dict[str, Path]:
+    """Read words ``PATH`` or ``NAME=PATH``, by names.
+
+    Raises:
+        UserError: two have one name.
+    """
     folders: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
         path = Path(folder if equals else word)
         name = name if equals else path.resolve().name
         if name in folders:
-            raise UserError(f"two adapters are called {name!r}: name one by NAME=FOLDER")
+            raise UserError(f"{word}: {name!r} is there already; name one by NAME={word}")
         folders[name] = path
     return folders
 
