@@ -88,7 +88,7 @@ def _record(path: Path, where: str, row: object) -> Record:
     for field in ("input", "output"):
         if not getattr(record, field).strip():
             raise UserError(
-                f"{path}, {where}: {field} is empty\n    fix: leave the record out, or fill it in"
+                f"{path}, {where}: {field} is empty\n    fix: give its text, or leave the record out"
             )
     return record
 
