@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import openai
 
-from tools.bench.local_cluster import Server, cluster_file, local_ray, memshare_in, start, stop
+from tools.bench.local_cluster import Server, cluster_file, local_ray, memshare_in, running_server
 
 BLOCKS = 140  # of 32 tokens: a dozen stories want twice as many
 STORIES = 12
@@ -97,13 +97,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
-    with local_ray(), tempfile.TemporaryDirectory(prefix="memshare-") as folder:
-        server = start(Path(folder), document())
-        try:
-            print(f"answers after {server.wait_until_it_answers():.0f} s")
-            recorded = record(server)
-        finally:
-            stop(server)
+    with (
+        local_ray(),
+        tempfile.TemporaryDirectory(prefix="memshare-") as folder,
+        running_server(Path(folder), document()) as server,
+    ):
+        recorded = record(server)
     args.output.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
 
 

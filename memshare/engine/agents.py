@@ -116,10 +116,14 @@ def head_layout(vllm_config: VllmConfig, family: Family, on_gpu: bool) -> HeadLa
         family: whose columns it has.
         on_gpu: where it is to run.
     """
-    base = _base(vllm_config)
-    if on_gpu or not family.width:
-        return widened(base, family.width)
-    return padded(base, family.width, vllm_adapter().padded_head_sizes())
+    return layout_of(_base(vllm_config), family.width, on_gpu)
+
+
+def layout_of(base: BaseModelFacts, width: int, on_gpu: bool) -> HeadLayout | None:
+    """The same for a model's facts and a number of columns."""
+    if on_gpu or not width:
+        return widened(base, width)
+    return padded(base, width, vllm_adapter().padded_head_sizes())
 
 
 def _base(vllm_config: VllmConfig) -> BaseModelFacts:

@@ -29,7 +29,7 @@ from tests.memshare.engine.agents.served import (
     words,
     write_roles,
 )
-from tools.bench.local_cluster import Server, cluster_file, kill, start, stop
+from tools.bench.local_cluster import Server, cluster_file, kill, running_server
 
 pytestmark = [
     pytest.mark.cluster,
@@ -64,13 +64,8 @@ def server(
         "extra": {"enable_prompt_tokens_details": True},
     }  # fmt: skip
     args["memshare"] = roles.options("base_lr_shared")
-    server = start(tmp_path_factory.mktemp("serve"), document)
-    try:
-        server.started_s = server.wait_until_it_answers()
-        print(f"\nstarted in {server.started_s:.1f} s")
+    with running_server(tmp_path_factory.mktemp("serve"), document) as server:
         yield server
-    finally:
-        stop(server)
 
 
 def complete(server: Server, ask: Ask, session: str) -> Said:

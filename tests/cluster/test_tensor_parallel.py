@@ -24,7 +24,7 @@ from tools.bench.local_cluster import (
     kill,
     memshare_in,
     processes,
-    start,
+    running_server,
     stop,
     victims,
 )
@@ -53,13 +53,8 @@ def server(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     memshare = memshare_in(document)
     memshare.update(LOOSE)
     memshare["integrity"] = {"check_every": 8}
-    server = start(tmp_path_factory.mktemp("serve"), document)
-    try:
-        server.started_s = server.wait_until_it_answers()
-        print(f"\nstarted in {server.started_s:.1f} s")
+    with running_server(tmp_path_factory.mktemp("serve"), document) as server:
         yield server
-    finally:
-        stop(server)
 
 
 def complete(server: Server, tokens: int) -> str:

@@ -160,6 +160,18 @@ def stop(server: Server) -> None:
         _forget_controller()
 
 
+@contextlib.contextmanager
+def running_server(folder: Path, document: dict[str, Any]) -> Iterator[Server]:
+    """A server that answers; it is stopped at the end, also if it never does."""
+    server = start(folder, document)
+    try:
+        server.started_s = server.wait_until_it_answers()
+        print(f"\nstarted in {server.started_s:.1f} s", flush=True)
+        yield server
+    finally:
+        stop(server)
+
+
 def _forget_controller() -> None:
     """Ray Serve remembers in this process the controller that has just ended: the next server has
     another one."""

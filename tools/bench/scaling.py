@@ -22,7 +22,13 @@ from typing import Any
 
 from memshare.lab.markdown import table_head, table_row
 from tools.bench.load import StreamLoad, http_streams
-from tools.bench.local_cluster import Server, cluster_file, local_ray, replica_states, start, stop
+from tools.bench.local_cluster import (
+    Server,
+    cluster_file,
+    local_ray,
+    replica_states,
+    running_server,
+)
 
 WAIT_S = 600.0
 PROMPT = "Story {index}. The keeper of the lighthouse counts the ships, one after another:"
@@ -36,13 +42,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=160, help="KV blocks of a replica")
     parser.add_argument("--shared-s", type=float, default=60, help="load on both replicas, seconds")
     args = parser.parse_args()
-    with local_ray(), tempfile.TemporaryDirectory(prefix="memshare-scaling-") as folder:
-        server = start(Path(folder), document(args.blocks))
-        try:
-            print(f"one replica answers after {server.wait_until_it_answers():.0f} s\n")
-            endings = asyncio.run(Scaling(server, args).run())
-        finally:
-            stop(server)
+    with (
+        local_ray(),
+        tempfile.TemporaryDirectory(prefix="memshare-scaling-") as folder,
+        running_server(Path(folder), document(args.blocks)) as server,
+    ):
+        endings = asyncio.run(Scaling(server, args).run())
     print(f"\nstreams: {', '.join(f'{count} {ending}' for ending, count in endings.items())}")
     sys.exit(bool(endings["failed"]))
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from memshare.cli.agents.check import named
 from memshare.cli.options import count, fraction, new_file, whole
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memshare.lab.agents.turns import ReplayPlan
 
 _RUN = "memshare.lab.agents.replay:run_scheme"
-_SCHEMES = ("nonshared", "base_lr_shared", "stacked", "full_shared")
+_SCHEMES: tuple[str, ...] = get_args(AgentsConfig.model_fields["scheme"].annotation)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memshare.lab.agents.records import Record
+from memshare.lab.agents.records import Record, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,14 +70,9 @@ def make_passes(
 
 
 def _turn(record: Record, tokenizer: PreTrainedTokenizerBase) -> _Turn:
-    before, output = (
-        tuple(tokenizer.encode(text, add_special_tokens=False))
-        for text in (record.input, record.output)
-    )
-    end = tokenizer.eos_token_id
-    targets = output if end is None else (*output, end)
+    before, targets = tokens_of(record, tokenizer)
     # Behind the last target nothing is predicted.
-    return _Turn((*before, *targets[:-1]), len(before), targets)
+    return _Turn((*before, *targets[:-1]), len(before), tuple(targets))
 
 
 def _belongs(turn: _Turn, last: _Turn, context: int) -> bool:

@@ -7,10 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memshare.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Record(BaseModel):
@@ -88,9 +92,19 @@ def _record(path: Path, where: str, row: object) -> Record:
     for field in ("input", "output"):
         if not getattr(record, field).strip():
             raise UserError(
-                f"{path}, {where}: {field} is empty\n    fix: give its text, or leave the record out"
+                f"{path}, {where}: {field} is empty\n"
+                "    fix: give its text, or leave the record out"
             )
     return record
+
+
+def tokens_of(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of a record's input, and of its output with the token that ends it, if any does."""
+    read, written = (
+        tokenizer.encode(text, add_special_tokens=False) for text in (record.input, record.output)
+    )
+    end = tokenizer.eos_token_id
+    return read, written if end is None else [*written, end]
 
 
 def trajectories(records: Sequence[Record]) -> list[str]:

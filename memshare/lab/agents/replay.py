@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from memshare.agents.adapter import adapters_by_name
 from memshare.agents.base import facts_of
 from memshare.agents.family import Family
-from memshare.agents.memory import padded, plain, widened
+from memshare.agents.memory import plain, widened
 from memshare.config import AgentsConfig
 from memshare.core.token_map import TokenMap
-from memshare.engine.adapter import vllm_adapter
+from memshare.engine.agents import layout_of
 from memshare.lab.agents.turns import ReplayPlan, Turn
 from memshare.lab.bench.engine_process import ProgressTeller
 from memshare.lab.replay.forced import ForcedDecoding, Measurement, forced
@@ -243,8 +243,6 @@ def _plain_per_token(plan: ReplayPlan, scheme: str) -> float:
         return 1.0
     base = facts_of(plan.model, AutoConfig.from_pretrained(plan.model))
     width = Family(scheme, tuple(adapters_by_name(config.adapters)), "").width
-    wide = widened(base, width)
-    if current_platform.is_cpu():
-        layout = padded(base, width, vllm_adapter().padded_head_sizes())
-        wide = layout if layout is not None else wide  # which the engine refuses
+    layout = layout_of(base, width, on_gpu=not current_platform.is_cpu())
+    wide = widened(base, width) if layout is None else layout  # without one the engine refuses
     return plain(base).bytes_per_token(base, 1) / wide.bytes_per_token(base, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memshare.errors import UserError
-from memshare.lab.agents.records import Record, trajectories
+from memshare.lab.agents.records import Record, tokens_of, trajectories
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,11 +125,8 @@ def conversations(
 def _turn(
     role: str, record: Record, before: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Turn:
-    prompt, output = (
-        tokenizer.encode(text, add_special_tokens=False) for text in (record.input, record.output)
-    )
-    end = tokenizer.eos_token_id
-    return Turn(role, [*before, *prompt], [*output, *([] if end is None else [end])])
+    prompt, output = tokens_of(record, tokenizer)
+    return Turn(role, [*before, *prompt], output)
 
 
 def _history(

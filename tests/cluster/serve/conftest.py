@@ -16,8 +16,7 @@ from tools.bench.local_cluster import (
     Server,
     cluster_file,
     memshare_in,
-    start,
-    stop,
+    running_server,
 )
 
 
@@ -41,10 +40,5 @@ def server(
     arguments["auth"] = {"without_keys": {"requests_per_connection": 24}}
     arguments["engine"]["dtype"] = DTYPE
     arguments["engine"]["extra"] = {"otlp_traces_endpoint": collector.url}
-    server = start(tmp_path_factory.mktemp("serve"), document)
-    try:
-        server.started_s = server.wait_until_it_answers()
-        print(f"\nstarted in {server.started_s:.1f} s")
+    with running_server(tmp_path_factory.mktemp("serve"), document) as server:
         yield server
-    finally:
-        stop(server)

@@ -49,7 +49,7 @@ from tools.bench.load import (
     http_streams,
     summarize,
 )
-from tools.bench.local_cluster import START_S, Server, cluster_file, free_port, start, stop
+from tools.bench.local_cluster import START_S, Server, cluster_file, free_port, running_server
 from tools.runtime_env import runtime_env
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -334,13 +334,11 @@ def _ours(config: str, mode: str | None, settings: Mapping[str, str]) -> Iterato
     if mode is not None:
         args["memshare"]["mode"] = mode
     os.environ.update(runtime_env({**os.environ, **settings}))
-    with tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder:
-        server = start(Path(folder), document)
-        try:
-            server.wait_until_it_answers()
-            yield server
-        finally:
-            stop(server)
+    with (
+        tempfile.TemporaryDirectory(prefix="memshare-bench-") as folder,
+        running_server(Path(folder), document) as server,
+    ):
+        yield server
 
 
 def _engine_env() -> dict[str, str]:
