@@ -32,7 +32,12 @@ class KVRouter(RefusesWithoutReplicas, ConsistentHashRouter):
         if self._handle_source == DeploymentHandleSource.PROXY:
             warn_of_small_replies()
         self.unavailable_s = kwargs.pop("unavailable_s")
-        self._routing = Routing(RoutingConfig.model_validate(kwargs), Random())
+        config = RoutingConfig.model_validate(kwargs)
+        if config.sessions:
+            # A home that is slow to answer is the home all the same: after Ray's tenth of a second
+            # the session would go elsewhere, and compute there what is cached here.
+            self.queue_len_response_deadline_s = self.max_queue_len_response_deadline_s
+        self._routing = Routing(config, Random())
         self._ids: dict[str, ReplicaID] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

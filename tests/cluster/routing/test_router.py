@@ -37,8 +37,10 @@ class Replica:
         self.routing_stats: dict[str, float] = {}
         self.multiplexed_model_ids: set[str] = set()
         self.queue = 0
+        self.delay_s = 0.0
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        await asyncio.sleep(self.delay_s)
         return self.queue
 
 
@@ -86,6 +88,21 @@ async def test_a_router_follows_sessions_reports_and_deaths() -> None:
     assert await first(made, "a session") not in (home, second)
     made.update_replicas([])
     assert await made.choose_replicas([], request("a session")) == []
+
+
+@pytest.mark.parametrize(("delay_s", "waits"), [(0.3, True), (60.0, False)])
+async def test_a_session_waits_for_a_home_that_is_slow_to_answer(
+    delay_s: float, waits: bool
+) -> None:
+    """Not for one that hangs."""
+    made = router(RoutingConfig())
+    replicas = [Replica(name) for name in "abcd"]
+    made.update_replicas(replicas)
+    home = await first(made, "a session")
+    for replica in replicas:
+        replica.delay_s = delay_s if replica.replica_id.unique_id == home else 0.0
+    chosen = await made._choose_replica_for_request(request("a session"))
+    assert (chosen.replica_id.unique_id == home) is waits
 
 
 def test_rays_own_router_where_ours_would_do_the_same() -> None:
