@@ -49,7 +49,9 @@ serve: venv ## Serve a real model (CONFIG=configs/cluster.yaml); Ctrl-C stops it
 	@$(RUN) memshare model
 	@$(RUN) python tools/serve_local.py $(CONFIG)
 
-test: venv model browser lint test-unit test-browser test-engine test-cluster ## Check everything that minutes allow: style, types, and tests of every part
+test: venv model browser lint ## Check everything that minutes allow: style, types, and tests of every part
+	$(call pytest,fast,not engine and not cluster and not complete,$(SPREAD))
+	$(call pytest,real,(engine or cluster) and not complete,--timeout 900 $(SPREAD))
 
 lint: venv ## Check style, types, what imports what, declared dependencies and the lock
 	$(BIN)/ruff check .
@@ -81,11 +83,9 @@ test-cluster: venv model ## Tests that start Ray
 	$(call pytest,cluster,cluster and not complete,--timeout 900 $(SPREAD))
 
 test-complete: venv model browser ## The tests that take longer: kills, tensor parallelism, benchmarks, long schedules
-	$(call pytest,complete,complete and not cluster,--timeout 900 $(SPREAD))
+	$(call pytest,complete,complete,--timeout 900 $(SPREAD))
 	SCHEDULER_TEST_STEPS=10000 $(RUN) pytest tests/memshare/engine/test_state_machine.py -k survives \
 		--durations 30 --junit-xml build/test-reports/schedules.xml
-	$(call pytest,complete-cluster,complete and cluster and not alone,--timeout 900 $(SPREAD))
-	$(call pytest,complete-alone,complete and cluster and alone,--timeout 900)
 
 docs: venv ## Build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) python -m mkdocs --quiet build --strict

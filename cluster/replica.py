@@ -28,7 +28,7 @@ from cluster.grpc.service import GrpcService
 from cluster.http.asgi import DisconnectOnCancel, KeyGate, RetryAfter
 from cluster.http.body import StrictBody
 from cluster.processes.closing import Closed
-from cluster.processes.engine_prewarm import EnginePrewarm, collector_at_rest
+from cluster.processes.engine_prewarm import EnginePrewarm
 from cluster.processes.orphan_reaper import OrphanReaper
 from cluster.processes.workers import Workers
 from cluster.routing.load import LoadMeter, to_stats
@@ -45,6 +45,7 @@ from cluster.tenancy.keys import WatchedKeys
 from cluster.tenancy.ledger import RayLedgerClient
 from cluster.tenancy.limits import Ledger, Limiter, LocalLedgerClient
 from memshare.config import MemShareConfig
+from memshare.process_env import collector_at_rest
 from memshare.small_model.names import resolve_model
 from memshare.telemetry.logs import set_up_logging
 

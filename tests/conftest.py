@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.selection import may_select, work_unit
+from memshare.process_env import collector_at_rest
+from tests.selection import SHARED, may_select, work_unit
 from tools.setup_browser import find_chromium, in_ci
 
 # No deadline: on loaded cores a slow example says nothing. `pytest --hypothesis-profile=thorough`
@@ -26,6 +29,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     source = collection_path.read_text(encoding="utf-8")
     return True if not may_select(expression, source) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import the files, and what they test, without collecting garbage that is none."""
+    with collector_at_rest():
+        result = yield
+    gc.freeze()
+    return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts no Ray first: it fails sooner. Of the rest, the longest first."""
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> tuple[bool, bool]:
+    return item.get_closest_marker("cluster") is not None, work_unit(item.nodeid) not in SHARED
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 
-MARKS = ("alone", "browser", "cluster", "complete", "engine")
+MARKS = ("browser", "cluster", "complete", "engine")
 """Marks that decide which command runs a test (pyproject.toml says what each means)."""
 
 SHARED = ("tests/cluster/serve",)

@@ -9,7 +9,6 @@ and waits for what ``multiprocessing`` tells a spawned process. It is a spawned 
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import signal
@@ -19,6 +18,8 @@ from importlib import import_module
 from multiprocessing import context, popen_spawn_posix, process, resource_tracker, spawn, util
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+
+from memshare.process_env import collector_at_rest
 
 # What an engine with MemShare imports before it does anything.
 ENGINE_MODULES = (
@@ -164,15 +165,3 @@ def become(pipe: int, tracker: int, modules: tuple[str, ...]) -> None:
         del os.environ[name]
     os.environ.update({k: v for k, v in environment.items() if os.environ.get(k) != v})
     spawn.spawn_main(pipe_handle=pipe, tracker_fd=tracker)
-
-
-@contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """No garbage collection inside: imports make a million objects that stay, and no garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -17,6 +17,7 @@ from typing import Protocol, cast
 from memshare import __version__
 from memshare.errors import UserError
 from memshare.extras import fix_for
+from memshare.process_env import collector_at_rest
 
 # name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -95,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 ok, 1 error, 2 usage, 130 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(_read(words))
+        with collector_at_rest():  # a command may import vLLM for its options
+            options = _read(words)
+        return _run(options)
     except ModuleNotFoundError as error:
         fix = fix_for(error.name)
         if fix is None:

@@ -32,7 +32,6 @@ from tools.bench.local_cluster import (
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.engine,
-    pytest.mark.alone,
     pytest.mark.complete,
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from memshare import process_env
-from memshare.process_env import cores, engine_env, preload, threads
+from memshare.process_env import collector_at_rest, cores, engine_env, preload, threads
 from tools.runtime_env import DEFAULTS, runtime_env
 
 
@@ -103,3 +104,17 @@ def test_the_launcher_applies_it(tmp_path: Path) -> None:
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["7", process_env.DEFAULTS["GOMP_SPINCOUNT"]], done.stderr
+
+
+def test_no_garbage_is_collected_at_rest() -> None:
+    assert gc.isenabled()
+    with collector_at_rest():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_at_rest():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import setproctitle
 
-from cluster.processes.engine_prewarm import EnginePrewarm, collector_at_rest
+from cluster.processes.engine_prewarm import EnginePrewarm
 
 spawn = get_context("spawn")
 
@@ -144,17 +144,3 @@ def test_it_ends_with_a_parent_that_is_killed() -> None:
         parent.kill()
     psutil.wait_procs([waiting], timeout=60)
     assert not waiting.is_running()
-
-
-def test_no_garbage_is_collected_at_rest() -> None:
-    assert gc.isenabled()
-    with collector_at_rest():
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with collector_at_rest():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()

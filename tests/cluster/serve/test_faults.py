@@ -40,7 +40,6 @@ from tools.bench.local_cluster import (
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
 
-@pytest.mark.alone
 @pytest.mark.complete
 def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> None:
     gaps: list[float] = []
@@ -79,7 +78,6 @@ def test_requests_go_on_while_evaluators_die_and_come_back(server: Server) -> No
     assert failures == []
 
 
-@pytest.mark.alone
 @pytest.mark.complete
 def test_a_killed_proxy_comes_back_and_engines_do_not_notice(
     server: Server, record_property: Record
@@ -93,7 +91,6 @@ def test_a_killed_proxy_comes_back_and_engines_do_not_notice(
     server.wait_until_idle(timeout_s=120)  # nobody reads that answer: it ends
 
 
-@pytest.mark.alone
 @pytest.mark.complete
 def test_nobody_notices_that_the_controller_was_killed(
     server: Server, record_property: Record
@@ -106,7 +103,6 @@ def test_nobody_notices_that_the_controller_was_killed(
     assert victims("engine") + victims("replica") + victims("proxy") == others
 
 
-@pytest.mark.alone
 @pytest.mark.complete
 def test_a_killed_replica_is_replaced_and_sharing_resumes(
     server: Server, record_property: Record
@@ -120,7 +116,6 @@ def test_a_killed_replica_is_replaced_and_sharing_resumes(
     assert_that_blocks_are_reclaimed(server)
 
 
-@pytest.mark.alone
 @pytest.mark.complete
 def test_a_dead_engine_is_replaced(server: Server, record_property: Any) -> None:
     """Meanwhile everybody is told at once to come again, and when."""

@@ -115,15 +115,15 @@ def test_grpc_tells_of_model_and_replica(server: Server) -> None:
 def test_the_demo_tells_how_the_server_fares(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["demo", "--address", server.grpc_address, "--stories", "3", "--tokens", "200"]
+    words = ["demo", "--address", server.grpc_address, "--stories", "3", "--tokens", "128"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "3 stories of 200 tokens want about 24 KV blocks; smollm2 has" in printed
+    assert "3 stories of 128 tokens want about 18 KV blocks; smollm2 has" in printed
     (*_, last) = (line for line in printed.splitlines() if "blocks reclaimed" in line)
     told = re.search(r"(\d+) tokens .* (\d+) blocks reclaimed, 0 preemptions", last)
     assert told is not None, last
     assert int(told[2]) > 0, "the options are loose"
-    assert printed.count("| 200 | ") == 3
+    assert printed.count("| 128 | ") == 3
 
 
 def test_a_grpc_call_that_ends_early_frees_the_engine(server: Server) -> None:

@@ -92,7 +92,7 @@ def test_spans_show_a_requests_way_and_its_reclaims(server: Server, collector: C
     server.client.chat.completions.create(
         model="smollm2",
         messages=QUESTION,
-        max_tokens=300,
+        max_tokens=120,
         temperature=0,
         extra_body={"ignore_eos": True},
         extra_headers={"traceparent": f"00-{trace}-{parent}-01"},

@@ -10,13 +10,10 @@ import pytest
 import ray
 
 from cluster.evaluator_pool import actor_name
-from tests.cluster.serve.support import guards
+from memshare.client import NotFoundError
+from tests.cluster.serve.support import GREEDY, QUESTION, guards
 from tests.cluster.support.faults import Old
-from tools.bench.local_cluster import (
-    Server,
-    processes,
-    stop,
-)
+from tools.bench.local_cluster import Server, processes, stop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
@@ -28,6 +25,11 @@ def test_shutdown_leaves_nothing_behind(server: Server) -> None:
     titles = {process.cmdline()[0] for process in ours}
     old = Old.of("engine", "worker", "replica")
     assert {"VLLM::EngineCore", "ray::ServeReplica:memshare:Engine", "/bin/sh"} <= titles
+    server.client.chat.completions.create(model="smollm2", messages=QUESTION, max_tokens=1)
+    with server.grpc_client() as client:
+        client.chat([("user", "Hello")], GREEDY)
+        with pytest.raises(NotFoundError):
+            client.chat([("user", "Hello")], GREEDY, model="nobody")
     stop(server)
     assert server.process.returncode == 0
     log = server.log.read_text()

@@ -12,8 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,13 @@ from typing import Any
 
 import httpx
 import pytest
-import requests
-import schemathesis
 import yaml
-from schemathesis import GenerationMode
 
 from cluster.check.ports import look_at_ports
 from cluster.tenancy.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
-from tests.cluster.support.bad_input import FUZZ_S, GOOD, KNOWN, NOT_TRIED, bound_tokens, fuzz
 from tests.cluster.support.loose import LOOSE
 from tests.cluster.support.monitoring import serving_of
-from tests.fuzzing import TIMES
 from tests.machine import DTYPE
 from tools.bench.local_cluster import (
     START_S,
@@ -115,7 +109,7 @@ def keyed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     arguments["auth"] = {"file": str(table)}
     arguments["engine"] |= {
         "max_model_len": 1024,
-        "num_gpu_blocks_override": 60,
+        "num_gpu_blocks_override": 40,
         "dtype": DTYPE,
         "max_num_seqs": 16,
     }
@@ -266,7 +260,6 @@ def test_tokens_are_counted_as_they_are(keyed: Keyed, stream: bool) -> None:
     assert after[1] - before[1] == usage["completion_tokens"]
 
 
-@pytest.mark.complete
 def test_used_up_tokens_come_back_with_time(keyed: Keyed) -> None:
     assert keyed.ask("metered", max_tokens=20, ignore_eos=True).status_code == 200
     refused = keyed.ask("metered")
@@ -295,11 +288,11 @@ def test_prefix_cache_hits_never_cross_tenants(keyed: Keyed) -> None:
 def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
     """Two tenants with the same prompts and, greedily decoded, much the same output.
 
-    Seven requests want 12 blocks each, and there are 60.
+    Seven requests want 7 blocks each, and there are 39.
     """
 
     def ask(tenant: str) -> int:
-        return keyed.ask(tenant, max_tokens=350, ignore_eos=True).status_code
+        return keyed.ask(tenant, max_tokens=160, ignore_eos=True).status_code
 
     tenants = ["acme", "bravo"] * 3 + ["exact"]
     with ThreadPoolExecutor(len(tenants)) as pool:
@@ -322,53 +315,6 @@ def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
     assert between == {"acme", "bravo"}, "negative control: requests of one tenant do pair"
     assert {tenant_of(event["request"]) for event in applied} == {"acme", "bravo"}
     print(f"\n{len(pairs)} pairs of requests, {len(applied)} remaps")
-
-
-@pytest.mark.complete
-def test_bad_input_is_never_an_error_of_the_server(keyed: Keyed) -> None:
-    """Every operation of the OpenAPI surface, with requests that its schema allows and that not.
-
-    Requests are bounded in tokens, as this is about their form. An answer of 5xx, or none, fails.
-    """
-    headers = {"Authorization": f"Bearer {keyed.keys['platform']}"}
-    answer = httpx.get(f"{keyed.server.url}/openapi.json", headers=headers, timeout=60)
-    schema = schemathesis.openapi.from_dict(answer.json())
-    operations = [result.ok() for result in schema.get_all_operations()]
-    assert {"/v1/chat/completions", "/v1/completions"} <= {op.path for op in operations}
-    tried = [op for op in operations if op.path not in NOT_TRIED]
-    assert len(operations) - len(tried) == len(NOT_TRIED)
-    answers: Counter[int] = Counter()
-    failures: list[str] = []
-
-    def judge(label: str, path: str, body: object, ask: Callable[[], int]) -> None:
-        try:
-            status = ask()
-        except (requests.RequestException, httpx.HTTPError) as error:
-            failures.append(f"{label}: {error!r}: {body!r}")
-            return
-        answers[status] += 1
-        if status >= 500 and (path, status) not in KNOWN:
-            failures.append(f"{label}: {status}: {body!r}")
-
-    def call(case: schemathesis.Case) -> None:
-        label, path = case.operation.label, case.operation.path
-        bound_tokens(case.body)
-        where = {"base_url": keyed.server.url, "headers": headers, "timeout": 60}
-        judge(label, path, case.body, lambda: case.call(**where).status_code)
-        if path in GOOD and isinstance(case.body, dict):
-            for name in [n for n in case.body if n not in GOOD[path]][:2]:
-                body = GOOD[path] | {name: case.body[name]}
-                judge(label, path, body, lambda b=body: keyed.post("platform", path, b).status_code)
-
-    for operation in tried:
-        end = time.monotonic() + FUZZ_S * TIMES / len(tried)
-        for mode in GenerationMode:
-            fuzz(operation.as_strategy(generation_mode=mode), call, end)
-    print(f"\nanswers by status: {dict(sorted(answers.items()))}")
-    assert failures == []
-    assert answers[200] > 0, "some requests are good"
-    assert answers[400] > 0, "and some are bad"
-    assert keyed.ask("acme").status_code == 200
 
 
 def test_a_changed_table_is_taken_over(keyed: Keyed) -> None:

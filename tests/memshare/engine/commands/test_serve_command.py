@@ -169,6 +169,7 @@ def test_vllm_knows_the_connector_by_name(installed: Path, monkeypatch: pytest.M
     assert found is MemShareConnector
 
 
+@pytest.mark.complete
 def test_registering_loads_nothing_of_ours() -> None:
     """Every vLLM process of a machine with MemShare on it calls this, MemShare or not."""
     code = (

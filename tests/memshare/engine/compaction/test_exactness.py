@@ -19,7 +19,7 @@ import torch
 from tests.memshare.engine.harness import BLOCK, StartEngine
 from tests.memshare.engine.scripted import NAME, Plan, Reference, Watched, registered
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(900)]
 
 OPTIONS = {
     "num_gpu_blocks_override": 200,
@@ -97,7 +97,6 @@ def test_sets_of_its_own_in_each_layer_and_head_packed_twice(
     assert watched.worst("a", reference.logits(tokens, []), start) > 1000 * bound, "they matter"
 
 
-@pytest.mark.complete
 def test_a_mixed_batch(watched: Watched, reference: Reference, bound: float, engine: Any) -> None:
     """Packing, plain holes, nothing, and a prompt that is packed between its chunks."""
     part = watched.worker._memshare.parts[NAME]
@@ -125,7 +124,6 @@ def test_a_mixed_batch(watched: Watched, reference: Reference, bound: float, eng
     assert not part.slots._entries, "all are forgotten"
 
 
-@pytest.mark.complete
 def test_equal_sets_in_all_layers_and_heads(
     watched: Watched, reference: Reference, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +152,6 @@ def test_without_the_view_attention_reads_the_null_block(
     assert watched.worst("a", expected, watched.events["a"][0].start) > 1000 * bound
 
 
-@pytest.mark.complete
 def test_a_preempted_request_is_dense_again(
     watched: Watched, reference: Reference, bound: float, engine: Any
 ) -> None:
