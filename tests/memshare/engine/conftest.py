@@ -20,7 +20,13 @@ from typing import Any
 import pytest
 
 from memshare.small_model.names import resolve_model
-from tests.memshare.engine.harness import Engine, StartEngine, write_tiny_model, write_tiny_weights
+from tests.memshare.engine.harness import (
+    Engine,
+    StartEngine,
+    inspect_models_here,
+    write_tiny_model,
+    write_tiny_weights,
+)
 
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -35,6 +41,7 @@ def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _ENVIRONMENT.items():
             patch.setenv(name, value)
+        inspect_models_here(patch)
         yield
 
 

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from memshare.plug_in import plug_in
 from tests.machine import DTYPE
 
@@ -123,6 +125,17 @@ def write_tiny_weights(folder: Path, seed: int = 0) -> Path:
     config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def inspect_models_here(patch: pytest.MonkeyPatch) -> None:
+    """Let vLLM look at a model's class in this process.
+
+    For each class that a machine has not seen it starts a process, which imports vllm, so that CUDA
+    is not initialised in this one.
+    """
+    from vllm.model_executor.models import registry
+
+    patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
 
 
 def write_tiny_model(folder: Path, **changes: Any) -> Path:

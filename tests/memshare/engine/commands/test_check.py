@@ -8,6 +8,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cluster.check.setup import CheckedSetup
 from memshare.cli.main import main
 from memshare.config import load_config
 from tests.memshare.engine.agents.served import write_roles
-from tests.memshare.engine.harness import StartEngine, write_tiny_model
+from tests.memshare.engine.harness import StartEngine, inspect_models_here, write_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -65,9 +66,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
 }  # fmt: skip
 
 
-# vLLM looks at each class in a process of its own, which takes long.
-LATER = ("Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "Mamba2ForCausalLM")
-
 Look = tuple[list[CheckFinding], Memory | None]
 
 
@@ -99,7 +97,9 @@ def command(words: list[str]) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def other_process() -> Iterator[ProcessPoolExecutor]:
     """Models without weights leave traces in vLLM's global state: not beside engines."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    inspects_itself = partial(inspect_models_here, pytest.MonkeyPatch())
+    with ProcessPoolExecutor(1, spawn, initializer=inspects_itself) as pool:
         yield pool
 
 
@@ -109,10 +109,7 @@ def check(other_process: ProcessPoolExecutor) -> Callable[..., Look]:
     return lambda *args, **options: other_process.submit(look, *args, **options).result()
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(name, marks=pytest.mark.complete if name in LATER else ()) for name in FAMILIES],
-)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_families_are_judged_without_weights(
     check: Callable[..., Look], architecture: str, tmp_path: Path
 ) -> None:
