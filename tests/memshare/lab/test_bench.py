@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import sys
@@ -16,9 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.cli.main import main
+from memshare.cli.options import add_sharing, budgets, sharing
 from memshare.config import BudgetConfig, load_config, registry
 from memshare.errors import UserError
-from memshare.lab.bench.arms import NAMES, POLICIES, expand, require_kv_types, wider
+from memshare.lab.bench.arms import (
+    NAMES,
+    POLICIES,
+    Arm,
+    dropping,
+    expand,
+    limits,
+    require_kv_types,
+    wider,
+)
 from memshare.lab.bench.engine_process import call_in_process
 from memshare.lab.bench.records import ArmRun, BenchPlan, BenchRecord, StepMeasurement, TaskOutcome
 from memshare.lab.bench.report import (
@@ -85,6 +96,32 @@ def test_policies_keep_their_own_budgets_unless_one_is_asked_for() -> None:
         assert arm.memshare is not None
         assert load_config(arm.memshare, environ={}).budget == default
     assert default.max_dropped_fraction > default.max_shared_fraction
+
+
+def test_thinning_is_asked_for_and_told_beside_the_recent_window() -> None:
+    parser = argparse.ArgumentParser()
+    add_sharing(parser)
+
+    def arms(words: str) -> list[Arm]:
+        args = parser.parse_args(words.split())
+        return list(expand("dense,off,twins,compaction", budgets(args), sharing(args)))
+
+    default = BudgetConfig()
+    for words, budget in (
+        ("", default),
+        ("--thinning 0.65", default.model_copy(update={"max_thinning": 0.65})),
+        ("--thinning 0.65 --budget 0.5", BudgetConfig(**limits(0.5), max_thinning=0.65)),
+    ):
+        ours = [arm.memshare for arm in arms(words) if arm.shares]
+        assert [load_config(options, environ={}).budget for options in ours] == [budget] * 2
+    said = dropping(arms("--thinning 0.65 --budget 0.5,0.6 --recent 64"))
+    assert said == (
+        " compaction 0.5, compaction 0.6: the last 64 tokens stay (--recent), and of those between "
+        "prompt and window at most 0.65 go (--thinning)."
+    )
+    assert "compaction: the last 32 tokens" in dropping(arms(""))
+    assert f"at most {default.max_thinning:g} go" in dropping(arms(""))
+    assert dropping(expand("dense,observe,twins", [], {})) == ""
 
 
 @pytest.mark.parametrize(
@@ -382,6 +419,7 @@ def test_a_wrong_option_is_named(
         (["eval", "--samples", "-1"], "argument --samples"),
         (["eval", "--recent", "-1"], "argument --recent: -1: give a whole number from 0 on"),
         (["bench", "--recent", "x"], "argument --recent: x"),
+        (["bench", "--thinning", "1.2"], "argument --thinning: 1.2: give a number from 0 to 1"),
         (["simulate", "--recent", "-1"], "argument --recent"),
         (["simulate", "--rate", "0"], "argument --rate: 0: give a number above 0"),
         (["simulate", "--rate", "inf"], "argument --rate: inf"),
