@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
         f"tokens at most; {args.model} ({args.dtype}); {plan.blocks - 1} usable KV blocks of "
         f"{plan.block_size}, trigger {args.trigger}; "
         f"{args.repeats} repeats of {len(arms)} arms; {machine()}."
-        f"{known_arms.wider(arms, plan.blocks, plan.dtype)} {_how_long(args, plan, len(arms))}\n",
+        f"{known_arms.dropping(arms)}{known_arms.wider(arms, plan.blocks, plan.dtype)} "
+        f"{_how_long(args, plan, len(arms))}\n",
         flush=True,
     )
     progress = ProgressBars(args.repeats * len(arms))

@@ -23,6 +23,11 @@ def add_sharing(parser: argparse._ActionsContainer) -> None:
     )
     add_recent(parser)
     parser.add_argument(
+        "--thinning", type=fraction,
+        help="max_thinning, where tokens are dropped: at most this fraction of those between "
+        f"prompt and recent window (default: {budget.max_thinning:g})",
+    )  # fmt: skip
+    parser.add_argument(
         "--trigger", default="pressure", choices=("pressure", "eager"),
         help="give up blocks when memory is short, or at once",
     )  # fmt: skip
@@ -38,7 +43,12 @@ def add_recent(parser: argparse._ActionsContainer) -> None:
 
 def sharing(args: argparse.Namespace) -> dict[str, Any]:
     """MemShare's options of all arms, as :func:`add_sharing` asked for them."""
-    return {"trigger": {"kind": args.trigger}, "protect": {"recent_tokens": args.recent}}
+    options: dict[str, Any] = {
+        "trigger": {"kind": args.trigger}, "protect": {"recent_tokens": args.recent}
+    }  # fmt: skip
+    if args.thinning is not None:
+        options["budget"] = {"max_thinning": args.thinning}
+    return options
 
 
 def budgets(args: argparse.Namespace) -> list[float]:

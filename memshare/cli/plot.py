@@ -1,8 +1,9 @@
 """``memshare plot``: pictures of what was measured, and of a text's own repetitions.
 
 ``arms``, ``usage``, ``waterfall`` and ``pareto`` draw records of ``memshare bench --json``;
-``pareto`` also draws tables of ``memshare replay --json``. ``steps`` and ``trace`` read a recorded
-text with a model. The ending of ``--output`` decides the format: svg, png, pdf; html for ``trace``.
+``arms`` and ``pareto`` take several, of other arms with the same requests, as one. ``pareto`` also
+draws tables of ``memshare replay --json``. ``steps`` and ``trace`` read a recorded text with a
+model. The ending of ``--output`` decides the format: svg, png, pdf; html for ``trace``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memshare.cli.options import count, fraction, new_file, whole
 from memshare.errors import UserError
 
 if TYPE_CHECKING:
-    from memshare.lab.bench.records import ArmRun
+    from memshare.lab.bench.records import ArmRun, BenchRecord
     from memshare.lab.plots.pareto import Point
     from memshare.lab.replay.prefilled import PrefilledTrace, Prefix, Reader
     from memshare.lab.replay.traces import RecordedText
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     every = kinds.add_parser(
         "arms", help="correct answers, preemptions and tokens per step, by arm"
     )
-    every.add_argument("record", type=Path, metavar="JSON")
+    every.add_argument("records", type=Path, nargs="+", metavar="JSON")
     usage = kinds.add_parser("usage", help="KV memory over time, arm by arm")
     usage.add_argument("record", type=Path, metavar="JSON")
     usage.add_argument("--arms", help="separated by ',' (default: all)")
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     waterfall.add_argument("record", type=Path, metavar="JSON")
     waterfall.add_argument("--arm", default="twins")
     pareto = kinds.add_parser("pareto", help="accuracy against speed, or damage against memory")
-    pareto.add_argument("record", type=Path, metavar="JSON", help="of `bench`, or of `replay`")
+    pareto.add_argument(
+        "records", type=Path, nargs="+", metavar="JSON", help="of `bench`, or one of `replay`"
+    )
     pareto.add_argument(
         "--work", choices=("second", "step", "cpu-second"), default="second",
         help="what tokens of a `bench` record are counted by: other load on the machine changes "
@@ -80,10 +83,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _arms(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.plots.arms import plot_arms
 
-    plot_arms(BenchRecord.load(args.record), args.output)
+    plot_arms(_together(args.records), args.output)
+
+
+def _together(paths: list[Path]) -> BenchRecord:
+    from memshare.lab.bench.records import BenchRecord
+
+    return BenchRecord.together([BenchRecord.load(path) for path in paths])
 
 
 def _usage(args: argparse.Namespace) -> None:
@@ -116,22 +124,26 @@ def _run_of(runs: list[ArmRun], arm: str, path: Path) -> ArmRun:
 
 
 def _pareto(args: argparse.Namespace) -> None:
-    from memshare.lab.bench.records import BenchRecord
     from memshare.lab.plots.pareto import accuracy_points, plot_pareto
 
+    path, *others = args.records
     try:
-        rows = json.loads(args.record.read_text())
+        rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{args.record}: {error}") from None
-    if isinstance(rows, list):
+        raise UserError(f"{path}: {error}") from None
+    if isinstance(rows, list) and not others:
         if not rows:
-            raise UserError(f"{args.record} is an empty table")
-        panels, gain = {"KL, nats": _damage_points(rows, args.record)}, "blocks given up, %"
+            raise UserError(f"{path} is an empty table")
+        panels, gain = {"KL, nats": _damage_points(rows, path)}, "blocks given up, %"
     else:
-        record = BenchRecord.load(args.record)
+        if others and args.work != "step":
+            raise UserError(
+                "the load of the machine was another in each record; compare several by --work step"
+            )
+        record = _together(args.records)
         groups = accuracy_points(record, _WORK[args.work])
         if not groups:
-            raise UserError(f"{args.record} has no graded answers; use the workload 'problems'")
+            raise UserError(f"{path} has no graded answers; use the workload 'problems'")
         panels = {f"correct answers, {group} (%)": points for group, points in groups.items()}
         per = args.work.replace("-", " ").replace("cpu", "CPU")
         gain = f"tokens per {per}, {next(iter(record.arms))} = 1"

@@ -102,7 +102,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=count, default=1, help="judge the probe as ranks use "
         "it that have a part of the heads each",
     )  # fmt: skip
-    parser.add_argument("--recent", type=whole, default=128, help="last tokens that always stay")
+    parser.add_argument("--recent", type=whole, default=32, help="last tokens that always stay")
     parser.add_argument(
         "--position-weight", type=fraction, default=0.7, help="policy.position_weight"
     )

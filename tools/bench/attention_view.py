@@ -195,7 +195,7 @@ def probe(shape: Shape, device: torch.device) -> ProbeScorer:
     angles = torch.arange(8192)[:, None] * 1e4 ** -torch.linspace(0, 1, shape.channels // 2)
     rotation = Rotation(angles.cos(), angles.sin(), neox=True).to(device)
     part = network.part(0, shape.heads, device, fast_dtype(device))
-    return ProbeScorer(part, rotation, neighbours=2)
+    return ProbeScorer(part, rotation, reach=2)
 
 
 def decode(model: str, context: int, batch: int) -> tuple[float, float]:

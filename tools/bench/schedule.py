@@ -7,11 +7,13 @@ everywhere.
     python -m tools.bench.schedule
     python -m tools.bench.schedule --texts solutions
     python -m tools.bench.schedule --limits
+    python -m tools.bench.schedule --lookahead 0,96,192,384
 
 The first has requests of given lengths that write random tokens: `oldest` and `random` need not
 know what is alike, and `twins` finds nothing. The second writes real texts: stage one runs; how
 similar the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
-The third has both, for `compaction` alone, with several limits of what a request may lose.
+The third has both, for `compaction` alone, with several limits of what a request may lose; the last
+the same, with its default limits and several numbers of tokens that admission looks ahead.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 LIMITS = (
     (0.4, 0.8, 32), (0.5, 0.8, 128), (0.6, 0.8, 128), (0.75, 0.8, 128), (0.6, 0.8, 64),
-    (0.5, 0.8, 32), (0.6, 0.8, 32),
+    (0.5, 0.8, 32), (0.6, 0.8, 32), (0.5, 0.7, 32),
 )  # fmt: skip
 """Of `compaction`: ``max_dropped_fraction``, ``max_thinning``, ``recent_tokens``."""
 
@@ -90,6 +92,8 @@ class ScheduleCounts:
     steps: int
     tokens: int
     preemptions: int
+    early: int
+    """Preemptions before any request had ended."""
     recomputed: int
     remaps: int
     """Remaps, or rounds of compaction."""
@@ -145,12 +149,15 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=8, help="requests for which there is memory")
     parser.add_argument("--budget", default="0.1,0.2,0.3,0.4", help="fractions, by ','")
     parser.add_argument("--limits", action="store_true", help="what compaction may drop")
+    parser.add_argument("--lookahead", help="tokens that admission looks ahead, by ','")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
         if options.limits:
-            show_limits(Path(folder))
+            show_ratios(Path(folder), "dropped, thinning, recent", dict(_limits()))
+        elif options.lookahead is not None:
+            show_ratios(Path(folder), "lookahead", dict(_lookaheads(options.lookahead.split(","))))
         elif options.texts is not None:
             reasoner = _reasoner()
             work = of_texts(
@@ -197,22 +204,33 @@ def show(model: Path, work: ScheduleWorkload, arms: dict[str, dict[str, Any]]) -
         print(_row(arm, run(model, work, options), base), flush=True)
 
 
-def show_limits(folder: Path) -> None:
-    """Print what compaction gains by what it may drop: tokens per step, preemptions."""
+def _limits() -> Iterator[tuple[str, dict[str, Any]]]:
+    for dropped, thinning, recent in LIMITS:
+        limits = {"max_dropped_fraction": dropped, "max_thinning": thinning}
+        options = COMPACTION | {"budget": limits, "protect": {"recent_tokens": recent}}
+        yield f"{dropped}, {thinning}, {recent}", options
+
+
+def _lookaheads(tokens: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for ahead in tokens:
+        yield ahead, COMPACTION | {"admission": {"lookahead_tokens": int(ahead)}}
+
+
+def show_ratios(folder: Path, varied: str, arms: dict[str, dict[str, Any]]) -> None:
+    """Print what arms gain, as multiples of dense's: tokens per step, preemptions (in brackets how
+    many of how many came before any request had ended)."""
     tiny, reasoner = _tiny(folder), _reasoner()
     _, burst, mixed, _, long = of_lengths()
     works = [(tiny, burst), (tiny, mixed), (tiny, long)]
     works += [(reasoner, of_texts(reasoner, "solutions", n, 1100, 33)) for n in (100, 300)]
     bases = [run(model, work, DENSE) for model, work in works]
-    print(table_head(("dropped, thinning, recent", *(work.name for _, work in works))))
-    for dropped, thinning, recent in LIMITS:
-        limits = {"max_dropped_fraction": dropped, "max_thinning": thinning}
-        options = COMPACTION | {"budget": limits, "protect": {"recent_tokens": recent}}
-        cells = [f"{dropped}, {thinning}, {recent}"]
+    print(table_head((varied, *(work.name for _, work in works))))
+    for arm, options in arms.items():
+        cells = [arm]
         for (model, work), base in zip(works, bases, strict=True):
             mine = run(model, work, options)
-            steps = base.steps / mine.steps
-            cells.append(f"{steps:.2f}x, {mine.preemptions / max(1, base.preemptions):.2f}x")
+            steps, preempted = base.steps / mine.steps, mine.preemptions / max(1, base.preemptions)
+            cells.append(f"{steps:.2f}x, {preempted:.2f}x ({mine.early} of {mine.preemptions})")
         print(table_row(cells), flush=True)
 
 
@@ -229,7 +247,7 @@ def run(
         synchronous_search=True, watermark=watermark,
     )  # fmt: skip
     given_up: dict[str, float] = {}
-    steps = preemptions = added = 0
+    steps = preemptions = early = added = ended = 0
     again = Recomputation()
     while added < len(work.jobs) or rig.scheduler.requests:
         while added < len(work.jobs) and work.jobs[added].arrival <= steps:
@@ -238,9 +256,12 @@ def run(
             added += 1
         output = rig.scheduler.schedule()
         again.add_step(rig.scheduler, output)
+        preemptions += len(output.preempted_req_ids or ())
+        if not ended:
+            early = preemptions
         rig.finish_step(output)
         steps += 1
-        preemptions += len(output.preempted_req_ids or ())
+        ended = added - len(rig.scheduler.requests)
         if rig.side is not None:
             for state in rig.side.tracker:
                 given_up[state.request_id] = state.lost / max(state.full, 1)
@@ -249,7 +270,7 @@ def run(
     rig.close()
     tokens = sum(job.length for job in work.jobs)
     mean = sum(given_up.values()) / len(work.jobs)
-    return ScheduleCounts(steps, tokens, preemptions, again.tokens, remaps, mean)
+    return ScheduleCounts(steps, tokens, preemptions, early, again.tokens, remaps, mean)
 
 
 def _row(arm: str, mine: ScheduleCounts, base: ScheduleCounts) -> str:

@@ -130,7 +130,8 @@ def expand(names: str, budgets: list[float], common: dict[str, Any]) -> Iterator
                 yield Arm(name, options, kv_dtype)
             for budget in budgets:
                 shown = name if len(budgets) == 1 else f"{name} {budget:g}"
-                yield Arm(shown, options | {"budget": limits(budget)}, kv_dtype)
+                asked = options.get("budget", {}) | limits(budget)
+                yield Arm(shown, options | {"budget": asked}, kv_dtype)
         else:
             known = ", ".join((*_OTHERS, *policies))
             raise UserError(f"there is no arm {name!r}; choose of {known}; {_ON_FP8}")
@@ -145,6 +146,22 @@ def _require_once(option: str, values: list[str]) -> None:
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
         raise UserError(f"{option}: {twice} comes twice; name it once")
+
+
+def dropping(arms: Iterable[Arm]) -> str:
+    """Say what limits arms that drop tokens, besides their budgets; ``""`` if there are none."""
+    limited: dict[tuple[int, float], list[str]] = {}
+    for arm in arms:
+        if arm.shares:
+            config = load_config(arm.memshare, environ={})
+            if config.drops_tokens:
+                limits = (config.recent_tokens, config.max_thinning)
+                limited.setdefault(limits, []).append(arm.name)
+    return "".join(
+        f" {', '.join(names)}: the last {recent} tokens stay (--recent), and of those between "
+        f"prompt and window at most {thinning:g} go (--thinning)."
+        for (recent, thinning), names in limited.items()
+    )
 
 
 def wider(arms: Iterable[Arm], blocks: int, dtype: str) -> str:

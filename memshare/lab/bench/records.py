@@ -184,6 +184,29 @@ class BenchRecord:
             repeats,
         )
 
+    @classmethod
+    def together(cls, pieces: Sequence[BenchRecord]) -> BenchRecord:
+        """One record of several, each of which measured other arms with the same requests.
+
+        Counts of engine steps compare between pieces, times do not: what else ran on the machine
+        was something else.
+
+        Raises:
+            UserError: their requests differ, or an arm is in two of them.
+        """
+        first, *others = pieces
+        arms, repeats = dict(first.arms), [list(runs) for runs in first.repeats]
+        for piece in others:
+            if dataclasses.replace(piece, arms=first.arms, repeats=first.repeats) != first:
+                raise UserError("the records are of different requests; draw them one by one")
+            if twice := arms.keys() & piece.arms.keys():
+                raise UserError(f"two records have the arm {sorted(twice)[0]!r}; leave one out")
+            arms |= piece.arms
+            repeats += [[] for _ in piece.repeats[len(repeats) :]]
+            for whole, runs in zip(repeats, piece.repeats, strict=False):
+                whole.extend(runs)
+        return dataclasses.replace(first, arms=arms, repeats=repeats)
+
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self)))

@@ -12,14 +12,16 @@ from memshare.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, told apart by colour-blind readers too; brown and grey are not of it.
 _COLOURS = {
     "dense": "#000000",
     "twins": "#0072b2",
     "oldest": "#e69f00",
     "random": "#cc79a7",
     "paper": "#009e73",
-    "control": "#d55e00",
+    "compaction": "#d55e00",
+    "control": "#8c564b",
+    "watermark": "#666666",
     "fp8": "#56b4e9",
     "twins-fp8": "#f0e442",
 }

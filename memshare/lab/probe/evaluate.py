@@ -34,7 +34,7 @@ class Dropping:
     """
 
     freed: float
-    recent: int = 128
+    recent: int = 32
     position_weight: float = 0.7
     every: int = 0
 
@@ -155,14 +155,15 @@ class Tally:
     tensor_parallel_size: int = 1
     measured: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
-    def judged(self, freed: float, every: int = 0) -> Judged:
-        """Means over the texts."""
+    def judged(self, how: Dropping) -> Judged:
+        """Means over the texts, of which tokens were dropped like this."""
         return Judged(
             kind=self.kind,
             texts=len(self.measured),
             prefix=self.prefix,
-            freed=freed,
-            every=every,
+            freed=how.freed,
+            every=how.every,
+            recent=how.recent,
             tensor_parallel_size=self.tensor_parallel_size,
             kl=float(np.mean([one[:, _KL].mean() for one in self.measured])),
             same_top=float(np.mean([one[:, _TOP].mean() for one in self.measured])),

@@ -81,7 +81,7 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
     probe = found and found[1]
     texts = _texts(plan, reader, frozenset(probe.card.seen if probe else ()))
     size = plan.tensor_parallel_size
-    tallies: dict[tuple[str, str, float], Tally] = {}
+    tallies: dict[tuple[str, str, Dropping], Tally] = {}
     for text in tqdm(texts, desc="judging", unit="text", disable=None):
         prefix = text.cut or plan.prefix
         rest = len(text.tokens) - prefix if text.cut else plan.continuation
@@ -90,10 +90,10 @@ def judge_texts(plan: JudgingPlan) -> list[tuple[str, Judged]]:
             weight = 0.0 if name == "random" else plan.position_weight
             for freed in plan.freed:
                 how = Dropping(freed, plan.recent, weight, plan.every)
-                tally = tallies.setdefault((name, text.kind, freed), Tally(text.kind, prefix, size))
+                tally = tallies.setdefault((name, text.kind, how), Tally(text.kind, prefix, size))
                 scorer = scorer_for(name, probe, size, reader)
                 tally.measured.append(judge(reader, reading, scorer, how))
-    rows = [(name, tally.judged(freed, plan.every)) for (name, _, freed), tally in tallies.items()]
+    rows = [(name, tally.judged(how)) for (name, _, how), tally in tallies.items()]
     if plan.record and found is not None:
         path, probe = found
         card = probe.card.with_judged(row for name, row in rows if name == "probe")

@@ -138,7 +138,7 @@ class _Validation:
     tallies: dict[tuple[str, float, int], Tally] = field(default_factory=dict)
 
     def judged(self) -> tuple[Judged, ...]:
-        return tuple(tally.judged(freed) for (_, freed, _), tally in self.tallies.items())
+        return tuple(tally.judged(Dropping(freed)) for (_, freed, _), tally in self.tallies.items())
 
 
 def _kinds(plan: TrainingPlan, reader: CacheReader) -> tuple[int, ...]:

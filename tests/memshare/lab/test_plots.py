@@ -130,6 +130,30 @@ def test_a_stopped_comparison_shows_the_arms_that_ran(
     assert output.exists()
 
 
+def test_pieces_of_a_comparison_are_one(record: Path, tmp_path: Path) -> None:
+    loaded = BenchRecord.load(record)
+    runs = [a_run("compaction", 5.0, [True] * 8 + [False] * 2)]
+    other = replace(loaded, arms={"compaction": {"mode": "share"}}, repeats=[runs])
+    whole = BenchRecord.together([loaded, other])
+    assert list(whole.arms) == ["dense", "twins", "compaction"]
+    assert [[run.arm for run in repeat] for repeat in whole.repeats] == [
+        ["dense", "twins", "compaction"], ["twins", "dense"]
+    ]  # fmt: skip
+    assert loaded == BenchRecord.load(record), "not modified"
+    with pytest.raises(UserError, match="have the arm 'dense'"):
+        BenchRecord.together([loaded, loaded])
+    with pytest.raises(UserError, match="different requests"):
+        BenchRecord.together([loaded, replace(other, prompts=[11] * 10)])
+
+    piece, output = tmp_path / "piece.json", tmp_path / "picture.svg"
+    other.save(piece)
+    words = ["plot", "pareto", str(record), str(piece), "--output", str(output)]
+    assert main(words) == 1, "seconds of two records say nothing"
+    assert not output.exists()
+    assert main([*words, "--work", "step"]) == 0
+    assert "compaction" in output.read_text()
+
+
 def test_panels_count_all_repeats(record: Path) -> None:
     found = panels(BenchRecord.load(record))
     dense, twins = found["correct answers, recall (%)"]

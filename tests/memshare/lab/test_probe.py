@@ -275,7 +275,7 @@ def test_the_command_trains_judges_and_shows(
         ("sums", 2, 1), ("sums", 2, HEADS),
     ]  # fmt: skip
     assert set(probe.card.rank_correlation) == {HEADS, 1}
-    assert "| 2 sums | 300 | 40% | yes | 1 |" in capsys.readouterr().out
+    assert "| 2 sums | 300 | 40% | yes | 32 | 1 |" in capsys.readouterr().out
 
     others = tmp_path / "others"
     others.mkdir()
@@ -292,9 +292,10 @@ def test_the_command_trains_judges_and_shows(
     assert main([*evaluate, "--every", "64", "--record", "--texts", str(others)]) == 0
     recorded = read_probe(tmp_path / "cache/memshare/probes/tiny.safetensors")
     assert [
-        (row.kind, row.every, row.tensor_parallel_size) for row in recorded.card.judged
+        (row.kind, row.every, row.recent, row.tensor_parallel_size)
+        for row in recorded.card.judged
     ] == [
-        ("others", 64, 1), ("sums", 0, 1), ("sums", 0, HEADS),
+        ("others", 64, 64, 1), ("sums", 0, 32, 1), ("sums", 0, 32, HEADS),
     ]  # fmt: skip
     for together, named in probe.tensors.items():
         assert all(torch.equal(recorded.tensors[together][n], t) for n, t in named.items())

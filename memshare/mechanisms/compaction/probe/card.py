@@ -33,6 +33,7 @@ class Judged(_Record):
         prefix: tokens of each, of which some were dropped.
         freed: fraction of them that was dropped, in every layer and head.
         every: tokens from one compaction to the next, as serving does it; 0 if once, at the end.
+        recent: last tokens that were not dropped; cards that do not say were made with 128.
         tensor_parallel_size: ranks that shared the heads, each choosing by its own.
         kl: KL divergence of the next-token distributions from the exact ones, nats per token.
         same_top: fraction of tokens whose most likely next token stays the same.
@@ -44,6 +45,7 @@ class Judged(_Record):
     prefix: int
     freed: Fraction
     every: int = 0
+    recent: int = 128
     tensor_parallel_size: int = 1
     kl: float
     same_top: Fraction
@@ -169,19 +171,19 @@ class ProbeCard(_Record):
         if self.judged:
             yield "\nDamage on texts that the probe has not seen (mean over texts):\n"
             yield (
-                "| texts | prefix | dropped | at once? | tensor-parallel size | KL | "
-                "same top token | texts unchanged |"
+                "| texts | prefix | dropped | at once? | recent window | tensor-parallel size | "
+                "KL | same top token | texts unchanged |"
             )
-            yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+            yield f"|{' --- |' * 9}"
         for row in self.judged:
             yield (
                 f"| {row.texts} {row.kind} | {row.prefix} | {row.freed:.0%} | {row.how_often} | "
-                f"{row.tensor_parallel_size} | {row.kl:.4f} | {row.same_top:.3f} | "
+                f"{row.recent} | {row.tensor_parallel_size} | {row.kl:.4f} | {row.same_top:.3f} | "
                 f"{row.unchanged} |"
             )
         yield ""
 
 
-def _what(row: Judged) -> tuple[str, float, int, int]:
+def _what(row: Judged) -> tuple[str, float, int, int, int]:
     """Tells measurements apart: of two with the same, the later one holds."""
-    return row.kind, row.freed, row.every, row.tensor_parallel_size
+    return row.kind, row.freed, row.every, row.recent, row.tensor_parallel_size

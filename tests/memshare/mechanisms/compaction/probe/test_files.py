@@ -65,7 +65,7 @@ def test_a_file_holds_the_probe_and_lies_beside_its_card(tmp_path: Path) -> None
     assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.md", "tiny.safetensors"]
     assert path.stat().st_mode & 0o777 == 0o644
     text = path.with_suffix(".md").read_text()
-    assert "| 3 chains of thought | 100 | 40% | yes | 2 | 0.0100 | 0.970 | 1 |" in text
+    assert "| 3 chains of thought | 100 | 40% | yes | 128 | 2 | 0.0100 | 0.970 | 1 |" in text
 
 
 def test_tensors_of_other_shapes_than_the_card_says_are_refused(tmp_path: Path) -> None:
