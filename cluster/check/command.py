@@ -120,7 +120,11 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
         args, setup.memshare, memory, model.config.model_config.max_model_len,
         model.config.scheduler_config.max_num_seqs,
     )  # fmt: skip
-    return CheckReport(setup.subject, (*findings, *found), memory, capacity)
+    from cluster.check.placement import look_at_placement
+
+    misplaced, placement = look_at_placement(model.config)
+    findings += [*misplaced, *found]
+    return CheckReport(setup.subject, tuple(findings), memory, capacity, placement)
 
 
 def _split(file: Path | None, words: list[str]) -> tuple[Path | None, list[str]]:

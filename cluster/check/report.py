@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Literal
 
 from memshare.core.capacity import Concurrency
+from memshare.moe.placement.ranks import Placement
+from memshare.moe.placement.report import as_object, placement_lines
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -82,12 +84,22 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """All findings about one set-up."""
+    """All findings about one set-up.
+
+    Attributes:
+        subject: what was checked.
+        findings: what was found.
+        memory: of one worker; None if it could not be found out.
+        capacity: requests at once; None without ``memory``.
+        placement: which rank holds what; None for one rank of a dense model, and for models whose
+            layers are not known to the arithmetic.
+    """
 
     subject: str
     findings: tuple[CheckFinding, ...]
     memory: Memory | None = None
     capacity: Capacity | None = None
+    placement: Placement | None = None
 
     @property
     def works(self) -> bool:
@@ -96,7 +108,10 @@ class CheckReport:
 
     def as_json(self) -> str:
         """The report as one JSON object; sizes in bytes, lengths in tokens."""
-        return json.dumps({"works": self.works, **asdict(self)}, indent=2)
+        found = {"works": self.works, **asdict(replace(self, placement=None))}
+        if self.placement is not None and self.capacity is not None:
+            found["placement"] = as_object(self.placement, *_load(self.capacity))
+        return json.dumps(found, indent=2)
 
     def as_text(self) -> str:
         """The report for a terminal."""
@@ -107,6 +122,9 @@ class CheckReport:
             lines += ["", "memory of one worker", *_memory_lines(self.memory)]
         if self.capacity is not None:
             lines += ["", "requests at once, in one replica", *_capacity_lines(self.capacity)]
+            if self.placement is not None:
+                placed = placement_lines(self.placement, *_load(self.capacity))
+                lines += ["", "placement", *(f"  {line}".rstrip() for line in placed)]
         return "\n".join([*lines, "", self._verdict()])
 
     def _verdict(self) -> str:
@@ -143,6 +161,11 @@ def _memory_lines(memory: Memory) -> Iterable[str]:
         f"{memory.usable * memory.block_size:,} tokens for requests"
     )
     yield f"  a block    {memory.block_bytes:,} bytes; a token {per_token:,.0f}"
+
+
+def _load(capacity: Capacity) -> tuple[int, int]:
+    """Tokens of a request, and requests of a step, that a placement is explained for."""
+    return capacity.prompt + capacity.output, capacity.max_num_seqs
 
 
 def _capacity_lines(capacity: Capacity) -> Iterable[str]:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("memshare.cli.replay", "measure what sharing does, on recorded texts"),
     "probe": ("memshare.cli.probe", "train what tells which tokens will be needed"),
     "agents": ("memshare.cli.agents", "check, train, compare LoRA adapters that share one cache"),
+    "moe": ("memshare.cli.moe", "place a mixture of experts: which rank holds what"),
     "simulate": ("memshare.cli.simulate", "predict the gain on machines not at hand"),
     "init": ("memshare.cli.init", "write a configuration to begin with"),
     "check": ("cluster.check.command", "will this model, machine and configuration work?"),

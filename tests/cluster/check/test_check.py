@@ -20,12 +20,15 @@ from cluster.check.machine import (
     check_machine,
     needs_of,
 )
+from cluster.check.placement import place_checked
 from cluster.check.report import GIB, Capacity, CheckFinding, CheckReport, Memory
 from cluster.check.setup import read_setup
 from cluster.config import parse_cluster_args
 from memshare.config import ConfigError
 from memshare.core.capacity import Concurrency
 from memshare.errors import UserError
+from memshare.moe.placement.parallelism import Parallelism
+from tests.memshare.moe.placement.published import LLAMA_8B, QWEN3_30B
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = Machine(cpus=8, free_bytes=64 * GIB, shm_bytes=SHM_BYTES, open_files=OPEN_FILES)
@@ -122,6 +125,41 @@ def test_a_report_for_people_and_for_programs() -> None:
     bad = replace(report, findings=(*report.findings, CheckFinding("model", "fail", "no", "yes")))
     assert bad.as_text().endswith("Will not work: 1 of these must be put right; 1 warning.")
     assert json.loads(bad.as_json())["works"] is False
+
+
+def test_a_report_says_which_rank_holds_what() -> None:
+    division = Parallelism(tensor_parallel_size=4, enable_expert_parallel=True)
+    faults, placement = place_checked(QWEN3_30B, division, 2)
+    assert faults == []
+    capacity = Capacity(200, 800, 0.0, 64, Concurrency(63, 32, 60), None)
+    report = CheckReport("x", (), MEMORY, capacity, placement)
+    assert "  4 ranks: --tensor-parallel-size 4 --enable-expert-parallel" in report.as_text()
+    assert "sent by a rank in a step of 64 tokens" in report.as_text()
+    ranks = json.loads(report.as_json())["placement"]["ranks"]
+    assert [rank["experts"] for rank in ranks] == [[0, 31], [32, 63], [64, 95], [96, 127]]
+    assert ranks[0]["kv_bytes_of_a_request"] == 1000 * 24_576
+    assert json.loads(replace(report, placement=None).as_json())["placement"] is None
+
+
+def test_what_vllm_would_place_wrongly_is_refused() -> None:
+    """vLLM asks that dcp divides tp, is at most tp / KV heads, and divides the queries of a KV
+    head. With 2 KV heads on 12 ranks a group of 4 then has ranks of both heads."""
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 2, "vocab_size": 192 * 64}
+    division = Parallelism(tensor_parallel_size=12, decode_context_parallel_size=4)
+    (fault,), placement = place_checked(
+        {**LLAMA_8B, **heads, "intermediate_size": 1200}, division, 2
+    )
+    assert placement is None
+    assert fault.level == "fail"
+    assert "6 ranks do, which it must divide" in fault.text
+
+
+def test_where_there_is_nothing_to_place() -> None:
+    assert place_checked(LLAMA_8B, Parallelism(), 2) == ([], None)
+    assert place_checked(LLAMA_8B, Parallelism(data_parallel_size=2), 2) == ([], None)
+    unknown = {"model_type": "nemotron_h"}
+    assert place_checked(unknown, Parallelism(tensor_parallel_size=2), 2) == ([], None)
+    assert place_checked(QWEN3_30B, Parallelism(), 2)[1] is not None
 
 
 def test_files_that_cannot_be_checked(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Which rank of the checked set-up holds what (:mod:`memshare.moe.placement`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from cluster.check.report import CheckFinding
+from memshare.config import ConfigError
+from memshare.moe.placement.model_config import shape_of
+from memshare.moe.placement.parallelism import Parallelism, refusals
+from memshare.moe.placement.ranks import Placement, place
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_NARROW = ("fp8", "int8")  # beginnings of vLLM's names of KV dtypes of one byte
+
+
+def look_at_placement(config: VllmConfig) -> tuple[list[CheckFinding], Placement | None]:
+    """Place the model, where there is something to say: experts, or several ranks.
+
+    Args:
+        config: vLLM's, of the set-up.
+
+    Returns:
+        What is wrong, and the placement. None of a family that is not known there, and where the
+        layers are divided among stages.
+    """
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return [], None
+    return place_checked(
+        config.model_config.hf_text_config.to_dict(),
+        Parallelism(
+            tensor_parallel_size=parallel.tensor_parallel_size,
+            data_parallel_size=parallel.data_parallel_size,
+            enable_expert_parallel=parallel.enable_expert_parallel,
+            decode_context_parallel_size=parallel.decode_context_parallel_size,
+        ),
+        1 if str(config.cache_config.cache_dtype).startswith(_NARROW) else 2,
+    )
+
+
+def place_checked(
+    fields: Mapping[str, object], parallelism: Parallelism, kv_number_bytes: int
+) -> tuple[list[CheckFinding], Placement | None]:
+    """The same, from a model's configuration and the sizes of the groups."""
+    try:
+        shape = shape_of(fields)
+    except ConfigError:
+        return [], None  # the rest of the check knows more models
+    if shape.experts is None:
+        # vLLM runs data-parallel replicas of a dense model each for itself.
+        parallelism = parallelism.model_copy(update={"data_parallel_size": 1})
+    if shape.experts is None and parallelism.ranks == 1:
+        return [], None
+    if found := list(_findings(refusals(shape, parallelism))):
+        return found, None
+    return [], place(shape, parallelism, kv_number_bytes)
+
+
+def _findings(faults: Iterator[str]) -> Iterator[CheckFinding]:
+    return (CheckFinding("model", "fail", fault) for fault in faults)

@@ -1,0 +1,31 @@
+"""``memshare moe``: mixtures of experts."""
+
+from __future__ import annotations
+
+import argparse
+
+from memshare.cli.main import Command
+from memshare.cli.moe import placement
+
+_ACTIONS: dict[str, tuple[Command, str]] = {
+    "placement": (placement, "which rank holds which KV heads, tokens and experts"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = __doc__
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, (module, help_line) in _ACTIONS.items():
+        form = parser.formatter_class
+        module.add_arguments(actions.add_parser(name, help=help_line, formatter_class=form))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is asked.
+
+    Raises:
+        UserError: a model or an option cannot be used.
+    """
+    module, _ = _ACTIONS[args.action]
+    return module.run(args)
