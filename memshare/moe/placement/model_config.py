@@ -15,6 +15,7 @@ from memshare.moe.placement.shape import Experts, GroupedHeads, LatentHeads, Mod
 _DTYPES = {"bfloat16": Fraction(2), "float16": Fraction(2), "float32": Fraction(4)}
 _MXFP4 = Fraction(4 * 32 + 8, 8 * 32)  # 32 numbers of four bits share a scale of eight
 _SCALE_BYTES = 4  # of a block of fp8 numbers
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_shape(model: Path) -> ModelShape:
@@ -215,13 +216,16 @@ def _chosen(fields: _Fields, count: int) -> int:
     return chosen
 
 
-def _everywhere(
-    count_field: str, bias: bool = False, by_tokens: bool = False
-) -> Callable[[_Fields, int], Experts]:
+def _count(fields: _Fields) -> int:
+    """Experts of a layer. Families name them differently, and Transformers 5 differently again."""
+    return fields.size(next(filter(fields.has, _COUNTS), _COUNTS[0]))
+
+
+def _everywhere(bias: bool = False, by_tokens: bool = False) -> Callable[[_Fields, int], Experts]:
     """Experts in every layer, as wide as ``intermediate_size`` says."""
 
     def read(fields: _Fields, layers: int) -> Experts:
-        count = fields.size(count_field)
+        count = _count(fields)
         width = fields.size("intermediate_size")
         return Experts(count, _chosen(fields, count), width, layers, bias=bias, by_tokens=by_tokens)
 
@@ -229,14 +233,14 @@ def _everywhere(
 
 
 def _qwen3(fields: _Fields, layers: int) -> Experts:
-    count, step = fields.size("num_experts"), fields.size("decoder_sparse_step", 1)
+    count, step = _count(fields), fields.size("decoder_sparse_step", 1)
     dense = fields.items("mlp_only_layers")
     sparse = sum(i not in dense and (i + 1) % step == 0 for i in range(layers))
     return Experts(count, _chosen(fields, count), fields.size("moe_intermediate_size"), sparse)
 
 
 def _deepseek(fields: _Fields, layers: int) -> Experts:
-    count, frequency = fields.size("n_routed_experts"), fields.size("moe_layer_freq", 1)
+    count, frequency = _count(fields), fields.size("moe_layer_freq", 1)
     first = fields.size("first_k_dense_replace", 0, at_least=0)
     width = fields.size("moe_intermediate_size")
     return Experts(
@@ -273,10 +277,10 @@ _FAMILIES = {
     "mistral": _Family(_grouped()),
     "qwen2": _Family(_grouped(input_bias=True)),
     "qwen3": _Family(_grouped(norms=_head_norms)),
-    "mixtral": _Family(_grouped(), _everywhere("num_local_experts")),
-    "olmoe": _Family(_grouped(norms=_whole_norms), _everywhere("num_experts")),
+    "mixtral": _Family(_grouped(), _everywhere()),
+    "olmoe": _Family(_grouped(norms=_whole_norms), _everywhere()),
     "qwen3_moe": _Family(_grouped(norms=_head_norms), _qwen3),
-    "gpt_oss": _Family(_grouped(), _everywhere("num_local_experts", bias=True, by_tokens=True)),
+    "gpt_oss": _Family(_grouped(), _everywhere(bias=True, by_tokens=True)),
     "deepseek_v2": _Family(_latent, _deepseek),
     "deepseek_v3": _Family(_latent, _deepseek),
     "kimi_k2": _Family(_latent, _deepseek),

@@ -21,6 +21,9 @@ from cluster.check.report import GIB, CheckFinding, Memory
 from cluster.check.setup import CheckedSetup
 from memshare.cli.main import main
 from memshare.config import load_config
+from memshare.moe.placement.model_config import shape_of
+from memshare.moe.placement.parallelism import Parallelism
+from memshare.moe.placement.ranks import place
 from tests.memshare.engine.agents.served import write_roles
 from tests.memshare.engine.harness import StartEngine, inspect_models_here, write_tiny_model
 
@@ -64,7 +67,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         "MambaSpec",
     ),
 }  # fmt: skip
-
+PLACED = ("qwen3", "qwen3_moe", "mistral", "deepseek_v2")
 
 Look = tuple[list[CheckFinding], Memory | None]
 
@@ -124,8 +127,13 @@ def test_families_are_judged_without_weights(
         assert architecture in found[0].text
     else:
         assert any(symptom in fault for fault in faults), found
-    off, _ = check(str(tmp_path), BLOCKS, mode="off")
+    off, memory = check(str(tmp_path), BLOCKS, mode="off")
     assert all(finding.level == "ok" for finding in off), "switched off, it is in nobody's way"
+    if fields["model_type"] in PLACED:
+        assert memory is not None
+        (rank,) = place(shape_of(config), Parallelism()).ranks
+        assert rank.all_weight_bytes == memory.weight_bytes, "arithmetic, and the model itself"
+        assert rank.kv_bytes + rank.window_bytes == memory.block_bytes / memory.block_size
 
 
 def test_blocks_are_counted_as_an_engine_counts_them(

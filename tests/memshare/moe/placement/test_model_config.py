@@ -64,6 +64,15 @@ def test_layers_without_experts_are_counted() -> None:
     assert (mixed.experts.layers, mixed.dense_layers) == (23, 25)  # every second one, less one
 
 
+def test_transformers_5_writes_the_number_of_experts_under_another_name() -> None:
+    renamed = {**QWEN3_30B, "num_local_experts": 128}
+    del renamed["num_experts"]
+    assert shape_of(renamed) == shape_of(QWEN3_30B)
+    del renamed["num_local_experts"]
+    with pytest.raises(ConfigError, match="num_experts = None: a whole number"):
+        shape_of(renamed)
+
+
 def test_windows_and_sizes_of_numbers() -> None:
     shape = shape_of(GPT_OSS_20B)
     assert (shape.windowed_layers, shape.window) == (12, 128)
