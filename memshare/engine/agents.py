@@ -95,7 +95,7 @@ def agent_faults(vllm_config: VllmConfig, config: AgentsConfig) -> Iterator[str]
     """Why adapters cannot share in a set-up, each with the way out, before the model loads."""
     if not config.shares:
         return
-    yield from _option_faults(vllm_config)
+    yield from _option_faults(vllm_config, config)
     try:
         adapters = adapters_by_name(config.adapters)
     except ConfigError as error:
@@ -131,16 +131,17 @@ def _base(vllm_config: VllmConfig) -> BaseModelFacts:
     return facts_of(model.model, model.hf_text_config)
 
 
-def _option_faults(vllm_config: VllmConfig) -> Iterator[str]:
+def _option_faults(vllm_config: VllmConfig, config: AgentsConfig) -> Iterator[str]:
     device, cache = vllm_config.device_config.device_type, vllm_config.cache_config
     if device not in ("cpu", "cuda"):
         yield f"the device is {device}; adapters share caches on CPUs and NVIDIA GPUs alone"
     if not cache.enable_prefix_caching:
         yield "enable_prefix_caching is off, by which adapters find blocks; leave it on"
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+    if not config.takes_cache_type(cache.cache_dtype):
         yield (
-            f"kv_cache_dtype is {cache.cache_dtype!r}: values and low-rank columns would need "
-            "scales of their own; set it to 'auto'"
+            f"kv_cache_dtype is {cache.cache_dtype!r}: a cache has one scale for values, and with "
+            f"agents.scheme {config.scheme!r} low-rank columns, which are another size, beside "
+            "them; set it to 'auto', or agents.scheme to 'nonshared'"
         )
     if vllm_config.speculative_config is not None:
         yield "speculative decoding has not been run with adapters that share; leave it off"
