@@ -124,9 +124,14 @@ class Adapter(Protocol):
         """
         ...
 
-    def number_adapter(self, request: EngineRequest, number: int) -> None:
-        """Let the engine know a request's adapter by this number, in place of the request's own.
-        Before the request is scheduled."""
+    def number_adapter(self, request: EngineRequest, number: Callable[[str], int]) -> None:
+        """Let the engine know a request's adapter, if it has one, by another number than the
+        request's own. Before the request is scheduled.
+
+        Args:
+            request: the engine's own object, of which this one thing is changed.
+            number: of an adapter, by its name.
+        """
         ...
 
     def padded_head_sizes(self) -> list[int]:

@@ -84,9 +84,7 @@ class FamilyRequests:
         goes by the number alone: two of one adapter would take two slots, and one of two adapters
         would be whichever came first.
         """
-        asked = request.lora_request
-        if asked is not None:
-            vllm_adapter().number_adapter(request, self.family.number(asked.lora_name))
+        vllm_adapter().number_adapter(request, self.family.number)
 
 
 def _holds(folder: Path, member: Adapter) -> bool:

@@ -164,7 +164,7 @@ def install_family(vllm_config: VllmConfig, runner: object, family: Family) -> N
     lora_slots.install_family(vllm_config, runner, family)
 
 
-def number_adapter(request: EngineRequest, number: int) -> None:
+def number_adapter(request: EngineRequest, number: Callable[[str], int]) -> None:
     """See :meth:`Adapter.number_adapter`."""
     from memshare.engine.vllm_0_32 import lora_slots
 

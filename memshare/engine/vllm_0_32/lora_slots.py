@@ -8,6 +8,7 @@ nothing else may load; and what is loaded stays, because there is a slot for eac
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -119,10 +120,11 @@ class FamilySlots:
         self.columns[slot].copy_(row, non_blocking=True)
 
 
-def number_adapter(request: Request, number: int) -> None:
+def number_adapter(request: Request, number: Callable[[str], int]) -> None:
     """See :meth:`Adapter.number_adapter`."""
-    if request.lora_request is not None:
-        request.lora_request = _numbered(request.lora_request, number)
+    asked = request.lora_request
+    if asked is not None:
+        request.lora_request = _numbered(asked, number(asked.lora_name))
 
 
 def _numbered(asked: LoRARequest, number: int) -> LoRARequest:
