@@ -121,10 +121,18 @@ def _agents(cluster: ClusterArgs) -> Iterator[str]:
             )
     if agents.adapters:
         for option, value in cluster.engine.extra.items():
-            if option.removeprefix("--").replace("-", "_") in _OF_ADAPTERS:
+            name = option.removeprefix("--").replace("-", "_")
+            if name in _OF_ADAPTERS:
                 yield (
                     f"engine.extra.{option} = {value!r}: follows from memshare.agents.adapters\n"
                     "    fix: leave it out"
+                )
+            elif name == "kv_cache_dtype" and not agents.takes_cache_type(str(value)):
+                yield (
+                    f"engine.extra.{option} = {value!r}: a cache has one scale for values, and "
+                    "low-rank columns beside them are another size (memshare.agents.scheme = "
+                    f"{agents.scheme!r})\n"
+                    "    fix: leave it out, or set memshare.agents.scheme to 'nonshared'"
                 )
     if agents.shares and not cluster.engine.enable_prefix_caching:
         yield (

@@ -114,19 +114,19 @@ def check_machine(machine: Machine, needs: Needs) -> Iterator[CheckFinding]:
 
 
 def check_host_memory(
-    machine: Machine, needs: Needs, weight_bytes: int, kv_bytes: int, ranks: int, runs: bool
+    machine: Machine, needs: Needs, fixed_bytes: int, kv_bytes: int, ranks: int, runs: bool
 ) -> Iterator[CheckFinding]:
     """Whether replicas on CPUs find memory enough.
 
     Args:
         machine: what there is.
         needs: what is wanted.
-        weight_bytes: of one worker.
+        fixed_bytes: weights and LoRA slots of one worker.
         kv_bytes: of one worker.
         ranks: workers of a replica.
         runs: whether a MemShare server runs here already, and has taken memory.
     """
-    one = REPLICA_BYTES + ranks * (weight_bytes + kv_bytes)
+    one = REPLICA_BYTES + ranks * (fixed_bytes + kv_bytes)
     wanted = RAY_BYTES + needs.replicas * one
     text = f"{gib(wanted)} of memory wanted by Ray and {needs.replicas} x {gib(one)} of replicas"
     if wanted <= machine.free_bytes:

@@ -107,7 +107,8 @@ class ModelCheck:
         from memshare.engine.adapter import vllm_adapter
 
         assert self.config is not None
-        size, source = kv_memory(self.config, model_memory.weight_bytes, self.place)
+        fixed = model_memory.weight_bytes + model_memory.lora_bytes
+        size, source = kv_memory(self.config, fixed, self.place)
         if size <= 0:
             text = f"weights leave no room for a KV cache ({source})"
             fix = "raise tensor_parallel_size, or take a smaller model or larger GPUs"
@@ -156,8 +157,14 @@ def _heads(config: VllmConfig, memshare: MemShareConfig, place: Place) -> HeadLa
     return None if family is None else head_layout(config, family, place.gpu_bytes is not None)
 
 
-def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int, str]:
-    """Bytes that a worker has for its KV cache, and where the number comes from."""
+def kv_memory(config: VllmConfig, fixed_bytes: int, place: Place) -> tuple[int, str]:
+    """Bytes that a worker has for its KV cache, and where the number comes from.
+
+    Args:
+        config: of the engine.
+        fixed_bytes: what weights and LoRA slots take of a worker's memory.
+        place: where the worker is.
+    """
     cache = config.cache_config
     if cache.num_gpu_blocks_override is not None:
         from memshare.engine.adapter import UNBOUNDED
@@ -167,10 +174,10 @@ def kv_memory(config: VllmConfig, weight_bytes: int, place: Place) -> tuple[int,
         return cache.kv_cache_memory_bytes, "as set"
     share = cache.gpu_memory_utilization
     if place.gpu_bytes is not None:
-        left = int(place.gpu_bytes * share) - weight_bytes - place.reserve_bytes
+        left = int(place.gpu_bytes * share) - fixed_bytes - place.reserve_bytes
         how = f"estimated: {place.reserve_bytes / GIB:g} GiB kept for activations and CUDA graphs"
         return left, how
-    left = int(psutil.virtual_memory().total * share) - weight_bytes - PROGRAM_BYTES
+    left = int(psutil.virtual_memory().total * share) - fixed_bytes - PROGRAM_BYTES
     return left, f"estimated: {share:.0%} of this machine's memory, less weights and programs"
 
 
@@ -186,6 +193,7 @@ def _memory_of(
     )
     return Memory(
         weight_bytes=model_memory.weight_bytes,
+        lora_bytes=model_memory.lora_bytes,
         kv_bytes=min(size, cache.num_blocks * block_bytes),
         kv_source=source,
         block_size=_block_size(cache),

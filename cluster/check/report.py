@@ -39,6 +39,7 @@ class Memory:
 
     Attributes:
         weight_bytes: weights.
+        lora_bytes: vLLM's slots for LoRA adapters, used or not.
         kv_bytes: what the KV cache may take.
         kv_source: where ``kv_bytes`` comes from, and how certain it is.
         block_size: tokens in a block.
@@ -48,6 +49,7 @@ class Memory:
     """
 
     weight_bytes: int
+    lora_bytes: int
     kv_bytes: int
     kv_source: str
     block_size: int
@@ -155,6 +157,8 @@ def _finding_lines(findings: Iterable[CheckFinding]) -> Iterable[str]:
 def _memory_lines(memory: Memory) -> Iterable[str]:
     per_token = memory.block_bytes / memory.block_size
     yield f"  weights    {gib(memory.weight_bytes)}"
+    if memory.lora_bytes:
+        yield f"  LoRA slots {gib(memory.lora_bytes)}"
     yield f"  KV cache   {gib(memory.kv_bytes)} ({memory.kv_source})"
     yield (
         f"  KV blocks  {memory.blocks:,} of {memory.block_size} tokens: "

@@ -70,6 +70,18 @@ class Family:
         """The adapter of that name."""
         return next((adapter for adapter in self.adapters if adapter.name == name), None)
 
+    def number(self, name: str) -> int:
+        """By which an engine knows a member, counted from 1, whatever requests say.
+
+        Raises:
+            KeyError: it is none.
+        """
+        return self._numbers[name]
+
+    @cached_property
+    def _numbers(self) -> Mapping[str, int]:
+        return {adapter.name: number for number, adapter in enumerate(self.adapters, start=1)}
+
     def value_down(self, layers: int, hidden: int) -> Tensor:
         """What makes the low-rank columns of a token's input: ``[layers, width, hidden]``.
 

@@ -187,7 +187,8 @@ class LogConfig(Section):
 
 class AgentsConfig(Section):
     """LoRA adapters of one base model, and what they share of the KV cache. Not together with
-    reclaiming yet: set ``mode: off`` with any scheme but ``nonshared``."""
+    reclaiming, whatever the policy, nor with fp8: set ``mode: off`` with any scheme but
+    ``nonshared``."""
 
     scheme: Literal["nonshared", "base_lr_shared", "stacked", "full_shared"] = "nonshared"
     """``nonshared``: each adapter has a cache of its own, as in vLLM. ``base_lr_shared``: adapters
@@ -210,6 +211,10 @@ class AgentsConfig(Section):
     def widens_values(self) -> bool:
         """Whether cached values get columns for the low-rank part."""
         return self.scheme in ("base_lr_shared", "stacked")
+
+    def takes_cache_type(self, name: str) -> bool:
+        """Whether the adapters work with this ``kv_cache_dtype`` of vLLM."""
+        return not self.shares or name in ("auto", "float16", "bfloat16")
 
 
 class MemShareConfig(Section):
@@ -293,9 +298,12 @@ class MemShareConfig(Section):
                 "    fix: name the adapters that share, or set agents.scheme to 'nonshared'"
             )
         if agents.shares and self.mode != "off":
+            default = "" if "mode" in self.model_fields_set else " (the default)"
             raise ValueError(
-                f"mode = {self.mode!r}: with agents.scheme {agents.scheme!r} several adapters read "
-                "a block, and such blocks cannot be reclaimed yet\n"
+                f"mode = {self.mode!r}{default}: with agents.scheme {agents.scheme!r} nothing can "
+                f"be reclaimed. What one role writes is what the next one reads, and policy "
+                f"{self.policy.name!r} would hand none of it on: a request that has given up KV "
+                "publishes no more blocks\n"
                 "    fix: set mode to 'off', or agents.scheme to 'nonshared'"
             )
         return self

@@ -18,6 +18,7 @@ from memshare.core.interfaces import (
     BlockGrowth,
     BlockTables,
     CacheGroup,
+    EngineRequest,
     Scheduled,
     WorkerTables,
 )
@@ -45,6 +46,11 @@ class ModelMemory(Protocol):
     @property
     def weight_bytes(self) -> int:
         """All its weights."""
+        ...
+
+    @property
+    def lora_bytes(self) -> int:
+        """The engine's slots for LoRA adapters, used or not."""
         ...
 
     @property
@@ -115,6 +121,16 @@ class Adapter(Protocol):
             key: of the family.
             admit: is shown the adapter of each request when it arrives, and again with each block
                 that it fills. What it raises at first ends the request, and nothing else.
+        """
+        ...
+
+    def number_adapter(self, request: EngineRequest, number: Callable[[str], int]) -> None:
+        """Let the engine know a request's adapter, if it has one, by another number than the
+        request's own. Before the request is scheduled.
+
+        Args:
+            request: the engine's own object, of which this one thing is changed.
+            number: of an adapter, by its name.
         """
         ...
 

@@ -12,7 +12,7 @@ from memshare.agents.family import Family, family_of
 from memshare.agents.memory import HeadLayout, padded, widened
 from memshare.agents.refusals import faults_of
 from memshare.config import AgentsConfig, ConfigError
-from memshare.core.interfaces import AskedAdapter
+from memshare.core.interfaces import AskedAdapter, EngineRequest
 from memshare.engine.adapter import vllm_adapter
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class FamilyRequests:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._ids: dict[str, int] = {}
-        self._admitted: set[tuple[str, int, str]] = set()
+        self._admitted: set[tuple[str, str]] = set()
 
     def hash_blocks(self) -> None:
         """Let the engine's core, which is about to be ready, hash blocks under the family's key."""
@@ -60,8 +59,8 @@ class FamilyRequests:
         Raises:
             RefusedAdapter: see there.
         """
-        name, number = asked.lora_name, asked.lora_int_id
-        if (name, number, asked.lora_path) in self._admitted:
+        name = asked.lora_name
+        if (name, asked.lora_path) in self._admitted:
             return
         member = self.family.member(name)
         if member is None:
@@ -70,18 +69,22 @@ class FamilyRequests:
                 f"adapter {name!r} is none of those that share a cache ({known}); ask for one of "
                 "them, or add it to agents.adapters and restart the engine"
             )
-        if self._ids.get(name, number) != number:
-            raise RefusedAdapter(
-                f"adapter {name!r} is known by the id {self._ids[name]}; ask for it with that id, "
-                f"and not with {number}"
-            )
         if not _holds(Path(asked.lora_path), member):
             raise RefusedAdapter(
                 f"adapter {name!r} ({asked.lora_path}) is not what {member.folder} was when the "
                 "engine started; ask for that folder, and if it has changed, restart the engine"
             )
-        self._ids[name] = number
-        self._admitted.add((name, number, asked.lora_path))
+        self._admitted.add((name, asked.lora_path))
+
+    def follow(self, request: EngineRequest) -> None:
+        """A request is about to wait for its turn: let vLLM know its adapter by the family's
+        number.
+
+        Servers count adapters anew with each load, and programs choose numbers as they like. vLLM
+        goes by the number alone: two of one adapter would take two slots, and one of two adapters
+        would be whichever came first.
+        """
+        vllm_adapter().number_adapter(request, self.family.number)
 
 
 def _holds(folder: Path, member: Adapter) -> bool:
@@ -95,7 +98,7 @@ def agent_faults(vllm_config: VllmConfig, config: AgentsConfig) -> Iterator[str]
     """Why adapters cannot share in a set-up, each with the way out, before the model loads."""
     if not config.shares:
         return
-    yield from _option_faults(vllm_config)
+    yield from _option_faults(vllm_config, config)
     try:
         adapters = adapters_by_name(config.adapters)
     except ConfigError as error:
@@ -131,16 +134,17 @@ def _base(vllm_config: VllmConfig) -> BaseModelFacts:
     return facts_of(model.model, model.hf_text_config)
 
 
-def _option_faults(vllm_config: VllmConfig) -> Iterator[str]:
+def _option_faults(vllm_config: VllmConfig, config: AgentsConfig) -> Iterator[str]:
     device, cache = vllm_config.device_config.device_type, vllm_config.cache_config
     if device not in ("cpu", "cuda"):
         yield f"the device is {device}; adapters share caches on CPUs and NVIDIA GPUs alone"
     if not cache.enable_prefix_caching:
         yield "enable_prefix_caching is off, by which adapters find blocks; leave it on"
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+    if not config.takes_cache_type(cache.cache_dtype):
         yield (
-            f"kv_cache_dtype is {cache.cache_dtype!r}: values and low-rank columns would need "
-            "scales of their own; set it to 'auto'"
+            f"kv_cache_dtype is {cache.cache_dtype!r}: a cache has one scale for values, and with "
+            f"agents.scheme {config.scheme!r} low-rank columns, which are another size, beside "
+            "them; set it to 'auto', or agents.scheme to 'nonshared'"
         )
     if vllm_config.speculative_config is not None:
         yield "speculative decoding has not been run with adapters that share; leave it off"

@@ -143,6 +143,8 @@ class MemShareConnector(KVConnectorBase_V1):
         """Begin to follow a request."""
         if self.scheduler_side is not None:
             self.scheduler_side.follow(request)
+        elif self.family_side is not None:
+            self.family_side.requests.follow(request)
 
     def request_finished(
         self, request: Request, block_ids: list[int]

@@ -339,6 +339,7 @@ def with_adapters(scheme: str = "stacked", folder: str = "/adapters/plan", **arg
         ({"engine": {"enable_prefix_caching": False}}, "engine.enable_prefix_caching = False"),
         ({"engine": {"extra": {"max-loras": 9}}}, "engine.extra.max-loras = 9: follows from"),
         ({"engine": {"extra": {"lora_modules": "a=b"}}}, "engine.extra.lora_modules = 'a=b'"),
+        ({"engine": {"extra": {"kv-cache-dtype": "fp8"}}}, "engine.extra.kv-cache-dtype = 'fp8'"),
     ],
 )
 def test_adapters_that_the_cluster_cannot_serve_so(args: dict[str, Any], symptom: str) -> None:
@@ -352,3 +353,20 @@ def test_adapters_bring_memshare_into_a_plain_vllm() -> None:
     assert not with_adapters().uses_pool
     assert not with_adapters("nonshared").uses_memshare
     assert not with_adapters("nonshared", engine={"enable_prefix_caching": False}).uses_memshare
+    assert not with_adapters("nonshared", engine={"extra": {"kv_cache_dtype": "fp8"}}).uses_memshare
+
+
+@pytest.mark.parametrize("policy", ["compaction", "twins", "paper", "oldest"])
+def test_adapters_that_share_leave_nothing_to_reclaim(policy: str) -> None:
+    agents = {"scheme": "stacked", "adapters": {"plan": "/adapters/plan"}}
+    with pytest.raises(
+        ConfigError, match=rf"(?s)memshare.*mode = 'share'.*policy '{policy}' would"
+    ):
+        parse(memshare={"mode": "share", "policy": {"name": policy}, "agents": agents})
+    parse(
+        memshare={
+            "mode": "share",
+            "policy": {"name": policy},
+            "agents": agents | {"scheme": "nonshared"},
+        }
+    )

@@ -140,6 +140,22 @@ def test_the_demo_is_the_default_with_a_small_cache() -> None:
     assert demo == default
 
 
+def test_the_agents_file_is_the_default_with_roles() -> None:
+    args = parse_cluster_args(application("agents.yaml"), environ={})
+    assert (args.memshare.mode, args.memshare.agents.scheme) == ("off", "stacked")
+    assert list(args.memshare.agents.adapters) == ["plan", "act", "reflect"]
+    assert args.routing.sessions
+    assert args.uses_memshare
+    default, agents = (
+        yaml.safe_load((CONFIGS / name).read_text()) for name in ("cluster.yaml", "agents.yaml")
+    )
+    for document, replicas in ((default, 1), (agents, 2)):
+        served = document["applications"][0]["args"]
+        assert served.pop("replicas") == replicas
+        served.pop("memshare")
+    assert agents == default
+
+
 def test_replicas_do_not_share_an_event_log(tmp_path: Path) -> None:
     log = {"event_log": str(tmp_path / "events.jsonl")}
     assert parse(memshare=log).memshare.event_log is not None

@@ -103,9 +103,9 @@ The same on plain vLLM, as the value of `--kv-transfer-config`:
 }
 ```
 
-`configs/` holds complete files: `cluster.yaml`, `autoscale.yaml`, `demo.yaml`, `single-gpu.yaml`,
-`gpu.yaml` and `multi-node.yaml` for Ray Serve,
-`observe.yaml` and `paper.yaml` for `MEMSHARE_CONFIG`.
+`configs/` holds complete files: `cluster.yaml`, `autoscale.yaml`, `agents.yaml`, `demo.yaml`,
+`single-gpu.yaml`, `gpu.yaml` and `multi-node.yaml` for Ray Serve, `observe.yaml` and `paper.yaml`
+for `MEMSHARE_CONFIG`.
 """
 
 KEY_TABLE = """\

@@ -167,6 +167,27 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             (_split(ours("opted_out"), "reason"),),
         ),
     ),
+    "Agents that share a cache": (
+        Panel(
+            "Tokens found, not computed",
+            "By adapter. Near 0 for one: its roles wait too long, or its conversations do not stay "
+            "on one replica.",
+            "ops",
+            (_split(ours("agent_tokens_found"), "adapter"),),
+        ),
+        Panel(
+            "Of these, written by other adapters",
+            "What sharing saves, by the adapter that reads.",
+            "ops",
+            (_split(ours("agent_tokens_shared"), "adapter"),),
+        ),
+        Panel(
+            "Low-rank columns",
+            "What they take of the KV cache, with their padding.",
+            "bytes",
+            (_by_engine(ours("low_rank_bytes")),),
+        ),
+    ),
     "Evaluators and integrity": (
         Panel(
             "Evaluator lag",

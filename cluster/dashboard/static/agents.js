@@ -11,8 +11,8 @@ export function renderAgents(replicas, agents) {
   const rows = Object.keys(agents.adapters).map((name) => {
     const [found, shared] = ["found", "shared"].map((what) => sum(replicas, (r) => r.info.adapters[name]?.[what] || 0));
     const row = make("tr");
-    const part = found ? ` (${Math.round((100 * shared) / found)}%)` : "";
-    row.append(make("td", "", name), make("td", "number", whole(found)), make("td", "number", whole(shared) + part));
+    const part = found ? `${Math.round((100 * shared) / found)}%` : "";
+    row.append(make("td", "", name), ...[whole(found), whole(shared), part].map((text) => make("td", "number", text)));
     return row;
   });
   $("agents").querySelector("tbody").replaceChildren(...rows);

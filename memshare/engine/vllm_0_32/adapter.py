@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from memshare.core.interfaces import AttentionView, BlockTables, CacheGroup, WorkerTables
+from memshare.core.interfaces import (
+    AttentionView,
+    BlockTables,
+    CacheGroup,
+    EngineRequest,
+    WorkerTables,
+)
 from memshare.engine.vllm_0_32.schedule import read_growth, read_schedule
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ __all__ = [
     "hash_by_family",
     "install_family",
     "install_view",
+    "number_adapter",
     "padded_head_sizes",
     "plan_cache",
     "read_growth",
@@ -155,6 +162,13 @@ def install_family(vllm_config: VllmConfig, runner: object, family: Family) -> N
     from memshare.engine.vllm_0_32 import lora_slots
 
     lora_slots.install_family(vllm_config, runner, family)
+
+
+def number_adapter(request: EngineRequest, number: Callable[[str], int]) -> None:
+    """See :meth:`Adapter.number_adapter`."""
+    from memshare.engine.vllm_0_32 import lora_slots
+
+    lora_slots.number_adapter(cast(Any, request), number)
 
 
 def hash_by_family(key: str, admit: Callable[[LoRARequest], None]) -> None:

@@ -1,11 +1,15 @@
 """Which adapter is in which of a worker's LoRA slots, and whether it is the one that was checked.
 
-vLLM loads an adapter when a request first needs it, into any free slot, and may do so again. Block
-hashes vouch for the contents that adapters had when the engine started, so nothing else may load.
+vLLM loads an adapter when a request first needs it or a server is told to, into any free slot, and
+may do so again. Block hashes vouch for the contents that adapters had when the engine started, so
+nothing else may load; and what is loaded stays, because there is a slot for each.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,8 +23,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.v1.request import Request
 
     from memshare.agents.family import Family
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterRefused(ValueError):  # noqa: N818 - reads as a finding in the log
@@ -51,13 +58,28 @@ class FamilySlots:
         """Check what this manager loads, and follow which slot it goes to."""
         unchecked: Any = manager
         slots: Any = manager._adapter_manager
-        load, activate = unchecked._load_adapter, slots.activate_adapter
+        add, load, activate = manager.add_adapter, unchecked._load_adapter, slots.activate_adapter
+
+        def add_once(request: LoRARequest) -> bool:
+            number = self._number(request)
+            if request.lora_int_id == number and not request.load_inplace:
+                return add(request)  # as in every step; see FamilyRequests.follow
+            if number in manager.list_adapters():
+                self._vouch(request, number)
+                return True
+            return add(_numbered(request, number))
 
         def load_checked(request: LoRARequest) -> Any:
-            self._admit(request, manager.list_adapters())
             loaded = load(request)
-            self._vouch(request)  # behind the load: for what has been read
+            self._vouch(request, request.lora_int_id)  # behind the load: for what has been read
             return loaded
+
+        def keep(lora_id: int) -> bool:
+            logger.warning(
+                "adapter %r stays loaded: it has a slot of its own as long as the engine runs",
+                self._names.get(lora_id, lora_id),
+            )
+            return False
 
         def activate_followed(lora_id: int) -> Any:
             activated = activate(lora_id)
@@ -65,10 +87,11 @@ class FamilySlots:
                 self._place(lora_id, slots.lora_index_to_id.index(lora_id))
             return activated
 
+        unchecked.add_adapter, unchecked.remove_adapter = add_once, keep
         unchecked._load_adapter = load_checked
         slots.activate_adapter = activate_followed
 
-    def _admit(self, request: LoRARequest, loaded: set[int]) -> None:
+    def _number(self, request: LoRARequest) -> int:
         name = request.lora_name
         if self._family.member(name) is None:
             known = ", ".join(adapter.name for adapter in self._family.adapters)
@@ -76,15 +99,9 @@ class FamilySlots:
                 f"adapter {name!r} is none of those that share a cache ({known}); add it to "
                 "agents.adapters and restart the engine"
             )
-        for other, its_name in self._names.items():
-            # A second copy would take the slot that must stay empty (see value_refusals).
-            if its_name == name and other != request.lora_int_id and other in loaded:
-                raise AdapterRefused(
-                    f"adapter {name!r} is loaded with the id {other}; ask for it with that id, and "
-                    f"not with {request.lora_int_id}"
-                )
+        return self._family.number(name)
 
-    def _vouch(self, request: LoRARequest) -> None:
+    def _vouch(self, request: LoRARequest, number: int) -> None:
         member = self._family.member(request.lora_name)
         folder = Path(get_adapter_absolute_path(request.lora_path))
         if member is None or digest_of(folder) != member.digest:
@@ -92,7 +109,7 @@ class FamilySlots:
                 f"adapter {request.lora_name!r} ({folder}) is not what it was when the engine "
                 "started, and cached blocks may be the old one's; restart the engine"
             )
-        self._names[request.lora_int_id] = request.lora_name
+        self._names[number] = request.lora_name
 
     def _place(self, lora_id: int, slot: int) -> None:
         # vLLM's dummies, which it warms up with, have no name here and read any columns.
@@ -101,6 +118,21 @@ class FamilySlots:
         last = max(self._family.width - 1, 0)
         row: Tensor = wanted.clamp(max=last)
         self.columns[slot].copy_(row, non_blocking=True)
+
+
+def number_adapter(request: Request, number: Callable[[str], int]) -> None:
+    """See :meth:`Adapter.number_adapter`."""
+    asked = request.lora_request
+    if asked is not None:
+        request.lora_request = _numbered(asked, number(asked.lora_name))
+
+
+def _numbered(asked: LoRARequest, number: int) -> LoRARequest:
+    """The same adapter under the family's number: a copy, since programs keep theirs. One that is
+    to be loaded "in place" would be read anew in every step."""
+    ours = copy(asked)
+    ours.lora_int_id, ours.load_inplace = number, False
+    return ours
 
 
 def install_family(vllm_config: VllmConfig, runner: object, family: Family) -> None:

@@ -7,12 +7,13 @@ caches goes through vLLM's own planner, the one that counts the blocks of an eng
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,10 +29,12 @@ class ModelMemory:
     Attributes:
         weight_bytes: all weights, divided by the tensor-parallel size. The few that every rank
             keeps whole, such as norms, are counted as if they were divided, too.
+        lora_bytes: vLLM's slots for LoRA adapters, which take the same whether they are used.
         layers: the KV cache of each layer that has one, with this worker's heads.
     """
 
     weight_bytes: int
+    lora_bytes: int
     layers: dict[str, KVCacheSpec]
 
 
@@ -59,10 +62,11 @@ def read_model_memory(vllm_config: VllmConfig, heads: HeadLayout | None = None) 
         current_platform.update_block_size_for_backend(vllm_config)
         layers = {name: _of_one(spec, ranks) for name, spec in _specs(vllm_config)}
         _resolve_layout(vllm_config, layers)
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        lora_bytes = _lora_bytes(vllm_config, model, ranks)
     if heads is not None:
         layers = {name: _widened(spec, heads) for name, spec in layers.items()}
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return ModelMemory(weight_bytes // ranks, layers)
+    return ModelMemory(weight_bytes // ranks, lora_bytes, layers)
 
 
 def plan_cache(vllm_config: VllmConfig, model_memory: ModelMemory, kv_bytes: int) -> KVCacheConfig:
@@ -99,6 +103,35 @@ def one_rank() -> Iterator[None]:
     finally:
         destroy_model_parallel()
         destroy_distributed_environment()
+
+
+def _lora_bytes(vllm_config: VllmConfig, model: nn.Module, ranks: int) -> int:
+    """What one of ``ranks`` keeps for LoRA slots, in every projection that may have an adapter.
+    Changes the model as vLLM's workers do (``LoRAModelRunnerMixin.load_lora_model``)."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+    from vllm.lora.model_manager import create_lora_manager
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    lora, scheduler = vllm_config.lora_config, vllm_config.scheduler_config
+    if lora is None:
+        return 0
+    manager = create_lora_manager(
+        cast(Any, model), scheduler.max_num_seqs, scheduler.max_num_batched_tokens,
+        vllm_config.model_config.get_vocab_size(), lora, vllm_config, torch.device("meta"),
+    )  # fmt: skip
+    total = 0
+    for layer in manager.modules.values():
+        assert isinstance(layer, BaseLayerWithLoRA)
+        halves: list[int] = []
+        for half in ("lora_a_stacked", "lora_b_stacked"):
+            found = getattr(layer, half, ())
+            matrices: Sequence[Tensor] = (found,) if isinstance(found, Tensor) else found
+            halves.append(sum(matrix.numel() * matrix.element_size() for matrix in matrices))
+        # Of its two matrices each rank has its part of the one that its own weights are cut like.
+        cut = 0 if isinstance(getattr(layer, "base_layer", None), RowParallelLinear) else 1
+        halves[cut] //= ranks
+        total += sum(halves)
+    return total
 
 
 def _specs(vllm_config: VllmConfig) -> Iterator[tuple[str, KVCacheSpec]]:

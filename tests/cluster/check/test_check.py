@@ -32,7 +32,7 @@ from tests.memshare.moe.placement.published import LLAMA_8B, QWEN3_30B
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = Machine(cpus=8, free_bytes=64 * GIB, shm_bytes=SHM_BYTES, open_files=OPEN_FILES)
-MEMORY = Memory(GIB, 2 * GIB, "as set", 16, 1 << 20, 2048, 3.5)
+MEMORY = Memory(GIB, 0, 2 * GIB, "as set", 16, 1 << 20, 2048, 3.5)
 
 
 def levels(findings: object) -> list[str]:

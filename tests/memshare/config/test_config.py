@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -259,9 +260,15 @@ def test_agents_share_only_where_nothing_is_reclaimed(scheme: str) -> None:
     config = load_config({"mode": "off", "agents": agents}, {})
     assert config.agents.shares
     assert config.agents.widens_values == (scheme != "full_shared")
-    for mode in ("observe", "share"):
-        with pytest.raises(ConfigError, match=rf"  mode = '{mode}': .*\n.*set mode to 'off'"):
-            load_config({"mode": mode, "agents": agents}, {})
+    for mode, policy in itertools.product(("observe", "share"), registry.names()):
+        values = {"mode": mode, "policy": {"name": policy}, "agents": agents}
+        why = rf"  mode = '{mode}': with agents.scheme '{scheme}' .*policy '{policy}'.*publishes no"
+        with pytest.raises(ConfigError, match=rf"{why}.*\n.*set mode to 'off'"):
+            load_config(values, {})
+        assert load_config(values | {"mode": "off"}, {})
+        assert load_config(values | {"agents": agents | {"scheme": "nonshared"}}, {})
+    with pytest.raises(ConfigError, match=r"  mode = 'share' \(the default\): "):
+        load_config({"agents": agents}, {})
     with pytest.raises(ConfigError, match=r"agents.adapters is empty\n    fix: name"):
         load_config({"mode": "off", "agents": {"scheme": scheme}}, {})
     assert load_config({"agents": agents | {"scheme": "nonshared"}}, {}).mode == "share"

@@ -263,8 +263,7 @@ def test_a_request_for_an_adapter_that_was_not_checked(adapters: Path, tmp_path:
             requests.admit(wanted)
     requests.admit(asked("plan", plan))
     requests.admit(asked("plan", copied))
-    with pytest.raises(RefusedAdapter, match="by the id 1; ask for it with that id"):
-        requests.admit(asked("plan", plan, 2))
+    requests.admit(asked("plan", plan, 2))
     weights = copied / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     requests.admit(asked("plan", copied))  # what is loaded goes on

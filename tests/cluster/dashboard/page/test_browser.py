@@ -147,7 +147,16 @@ def test_adapters_that_share_have_a_table(browser: BrowserContext, server: PageS
             sharing.report(replace(report, adapters=found if name == "replica-0" else {}))
         with visiting(browser, sharing) as visit:
             rows = visit.page.locator("#agents tbody tr")
-            expect(rows).to_have_text(["plan960 (0%)", "act2,0001,500 (75%)"])
+            expect(rows).to_have_count(2)
+            cells = [row.locator("td").all_inner_texts() for row in rows.all()]
+            assert cells == [["plan", "96", "0", "0%"], ["act", "2,000", "1,500", "75%"]]
+            # Of each column of numbers: where its header and its numbers end.
+            ends = visit.page.locator("#agents .number").evaluate_all(
+                """cells => cells.map((cell) => Math.round(cell.getBoundingClientRect().right
+                  - parseFloat(getComputedStyle(cell).paddingRight)))"""
+            )
+            assert ends == ends[:3] * 3
+            assert len(set(ends)) == 3
             expect(visit.page.locator("#agents-hint")).to_contain_text("scheme stacked")
             expect(visit.page.locator("#settings")).to_contain_text("agents stacked")
             assert visit.errors == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,13 @@ from tests.memshare.engine.harness import BLOCK, Engine, write_tiny_model, write
 
 TOLERANCE = 1e-4
 """Of log-probabilities, in float32."""
+WRONG = 0.01
+"""Of log-probabilities: what a wrong matrix or a wrong column must exceed."""
+# Prompts come in pieces, and a batch of conversations does not fit.
+TIGHT: dict[str, Any] = {
+    "max_num_batched_tokens": 64, "num_gpu_blocks_override": 25, "max_num_seqs": 8,
+    "dtype": "float32", "max_model_len": 512,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,13 @@ class Said:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: the adapter's name, or None for the base model."""
+    """A request: the adapter's name, or None for the base model; ``exact`` keeps its KV so."""
 
     prompt: Sequence[int]
     adapter: str | None = None
     tokens: int = 6
     salt: str | None = None
+    exact: bool = False
 
 
 class Served:
@@ -110,8 +118,8 @@ class Served:
 
         return None if name is None else LoRARequest(name, self._ids[name], str(self._paths[name]))
 
-    def ask(self, *asks: Ask) -> list[Said]:
-        """All at once."""
+    def ask(self, *asks: Ask, loras: Mapping[str, Any] | None = None) -> list[Said]:
+        """All at once; adapters by these LoRA requests, if they are named there."""
         from vllm import SamplingParams
 
         prompts: list[Any] = [
@@ -124,13 +132,13 @@ class Served:
                 temperature=0,
                 ignore_eos=True,
                 logprobs=0,
-                extra_args={"memshare_usage": "on"},
+                extra_args={"memshare_usage": "on"} | ({"memshare": "off"} if ask.exact else {}),
             )
             for ask in asks
         ]
-        outputs = self.engine.llm.generate(
-            prompts, params, use_tqdm=False, lora_request=[self.lora(ask.adapter) for ask in asks]
-        )
+        known = loras or {}
+        asked = [known.get(ask.adapter or "") or self.lora(ask.adapter) for ask in asks]
+        outputs = self.engine.llm.generate(prompts, params, use_tqdm=False, lora_request=asked)
         return [self._said(output) for output in outputs]
 
     @staticmethod
@@ -172,6 +180,24 @@ def distance(
     # A token that is not the reference's best, by more than rounding, is as wrong as its gap.
     gaps += [float(step.max() - step[t]) for step, t in zip(steps, said.tokens, strict=True)]
     return max(gaps), grown
+
+
+def peft_distance(roles: Roles, adapters: dict[str, Path], ask: Ask, said: Said) -> float:
+    """How far an answer is from what peft says of the same text."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM.from_pretrained(roles.base, dtype=torch.float32)
+    if ask.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapters[ask.adapter]))
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ask.prompt, *said.tokens[:-1]]])).logits[0]
+    steps = logits[len(ask.prompt) - 1 :].log_softmax(-1)
+    gaps = [
+        abs(float(step[token]) - logprob)
+        for step, token, logprob in zip(steps, said.tokens, said.logprobs, strict=True)
+    ]
+    return max(gaps)
 
 
 def whole_blocks(tokens: int) -> int:

@@ -3,52 +3,33 @@ each scheme, and who finds whose blocks."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.memshare.agents.reference import Reference, Rows
 from tests.memshare.engine.agents.served import (
+    TIGHT,
     TOLERANCE,
+    WRONG,
     Ask,
     Roles,
     Said,
     Served,
     distance,
+    peft_distance,
     whole_blocks,
     words,
-    write_roles,
 )
-from tests.memshare.engine.harness import BLOCK, Engine, StartEngine
-from tests.memshare.engine.server import serving
-from tools.bench.local_cluster import free_port
+from tests.memshare.engine.harness import BLOCK, StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-WRONG = 0.01
-"""Of log-probabilities: what a wrong matrix or a wrong column must exceed."""
 TURNS = ("plan", "act", "reflect", "plan")
-# Prompts come in pieces, and a batch of conversations does not fit.
-TIGHT: dict[str, Any] = {
-    "max_num_batched_tokens": 64, "num_gpu_blocks_override": 25, "max_num_seqs": 8,
-    "dtype": "float32", "max_model_len": 512,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def roles(tmp_path_factory: pytest.TempPathFactory) -> Roles:
-    return write_roles(tmp_path_factory.mktemp("roles"))
 
 
 @pytest.fixture(
@@ -69,24 +50,6 @@ def served(scheme: str, roles: Roles, start_engine: StartEngine) -> Iterator[Ser
 @pytest.fixture
 def reference(scheme: str, roles: Roles) -> Reference:
     return roles.reference(scheme)
-
-
-def peft_distance(roles: Roles, adapters: dict[str, Path], ask: Ask, said: Said) -> float:
-    """How far an answer is from what peft says of the same text."""
-    from peft import PeftModel
-    from transformers import LlamaForCausalLM
-
-    model: Any = LlamaForCausalLM.from_pretrained(roles.base, dtype=torch.float32)
-    if ask.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapters[ask.adapter]))
-    with torch.no_grad():
-        logits = model(torch.tensor([[*ask.prompt, *said.tokens[:-1]]])).logits[0]
-    steps = logits[len(ask.prompt) - 1 :].log_softmax(-1)
-    gaps = [
-        abs(float(step[token]) - logprob)
-        for step, token, logprob in zip(steps, said.tokens, said.logprobs, strict=True)
-    ]
-    return max(gaps)
 
 
 def converse(served: Served, reference: Reference) -> Iterator[tuple[str, int, int, float]]:
@@ -243,31 +206,66 @@ def test_columns_of_others_would_be_noticed(
     assert distance(reference, ask, said, cache)[0] > WRONG
 
 
+def changed_copy(adapter: Path, folder: Path) -> Path:
+    """The adapter with one matrix that is a little different."""
+    shutil.copytree(adapter, folder)
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"] *= 1.01
+    save_file(tensors, weights)
+    return folder
+
+
 def test_an_adapter_that_has_changed_does_not_load(
     served: Served, roles: Roles, scheme: str, tmp_path: Path
 ) -> None:
     """Under its own name or another; and what is loaded goes on."""
     from vllm.lora.request import LoRARequest
 
-    changed = tmp_path / "plan"
-    shutil.copytree(roles.adapters(scheme)["plan"], changed)
-    weights = changed / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    tensors["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"] *= 1.01
-    save_file(tensors, weights)
+    changed = str(changed_copy(roles.adapters(scheme)["plan"], tmp_path / "plan"))
     text = words(12, 70)
     (before,) = served.ask(Ask(text, "plan", salt="before"))
-    core = served.engine.core
-    ids = served.lora("plan").lora_int_id
-    for request, what in (
-        (LoRARequest("plan", ids, str(changed), load_inplace=True), "not what it was when"),
-        (LoRARequest("plan", 77, str(roles.adapters(scheme)["plan"])), f"with the id {ids}"),
-        (LoRARequest("stranger", 78, str(changed)), "none of those that share"),
+    ours = served.lora("plan").lora_int_id
+    for name, number, in_place, what in (
+        ("plan", ours, True, "not what it was when"),
+        ("plan", 77, False, "not what it was when"),
+        ("stranger", 78, False, "none of those that share"),
     ):
         with pytest.raises(ValueError, match=what):
-            core.add_lora(request)
+            served.engine.core.add_lora(LoRARequest(name, number, changed, load_inplace=in_place))
     (after,) = served.ask(Ask(text, "plan", salt="after"))
     assert (after.tokens, after.logprobs) == (before.tokens, before.logprobs)
+
+
+def test_an_adapter_is_loaded_again(
+    served: Served, reference: Reference, roles: Roles, scheme: str, tmp_path: Path
+) -> None:
+    """Servers number adapters anew with each load: it is the same to blocks and slots, whatever its
+    number, also another's; and removing it leaves it where it is."""
+    from vllm.lora.request import LoRARequest
+
+    core = served.engine.core
+    text = words(18, 75)
+    served.ask(*(Ask(text, name, salt=f"load-{name}") for name in TURNS))
+    loaded = core.list_loras()
+    assert len(loaded) == 3
+    again = Path(shutil.copytree(roles.adapters(scheme)["act"], tmp_path / "act"))
+    assert core.add_lora(LoRARequest("act", 77, str(again), load_inplace=True))
+    assert not core.remove_lora(served.lora("plan").lora_int_id)
+    assert core.list_loras() == loaded
+    _, cache = distance(reference, ask := Ask(text, "plan"), served.ask(ask)[0])
+    for number, in_place in ((77, True), (served.lora("plan").lora_int_id, False)):
+        lora = LoRARequest("act", number, str(again), load_inplace=in_place)
+        # With `plan` in one batch, whose number it has the second time.
+        said, _ = served.ask(ask := Ask(text, "act"), Ask(text, "plan"), loras={"act": lora})
+        assert said.cached == 64
+        far, _ = distance(reference, ask, said, cache)
+        assert (far > WRONG) if scheme == "full_shared" else (far < TOLERANCE)
+    weights = again / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert served.ask(Ask(text, "act"), loras={"act": lora})[0].cached == 64, "nothing is read anew"
+    if scheme != "full_shared":
+        assert distance(reference, Ask(text, "plan"), said, cache)[0] > WRONG, "control"
 
 
 @pytest.mark.complete
@@ -302,100 +300,3 @@ def test_turns_on_two_ranks(
         for turn, (_, _, cached, far) in enumerate(turns):
             assert (cached >= BLOCK) == (turn > 0)
             assert far < TOLERANCE
-
-
-Ended = tuple[str | None, int, int | None]
-"""Why a request ended, with how many tokens of output, and how many it found."""
-
-
-def ask_with_strangers(roles: Roles, changed: Path) -> list[list[Ended]]:
-    """Runs in a process of its own, so that its engine has one, too: good requests, and batches of
-    a good one, one that is made up, and one of the base model."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
-
-    engine = Engine(str(roles.base), roles.options("base_lr_shared"), **TIGHT)
-    served = Served(engine, roles.alike)
-    prompt = TokensPrompt(prompt_token_ids=words(15, 100))
-    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    plan, act, reflect = map(served.lora, ("plan", "act", "reflect"))
-    asked = [
-        [plan],
-        [act, LoRARequest("stranger", 7, plan.lora_path), None],
-        [act, LoRARequest("plan", 7, plan.lora_path), None],
-        [act, LoRARequest("plan", 1, str(changed)), None],
-        [act, LoRARequest("reflect", 3, str(changed / "nowhere")), None],
-        [reflect, plan],
-    ]
-    answers = []
-    for loras in asked:
-        outputs = engine.llm.generate(
-            [prompt] * len(loras), params, use_tqdm=False, lora_request=loras
-        )
-        choices = [(output.outputs[0], output.num_cached_tokens) for output in outputs]
-        answers.append([(c.finish_reason, len(c.token_ids), found) for c, found in choices])
-    engine.close()
-    return answers
-
-
-@pytest.mark.complete
-def test_a_made_up_request_ends_alone(roles: Roles, tmp_path: Path) -> None:
-    """Whatever is wrong with its adapter; everybody else is served on, in the same batch, too."""
-    changed = Path(shutil.copytree(roles.alike["plan"], tmp_path / "plan"))
-    weights = changed / "adapter_model.safetensors"
-    tensors = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        first, *batches, last = pool.submit(ask_with_strangers, roles, changed).result()
-    assert first == [("length", 6, 0)]
-    for act, made_up, base in batches:
-        assert made_up[:2] == ("error", 0)
-        assert act == ("length", 6, 96)
-        assert base[:2] == ("length", 6)
-    assert last == [("length", 6, 96)] * 2
-
-
-@pytest.mark.complete
-def test_a_live_server(roles: Roles, tmp_path: Path) -> None:
-    """Roles are models of the OpenAI interface, in processes of their own. Nobody else finds their
-    blocks, and nothing that changed can be loaded into them."""
-    port = free_port()
-    config = tmp_path / "agents.json"
-    config.write_text(json.dumps(roles.options("base_lr_shared")))
-    changed = tmp_path / "changed"
-    shutil.copytree(roles.alike["reflect"], changed)
-    command = [
-        "memshare.cli.main", "serve", str(roles.base), "--memshare", str(config),
-        "--served-model-name=base", f"--port={port}", "--dtype=float32", "--block-size=32",
-        "--max-model-len=512", "--num-gpu-blocks-override=60", "--enable-prompt-tokens-details",
-    ]  # fmt: skip
-    runtime = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with serving(command, port, tmp_path, **runtime) as (url, process):
-        models = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
-        assert {model["id"] for model in models} == {"base", "plan", "act", "reflect"}
-
-        def found(model: str, text: list[int], **options: Any) -> int:
-            body = {"model": model, "prompt": text, "max_tokens": 5, **options}
-            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
-            assert answer.status_code == 200, answer.text
-            details = answer.json()["usage"]["prompt_tokens_details"] or {}
-            return int(details.get("cached_tokens") or 0)
-
-        text = words(1, 100)
-        assert [found(model, text) for model in ("plan", "act", "reflect")] == [0, 96, 96]
-        assert found("base", text) == 0
-        assert [found("act", text, cache_salt="tenant") for _ in range(2)] == [0, 96]
-        load = {"lora_name": "reflect", "lora_path": str(changed), "load_inplace": True}
-        weights = changed / "adapter_model.safetensors"
-        tensors = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
-        save_file(tensors, weights)
-        for body in (load, load | {"lora_name": "stranger"}):
-            answer = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=120)
-            assert answer.status_code >= 400, answer.text
-        for model in ("stranger", "memshare-family"):
-            body = {"model": model, "prompt": text, "max_tokens": 5}
-            assert httpx.post(f"{url}/v1/completions", json=body, timeout=120).status_code == 404
-        assert found("reflect", text) == 96, "what was loaded goes on"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0

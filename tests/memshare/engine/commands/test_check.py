@@ -82,10 +82,12 @@ def look(
     return list(checking.findings()), checking.memory
 
 
-def look_at_agents(folder: str, agents: dict[str, Any], place: Place) -> Look:
+def look_at_agents(
+    folder: str, agents: dict[str, Any], place: Place, more: tuple[str, ...] = ()
+) -> Look:
     """Runs in the other process: adapters that share, in an engine of float32."""
     config = load_config({"mode": "off", "agents": agents}, {})
-    words = ("--model", folder, "--max-model-len=1024", "--dtype=float32", *BLOCKS)
+    words = ("--model", folder, "--max-model-len=1024", "--dtype=float32", *BLOCKS, *more)
     checking = ModelCheck(CheckedSetup("test", words, config, Needs()), place, print)
     return list(checking.findings()), checking.memory
 
@@ -157,9 +159,9 @@ def test_heads_of_adapters_that_share_are_counted_with_their_columns(
     roles = write_roles(tmp_path)
     options = roles.options("stacked")  # 6 + 4 + 8 columns, so 24, behind heads of 32
 
-    def check(agents: dict[str, Any], place: Place = HERE) -> Look:
+    def check(agents: dict[str, Any], place: Place = HERE, *more: str) -> Look:
         base = str(roles.base)
-        return other_process.submit(look_at_agents, base, agents, place).result()
+        return other_process.submit(look_at_agents, base, agents, place, more).result()
 
     found, memory = check(options["agents"])
     assert [finding.level for finding in found] == ["ok"]
@@ -168,15 +170,31 @@ def test_heads_of_adapters_that_share_are_counted_with_their_columns(
     engine_options = {"dtype": "float32", "max_model_len": 1024}
     with start_engine(str(roles.base), options, **engine_options) as engine:
         assert memory.blocks == engine.core.vllm_config.cache_config.num_gpu_blocks
+        runner = engine.core.model_executor.driver_worker.worker.model_runner
+        slots = [
+            sum(half.numel() * half.element_size() for half in halves)
+            for layer in runner.lora_manager._adapter_manager.modules.values()
+            for halves in (layer.lora_a_stacked, layer.lora_b_stacked)
+        ]
+    assert memory.lora_bytes == sum(slots) > 0
+    found, two = check(options["agents"], HERE, "-tp=2")
+    assert [finding.level for finding in found] == ["ok"]
+    assert two is not None
+    assert sum(slots) / 2 < two.lora_bytes < sum(slots), "one half of each pair is whole"
     _, elsewhere = check(options["agents"], Place(10 * GIB, 4 * GIB, elsewhere=True))
     assert elsewhere is not None
     assert elsewhere.block_bytes == 2 * 2 * 32 * (32 + 32 + 24) * 4, "GPUs pad nothing"
     _, plain = check(options["agents"] | {"scheme": "nonshared"})
     assert plain is not None
     assert plain.block_bytes == 2 * 2 * 32 * (32 + 32) * 4
+    assert plain.lora_bytes == memory.lora_bytes
     found, _ = check(options["agents"] | {"max_rank": 4})
     assert any(
         finding.level == "fail" and "raise agents.max_rank" in finding.text for finding in found
+    )
+    found, _ = check(options["agents"], HERE, "--kv-cache-dtype=fp8")
+    assert any(
+        finding.level == "fail" and "kv_cache_dtype is 'fp8'" in finding.text for finding in found
     )
 
 
@@ -250,11 +268,12 @@ def test_the_command_for_a_cluster_of_agents(
     other_process: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     roles = write_roles(tmp_path)
-    document = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    document = yaml.safe_load((ROOT / "configs" / "agents.yaml").read_text())
     document["http_options"]["port"] = 18437
     args = document["applications"][0]["args"]
-    args |= {"model": str(roles.base), "memshare": roles.options("stacked")}
-    args["engine"]["dtype"] = "float32"
+    args["model"], args["engine"]["dtype"] = str(roles.base), "float32"
+    agents = args["memshare"]["agents"]
+    agents["adapters"] = {name: str(roles.apart[name]) for name in agents["adapters"]}
     file = tmp_path / "agents.yaml"
     file.write_text(yaml.safe_dump(document))
     _, output = other_process.submit(command, ["check", str(file), "--json"]).result()
@@ -262,7 +281,15 @@ def test_the_command_for_a_cluster_of_agents(
     assert report["memory"]["block_bytes"] == 2 * 2 * 32 * (64 + 64) * 4
     texts = {f["section"]: f["text"] for f in report["findings"] if f["level"] == "ok"}
     assert "act, plan, reflect share one cache, scheme stacked" in texts["configuration"]
-    args["memshare"]["agents"]["scheme"] = "base_lr_shared"
+    both = args | {"memshare": args["memshare"] | {"mode": "share", "policy": {"name": "twins"}}}
+    file.write_text(
+        yaml.safe_dump(document | {"applications": [document["applications"][0] | {"args": both}]})
+    )
+    status, output = other_process.submit(command, ["check", str(file), "--json"]).result()
+    assert status == 1
+    (failed,) = [f for f in json.loads(output)["findings"] if f["level"] == "fail"]
+    assert "mode = 'share': with agents.scheme 'stacked' nothing can be reclaimed" in failed["text"]
+    agents["scheme"] = "base_lr_shared"
     file.write_text(yaml.safe_dump(document))
     status, output = other_process.submit(command, ["check", str(file), "--json"]).result()
     assert status == 1
