@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memshare.config import BudgetConfig
 from memshare.errors import UserError
+
+if TYPE_CHECKING:
+    from memshare.cli.main import Command
+
+
+def add_actions(
+    parser: argparse.ArgumentParser, actions: Mapping[str, tuple[Command, str]]
+) -> None:
+    """Declare the actions of a subcommand, each with its options.
+
+    Args:
+        parser: the subcommand's.
+        actions: name to what declares its options and does it, and a line of help.
+    """
+    parsers = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, (action, help_line) in actions.items():
+        form = parser.formatter_class
+        action.add_arguments(parsers.add_parser(name, help=help_line, formatter_class=form))
 
 
 def add_sharing(parser: argparse._ActionsContainer) -> None:

@@ -6,6 +6,7 @@ import argparse
 
 from memshare.cli.agents import bench, check, train
 from memshare.cli.main import Command
+from memshare.cli.options import add_actions
 
 _ACTIONS: dict[str, tuple[Command, str]] = {
     "check": (check, "which adapters share, and why others do not"),
@@ -17,10 +18,7 @@ _ACTIONS: dict[str, tuple[Command, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = __doc__
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, (module, help_line) in _ACTIONS.items():
-        form = parser.formatter_class
-        module.add_arguments(actions.add_parser(name, help=help_line, formatter_class=form))
+    add_actions(parser, _ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
