@@ -102,8 +102,8 @@ load: venv model ## 256 short streams on two replicas for HOURS=1; report in .ru
 
 headline: venv model ## Answers and preemptions of all policies, and the README's picture (about an hour)
 	@mkdir -p build
-	$(BIN)/memshare bench --workload problems --requests 100 --arms dense,twins,oldest,random --memory 0.33 \
-		--dtype float32 --repeats 1 --json build/headline.json
+	$(BIN)/memshare bench --workload recall --requests 24 --arms dense,watermark,compaction,twins,oldest,random \
+		--budget 0.4 --memory 0.33 --dtype float32 --repeats 1 --json build/headline.json
 	@$(BIN)/memshare plot arms build/headline.json --output docs/figures/headline.svg
 
 bench-serving: venv model ## Our server beside vLLM's own, in alternation

@@ -79,13 +79,17 @@ def plot_arms(record: BenchRecord, path: Path) -> None:
         UserError: the picture cannot be drawn (see :func:`memshare.lab.plots.style.figure`).
     """
     found = panels(record)
-    with figure(path, columns=len(found), width=2.4 * len(found), height=2.8) as axes:
+    wide = max(2.4, 0.54 * max(map(len, found.values())))
+    with figure(path, columns=len(found), width=wide * len(found), height=2.8) as axes:
         for panel, (title, bars) in zip(axes, found.items(), strict=True):
             for place, bar in enumerate(bars):
                 around = [[bar.height - bar.low], [bar.high - bar.height]]
                 panel.bar(place, bar.height, yerr=around, capsize=3, color=colour(bar.arm))
-                panel.text(place, bar.high, bar.label, ha="center", va="bottom", fontsize="small")
-            panel.set_xticks(range(len(bars)), [bar.arm for bar in bars], rotation=30)
+                panel.text(place, bar.high, bar.label, ha="center", va="bottom", fontsize="x-small")
+            panel.set_xticks(
+                range(len(bars)), [bar.arm for bar in bars], rotation=40, ha="right",
+                rotation_mode="anchor",
+            )  # fmt: skip
             panel.set_title(title, fontsize="small")
             panel.margins(y=0.12)
             panel.spines[["top", "right"]].set_visible(False)

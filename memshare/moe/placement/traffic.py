@@ -9,7 +9,7 @@ logits of a step's last tokens, and what the engine processes tell each other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 
 from memshare.moe.placement.parallelism import Parallelism
@@ -51,7 +51,10 @@ class Traffic:
     @property
     def sent(self) -> int:
         """All that is sent with vLLM's default, ``allgather_reducescatter``."""
-        return sum(getattr(self, field.name) for field in fields(self)[:6])
+        return (
+            self.attention + self.context + self.dense
+            + self.dispatch + self.combine + self.experts
+        )  # fmt: skip
 
     @property
     def routed_sent(self) -> int:

@@ -26,19 +26,19 @@ def test_the_reasoner_is_right_and_without_pressure_nothing_is_given_up(
     file = tmp_path / "record.json"
     status = main(
         [
-            "bench", *PROBLEMS, "--workload", "problems", "--requests", "4", "--seed", str(SHORT),
+            "bench", *PROBLEMS, "--workload", "problems", "--requests", "2", "--seed", str(SHORT),
             "--memory", "1.5", "--arms", "dense,twins", "--repeats", "1", "--json", str(file),
         ]
     )  # fmt: skip
     assert status == 0
     dense, twins = BenchRecord.load(file).repeats[0]
-    assert sum(bool(outcome.right) for outcome in dense.outcomes) >= 3
+    assert sum(bool(outcome.right) for outcome in dense.outcomes) >= 1
     assert [o[:3] for o in twins.outcomes] == [o[:3] for o in dense.outcomes]
     assert twins.remaps == twins.preemptions == dense.preemptions == 0
-    assert dense.tokens / 4 >= 500
+    assert dense.tokens / 2 >= 500
     assert sum(outcome.cut for outcome in dense.outcomes) <= 1
     shown = capsys.readouterr().out
-    assert "| twins | 2 recall |" in shown
+    assert "| twins | 1 recall |" in shown
     assert "| ratio |" in shown
 
 
