@@ -82,6 +82,9 @@ def _at_proxies(series: Series, legend: str) -> Query:
     return Query("sum (rate({0}[$__rate_interval]))", (series,), legend)
 
 
+AGENTS = "Agents that share a cache"
+"""The row whose series only servers with such agents export."""
+
 ROWS: Mapping[str, tuple[Panel, ...]] = {
     "Is there anything to gain": (
         Panel(
@@ -167,7 +170,7 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             (_split(ours("opted_out"), "reason"),),
         ),
     ),
-    "Agents that share a cache": (
+    AGENTS: (
         Panel(
             "Tokens found, not computed",
             "By adapter. Near 0 for one: its roles wait too long, or its conversations do not stay "
