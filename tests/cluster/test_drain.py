@@ -74,8 +74,8 @@ def slow(second_node: str) -> Iterator[Any]:
 
 def test_replicas_leave_and_finish_first(second_node: str, slow: Any) -> None:
     assert replicas_on(second_node) > 0, "replicas spread over both nodes"
-    running = [slow.remote(8.0) for _ in range(16)]
-    end = time.monotonic() + 180
+    running = [slow.remote(20.0) for _ in range(16)]  # until all have begun
+    end = time.monotonic() + 60
     while sum(slow.broadcast("running").results(timeout_s=60)) < 16:
         assert time.monotonic() < end, "they do not get under way"
         time.sleep(0.1)
