@@ -91,6 +91,7 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
 
     from cluster.check.machine import check_host_memory, check_machine, look_at_this_machine
     from cluster.check.model import ModelCheck, Place
+    from cluster.check.placement import look_at_placement
     from cluster.check.ports import look_at_ports
 
     say("this machine (loads torch)")
@@ -119,8 +120,6 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
         args, setup.memshare, memory, model.config.model_config.max_model_len,
         model.config.scheduler_config.max_num_seqs,
     )  # fmt: skip
-    from cluster.check.placement import look_at_placement
-
     misplaced, placement = look_at_placement(model.config)
     findings += [*misplaced, *found]
     return CheckReport(setup.subject, tuple(findings), memory, capacity, placement)

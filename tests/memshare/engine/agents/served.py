@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from tests.memshare.agents.reference import Reference, Rows, cut
@@ -180,6 +182,16 @@ def distance(
     # A token that is not the reference's best, by more than rounding, is as wrong as its gap.
     gaps += [float(step.max() - step[t]) for step, t in zip(steps, said.tokens, strict=True)]
     return max(gaps), grown
+
+
+def changed_copy(adapter: Path, folder: Path) -> Path:
+    """The adapter with one matrix that is a little different."""
+    shutil.copytree(adapter, folder)
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"] *= 1.01
+    save_file(tensors, weights)
+    return folder
 
 
 def peft_distance(roles: Roles, adapters: dict[str, Path], ask: Ask, said: Said) -> float:

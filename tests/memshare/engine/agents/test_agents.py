@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests.memshare.agents.reference import Reference, Rows
 from tests.memshare.engine.agents.served import (
@@ -20,6 +19,7 @@ from tests.memshare.engine.agents.served import (
     Roles,
     Said,
     Served,
+    changed_copy,
     distance,
     peft_distance,
     whole_blocks,
@@ -204,16 +204,6 @@ def test_columns_of_others_would_be_noticed(
     for layer in (0, 1):
         others[layer, "v_proj"] = others[layer, "v_proj"].roll(1, dims=0)
     assert distance(reference, ask, said, cache)[0] > WRONG
-
-
-def changed_copy(adapter: Path, folder: Path) -> Path:
-    """The adapter with one matrix that is a little different."""
-    shutil.copytree(adapter, folder)
-    weights = folder / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    tensors["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"] *= 1.01
-    save_file(tensors, weights)
-    return folder
 
 
 def test_an_adapter_that_has_changed_does_not_load(

@@ -13,9 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.memshare.engine.agents.served import TIGHT, Roles, Served, words
+from tests.memshare.engine.agents.served import TIGHT, Roles, Served, changed_copy, words
 from tests.memshare.engine.harness import Engine
 from tests.memshare.engine.server import serving
 from tools.bench.local_cluster import free_port
@@ -59,10 +58,7 @@ def ask_with_strangers(roles: Roles, changed: Path) -> list[list[Ended]]:
 
 def test_a_made_up_request_ends_alone(roles: Roles, tmp_path: Path) -> None:
     """Whatever is wrong with its adapter; everybody else is served on, in the same batch, too."""
-    changed = Path(shutil.copytree(roles.alike["plan"], tmp_path / "plan"))
-    weights = changed / "adapter_model.safetensors"
-    tensors = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights)
+    changed = changed_copy(roles.alike["plan"], tmp_path / "plan")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         first, *batches, last = pool.submit(ask_with_strangers, roles, changed).result()
     assert first == [("length", 6, 0)]
@@ -79,8 +75,7 @@ def test_a_live_server(roles: Roles, tmp_path: Path) -> None:
     port = free_port()
     config = tmp_path / "agents.json"
     config.write_text(json.dumps(roles.options("base_lr_shared")))
-    changed = tmp_path / "changed"
-    shutil.copytree(roles.alike["reflect"], changed)
+    changed = changed_copy(roles.alike["reflect"], tmp_path / "changed")
     command = [
         "memshare.cli.main", "serve", str(roles.base), "--memshare", str(config),
         "--served-model-name=base", f"--port={port}", "--dtype=float32", "--block-size=32",
@@ -103,9 +98,6 @@ def test_a_live_server(roles: Roles, tmp_path: Path) -> None:
         assert found("base", text) == 0
         assert [found("act", text, cache_salt="tenant") for _ in range(2)] == [0, 96]
         load = {"lora_name": "reflect", "lora_path": str(changed), "load_inplace": True}
-        weights = changed / "adapter_model.safetensors"
-        tensors = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
-        save_file(tensors, weights)
         for body in (load, load | {"lora_name": "stranger"}):
             answer = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=120)
             assert answer.status_code >= 400, answer.text
