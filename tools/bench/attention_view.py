@@ -4,10 +4,12 @@ On tensors of the real shapes, on a GPU if there is one; and, if a model is name
 
     python -m tools.bench.attention_view
     python -m tools.bench.attention_view --model smollm2-135m
+    python -m tools.bench.attention_view --parts decode --model smollm2-135m --dtype bfloat16
 
 ``build`` is the work before a backend builds its metadata, for 256 requests of 1000 entries.
 ``pack`` is one round on a worker: reading and scoring what is new, choosing, moving. ``decode``
-compares steps of one batch before and after it has lost half of its context.
+compares steps of one batch before and after it has lost half of its context; most of its time is
+the prefill. ``--parts`` leaves out the rest. ``--dtype bfloat16`` reads faster where there is AMX.
 """
 
 from __future__ import annotations
@@ -57,34 +59,50 @@ SHAPES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", default="build,pack,decode", help="separated by commas")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--model", help="measure decode steps of this model, too")
     parser.add_argument("--context", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40, help="decode: steps of each kind")
+    parser.add_argument("--dtype", default="float32", help="decode: of the model")
     args = parser.parse_args()
     repeats = args.repeats
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"{device.type}, {torch.get_num_threads()} threads, load {load:.1f} per core\n")
-    print(table_head(("build", "median ms", "best ms")))
-    for name, rows in (("nobody has holes", 0), ("16 rows", 16), ("all rows", REQUESTS)):
-        print(table_row((name, *measure(build(rows, device), device, repeats))), flush=True)
-    print()
-    print(table_head(("pack, model", "tokens", "freed", "median ms", "best ms")))
-    for shape in SHAPES:
-        for packing in (2, 8, 62, 125):
-            step = pack(shape, packing, device)
-            times = measure(step, device, max(3, repeats // packing))
-            dropped = packing // 2
-            print(table_row((shape.name, f"{packing * 32}", f"{dropped}", *times)), flush=True)
-
-    if args.model:
+    parts = args.parts.split(",")
+    if "build" in parts:
+        print(table_head(("build", "median ms", "best ms")))
+        for name, rows in (("nobody has holes", 0), ("16 rows", 16), ("all rows", REQUESTS)):
+            print(table_row((name, *measure(build(rows, device), device, repeats))), flush=True)
         print()
+    if "pack" in parts:
+        print(table_head(("pack, model", "tokens", "freed", "median ms", "best ms")))
+        for shape in SHAPES:
+            for packing in (2, 8, 62, 125):
+                step = pack(shape, packing, device)
+                times = measure(step, device, max(3, repeats // packing))
+                dropped = packing // 2
+                print(table_row((shape.name, f"{packing * 32}", f"{dropped}", *times)), flush=True)
+        print()
+    if "decode" in parts and args.model:
+        whole, half = decode(args.model, args.context, args.batch, args.dtype, args.steps)
         print(table_head(("decode", "context", "batch", "whole ms", "half ms", "steps per second")))
-        whole, half = decode(args.model, args.context, args.batch)
-        gain = f"{whole / half:.2f}x"
-        row = (args.model, str(args.context), str(args.batch), f"{whole:.1f}", f"{half:.1f}", gain)
-        print(table_row(row))
+        gains = [a / b for a, b in zip(quartiles(whole), quartiles(half), strict=True)]
+        cells = (
+            f"{args.model}, {args.dtype}",
+            f"{args.context}",
+            f"{args.batch}",
+            *(" / ".join(f"{each:.1f}" for each in quartiles(times)) for times in (whole, half)),
+            " / ".join(f"{gain:.2f}x" for gain in gains),
+        )
+        print(table_row(cells))
+        print("\nlower quartile / median / upper quartile of the steps' times, and their ratios")
+
+
+def quartiles(times: list[float]) -> list[float]:
+    return statistics.quantiles(times, n=4)
 
 
 def measure(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[str, str]:
@@ -198,8 +216,10 @@ def probe(shape: Shape, device: torch.device) -> ProbeScorer:
     return ProbeScorer(part, rotation, reach=2)
 
 
-def decode(model: str, context: int, batch: int) -> tuple[float, float]:
-    """Median milliseconds of a step before and after all requests have lost half of their context.
+def decode(
+    model: str, context: int, batch: int, dtype: str, steps: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each step before and after all requests have lost half of their context.
 
     The worker is told so by hand; the scheduler keeps the blocks, of which there are enough.
     """
@@ -212,7 +232,7 @@ def decode(model: str, context: int, batch: int) -> tuple[float, float]:
 
     memshare = {"policy": {"name": "compaction", "scorer": "random"}}
     llm = LLM(
-        resolve_model(model), dtype="float32", max_model_len=context + 512, block_size=32,
+        resolve_model(model), dtype=dtype, max_model_len=context + 512, block_size=32,
         max_num_seqs=batch, max_num_batched_tokens=2048, enforce_eager=True,
         num_gpu_blocks_override=batch * (context // 32 + 17), enable_prefix_caching=False,
         disable_log_stats=True, **plug_in(memshare),
@@ -220,7 +240,7 @@ def decode(model: str, context: int, batch: int) -> tuple[float, float]:
     engine: Any = llm.llm_engine
     core = engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
-    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=2 * steps + 40, ignore_eos=True)
     rng = np.random.default_rng(0)
     for name in range(batch):
         prompt = rng.integers(10, 40000, context).tolist()
@@ -228,7 +248,7 @@ def decode(model: str, context: int, batch: int) -> tuple[float, float]:
     requests = core.scheduler.requests
     while any(request.num_computed_tokens < context for request in requests.values()):
         engine.step()
-    whole = _steps(engine, 40)
+    whole = _steps(engine, steps)
     side, part = worker._memshare, worker._memshare.parts["compaction"]
     entries = tuple(range(context // 32 - 2))
     tables = core.scheduler.connector.scheduler_side.tables
@@ -246,16 +266,16 @@ def decode(model: str, context: int, batch: int) -> tuple[float, float]:
 
     side.before_step = with_holes
     engine.step()
-    return whole, _steps(engine, 40)
+    return whole, _steps(engine, steps)
 
 
-def _steps(engine: Any, count: int) -> float:
+def _steps(engine: Any, count: int) -> list[float]:
     times = []
     for _ in range(count):
         start = time.perf_counter()
         engine.step()
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return times
 
 
 class _Random:
