@@ -117,7 +117,7 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
         fixed = memory.weight_bytes + memory.lora_bytes
         findings += check_host_memory(machine, setup.needs, fixed, memory.kv_bytes, ranks, runs)
     found, capacity = _capacity(
-        args, setup.memshare, memory, model.config.model_config.max_model_len,
+        args, model.memshare, memory, model.config.model_config.max_model_len,
         model.config.scheduler_config.max_num_seqs,
     )  # fmt: skip
     misplaced, placement = look_at_placement(model.config)
@@ -148,7 +148,7 @@ def _capacity(
     max_model_len: int,
     max_num_seqs: int,
 ) -> tuple[list[CheckFinding], Capacity]:
-    from memshare.config.registry import mechanism_of
+    from memshare.config.registry import candidates
     from memshare.core.capacity import RequestShape, concurrency
 
     prompt = min(_PROMPT, max_model_len // 2) if args.prompt is None else args.prompt
@@ -158,7 +158,8 @@ def _capacity(
             f"--prompt {prompt} and --output {output}: both must be 1 or more, and together "
             f"at most max_model_len ({max_model_len})"
         )
-    freed = mechanism_of(config.policy).usually_freed(config) if args.freed is None else args.freed
+    usual = candidates(config.policy)[0]
+    freed = usual.usually_freed(config) if args.freed is None else args.freed
     shape = RequestShape(prompt, output, min(freed, config.max_given_up))
     shares = config.mode == "share" and shape.freed > 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import psutil
@@ -52,6 +52,7 @@ class ModelCheck:
         say: takes what is looked at.
         memory: None if it could not be found out.
         config: vLLM's configuration; None if vLLM refused it.
+        memshare: MemShare's, with the policy that will run once ``config`` is known.
     """
 
     setup: CheckedSetup
@@ -59,6 +60,10 @@ class ModelCheck:
     say: Say
     memory: Memory | None = None
     config: VllmConfig | None = None
+    memshare: MemShareConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memshare = self.setup.memshare
 
     def findings(self) -> Iterator[CheckFinding]:
         """Everything there is to say, from the options to the number of blocks."""
@@ -68,15 +73,21 @@ class ModelCheck:
                 return
         self.say("the model's configuration (loads vLLM)")
         from memshare.engine.adapter import UNBOUNDED, vllm_adapter
-        from memshare.engine.compatibility import cache_faults, config_of, faults_before_load
+        from memshare.engine.compatibility import (
+            cache_faults,
+            config_of,
+            faults_before_load,
+            policy_choice,
+        )
 
         try:
             config = self.config = vllm_config(self.setup, self.place)
         except Exception as error:
             yield CheckFinding(SECTION, "fail", f"vLLM refuses this: {_first_lines(error)}")
             return
-        transfer = config.kv_transfer_config
-        memshare = self.setup.memshare if transfer is None else config_of(config)
+        if config.kv_transfer_config is not None:
+            self.memshare = config_of(config)
+        memshare = self.memshare
         faults = list(faults_before_load(config, memshare))
         yield from (CheckFinding(SECTION, "fail", fault) for fault in faults)
         if config.model_config.is_encoder_decoder or config.model_config.runner_type != "generate":
@@ -101,6 +112,9 @@ class ModelCheck:
             yield CheckFinding(
                 SECTION, "ok", f"{name}, {len(model_memory.layers)} layers, one KV cache"
             )
+            if memshare.mode != "off" and (reason := policy_choice(config).reason):
+                policy = memshare.policy.name
+                yield CheckFinding(SECTION, "ok", f"policy {policy} (auto): {reason}")
         yield from self._memory(model_memory)
 
     def _memory(self, model_memory: ModelMemory) -> Iterator[CheckFinding]:

@@ -66,7 +66,7 @@ def _locate(
         if field is not None:
             members = _models_of(field)
             if members == [PolicyParams] and part in registry.names():
-                owner, field = registry.mechanism_type(str(part)).params, None
+                owner, field = registry.params_type(str(part)), None
                 continue
             if not members:
                 if isinstance(part, int):

@@ -226,7 +226,7 @@ class MemShareConfig(Section):
     policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
         default_factory=registry.default_policy
     )
-    """The policy and its parameters: ``paper``, ``twins``, ``compaction``, ``oldest`` or
+    """The policy and its parameters: ``auto``, ``paper``, ``twins``, ``compaction``, ``oldest`` or
     ``random``."""
     trigger: TriggerConfig = TriggerConfig()
     """When pairs are applied."""
@@ -264,13 +264,13 @@ class MemShareConfig(Section):
 
     @property
     def uses_stages(self) -> bool:
-        """Whether the policy needs stage one and stage two."""
-        return registry.mechanism_type(self.policy.name).searches
+        """Whether the policy needs stage one and stage two, or may turn out to."""
+        return any(mechanism.searches for mechanism in registry.candidates(self.policy))
 
     @property
     def drops_tokens(self) -> bool:
         """Whether the policy drops tokens instead of re-pointing blocks."""
-        return registry.mechanism_type(self.policy.name).drops_tokens
+        return all(mechanism.drops_tokens for mechanism in registry.candidates(self.policy))
 
     @property
     def max_given_up(self) -> float:
@@ -310,6 +310,6 @@ class MemShareConfig(Section):
 
     @model_validator(mode="after")
     def _suits_its_policy(self) -> MemShareConfig:
-        for refusal in registry.mechanism_of(self.policy).refusals(Setup(self)):
+        for refusal in registry.candidates(self.policy)[-1].refusals(Setup(self)):
             raise ValueError(refusal)
         return self

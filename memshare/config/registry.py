@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Annotated, Any, Union, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, cast, get_args
 
 from pydantic import Field, TypeAdapter
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,7 @@ from memshare.config.fields import PolicyParams
 
 if TYPE_CHECKING:
     from memshare.config.model import MemShareConfig
+    from memshare.config.setup import Setup
     from memshare.mechanisms.contract import Mechanism
 
 BUILT_IN = {
@@ -37,8 +38,29 @@ ENTRY_POINTS = "memshare.mechanisms"
 _PARTS = (
     "params", "searches", "drops_tokens", "edits_view", "refusals", "scheduler_part", "worker_part",
 )  # fmt: skip
-DEFAULT = "twins"
-"""The policy of a configuration that names none."""
+AUTO = "auto"
+"""The policy of a configuration that names none: the one of :data:`PREFERRED` that suits."""
+PREFERRED = ("compaction", "twins")
+"""What the policy ``auto`` chooses from, best first. The last one is taken whatever it lacks."""
+
+
+class AutoParams(PolicyParams):
+    """The default: ``compaction`` where a probe fits the model, ``twins`` where none does. It is
+    settled when the engine starts, which says so, and why."""
+
+    name: Literal["auto"] = "auto"
+
+
+class Choice(NamedTuple):
+    """The mechanism that runs in an engine.
+
+    Attributes:
+        params: its parameters.
+        reason: why it was chosen, in words; ``""`` if the configuration names it.
+    """
+
+    params: PolicyParams
+    reason: str = ""
 
 
 class UnusableMechanism(ValueError):  # noqa: N818 - a finding about a package, not a fault of ours
@@ -47,7 +69,7 @@ class UnusableMechanism(ValueError):  # noqa: N818 - a finding about a package, 
 
 def names() -> tuple[str, ...]:
     """Every name that ``policy.name`` may have."""
-    return (*BUILT_IN, *_outside())
+    return (AUTO, *BUILT_IN, *_outside())
 
 
 def mechanism_type(name: str) -> type[Mechanism[Any]]:
@@ -68,20 +90,58 @@ def mechanism_of(params: PolicyParams) -> Mechanism[Any]:
     return mechanism_type(params.name)(params)
 
 
+def params_type(name: str) -> type[PolicyParams]:
+    """What the section ``policy`` has where it has this name.
+
+    Raises:
+        UnusableMechanism: see :func:`mechanism_type`.
+    """
+    return AutoParams if name == AUTO else mechanism_type(name).params
+
+
+def candidates(params: PolicyParams) -> tuple[Mechanism[Any], ...]:
+    """The mechanisms of which one will run, best first: one, unless the policy is ``auto``."""
+    if not isinstance(params, AutoParams):
+        return (mechanism_of(params),)
+    return tuple(mechanism_of(params_type(name)(name=name)) for name in PREFERRED)
+
+
+def settle(setup: Setup) -> Choice:
+    """Which mechanism runs in an engine.
+
+    Args:
+        setup: whose engine is known; while it is not, ``auto`` is its last choice.
+    """
+    if not isinstance(setup.config.policy, AutoParams):
+        return Choice(setup.config.policy)
+    *better, last = candidates(setup.config.policy)
+    lacks = []
+    for mechanism in better:
+        why_not = mechanism.shortcoming(setup)
+        if why_not is None:
+            return Choice(mechanism.chosen, f"it suits {_served(setup)}")
+        lacks.append(f"{mechanism.chosen.name}: {why_not}")
+    return Choice(last.chosen, "; ".join(lacks))
+
+
+def _served(setup: Setup) -> str:
+    return "this engine" if setup.engine is None else setup.engine.model
+
+
 def mechanisms_of(config: MemShareConfig) -> dict[str, Mechanism[Any]]:
-    """The mechanisms that run under a configuration, by name: today the one that it calls its
-    policy."""
+    """The mechanisms that run under a configuration that is settled, by name: today the one that it
+    calls its policy."""
     return {config.policy.name: mechanism_of(config.policy)}
 
 
 def built_in_params() -> tuple[type[PolicyParams], ...]:
-    """The parameters of our own mechanisms: what the documentation describes."""
-    return tuple(mechanism_type(name).params for name in BUILT_IN)
+    """The parameters of our own policies: what the documentation describes."""
+    return tuple(params_type(name) for name in (AUTO, *BUILT_IN))
 
 
 def default_policy() -> PolicyParams:
     """The section ``policy`` of a configuration that has none."""
-    return mechanism_type(DEFAULT).params(name=DEFAULT)
+    return AutoParams()
 
 
 def read_policy(value: object) -> object:
@@ -118,7 +178,7 @@ def _union(outside: str | None) -> TypeAdapter[Any]:
 @cache
 def _outside() -> dict[str, EntryPoint]:
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    return {name: entry for name, entry in found.items() if name not in BUILT_IN}
+    return {name: entry for name, entry in found.items() if name not in (AUTO, *BUILT_IN)}
 
 
 @cache

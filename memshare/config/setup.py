@@ -16,10 +16,22 @@ class EngineFacts:
     Attributes:
         model: its folder or hub id.
         has_tokenizer: whether the engine process loads the tokenizer.
+        layers: attention layers; 0 if that is not known.
+        heads: KV heads of each on one rank.
+        channels: of one head.
+        ranks: how many ranks share the heads.
+        changed: what makes the model another one than its own files say; None if nothing does.
+        view_refusal: why attention cannot read its tables through a view; None if it can.
     """
 
     model: str
     has_tokenizer: bool
+    layers: int = 0
+    heads: int = 0
+    channels: int = 0
+    ranks: int = 1
+    changed: str | None = None
+    view_refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

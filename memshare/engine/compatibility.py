@@ -25,13 +25,50 @@ class UnsupportedSetup(ValueError):  # noqa: N818 - reads as a finding in the lo
 
 
 def config_of(vllm_config: VllmConfig) -> MemShareConfig:
-    """The configuration that ``kv_connector_extra_config``, environment and file amount to.
+    """The configuration that ``kv_connector_extra_config``, environment and file amount to, with
+    the policy that runs in this engine.
 
     Raises:
         ConfigError: a field is unknown or wrong.
     """
+    config = _asked_for(vllm_config)
+    if config.mode == "off":
+        return config
+    return config.model_copy(update={"policy": policy_choice(vllm_config).params})
+
+
+def policy_choice(vllm_config: VllmConfig) -> registry.Choice:
+    """Which policy runs in this engine, and why if the configuration leaves that open.
+
+    Raises:
+        ConfigError: a field is unknown or wrong.
+    """
+    return registry.settle(Setup(_asked_for(vllm_config), engine_facts(vllm_config)))
+
+
+def _asked_for(vllm_config: VllmConfig) -> MemShareConfig:
     transfer = vllm_config.kv_transfer_config
     return load_config(transfer.kv_connector_extra_config if transfer is not None else None)
+
+
+def engine_facts(vllm_config: VllmConfig) -> EngineFacts:
+    """What is known of the engine before it loads its model."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    changed = None
+    if vllm_config.lora_config is not None:
+        changed = "adapters change keys and values, and no probe knows them"
+    elif model.hf_overrides:
+        changed = "hf_overrides change the model that probes were trained for"
+    return EngineFacts(
+        model=model.model,
+        has_tokenizer=not model.skip_tokenizer_init,
+        layers=model.get_num_layers(parallel),
+        heads=model.get_num_kv_heads(parallel),
+        channels=model.get_head_size(),
+        ranks=parallel.tensor_parallel_size,
+        changed=changed,
+        view_refusal=next(vllm_adapter().view_refusals(vllm_config), None),
+    )
 
 
 def check_before_load(vllm_config: VllmConfig) -> None:
@@ -65,19 +102,23 @@ def check_cache(kv_cache_config: KVCacheConfig) -> None:
 
 
 def check_workers(
-    handshakes: dict[tuple[int, int], WorkerHandshake], world_size: int, family: str | None = None
+    handshakes: dict[tuple[int, int], WorkerHandshake],
+    world_size: int,
+    family: str | None = None,
+    policy: str | None = None,
 ) -> None:
-    """Refuse to start unless every rank's table can be edited, and its adapters are the
-    scheduler's.
+    """Refuse to start unless every rank's table can be edited, and its policy and its adapters are
+    the scheduler's.
 
     Args:
         handshakes: what the ranks report.
         world_size: how many there are.
         family: key of the adapters that share a cache; None if none do.
+        policy: that the scheduler runs; None if nothing is reclaimed.
 
     Raises:
-        UnsupportedSetup: a rank did not answer, runs another worker class, or has read other
-            adapters.
+        UnsupportedSetup: a rank did not answer, runs another worker class or policy, or has read
+            other adapters.
     """
     hooked = sum(h.hooked for h in handshakes.values())
     if hooked != world_size:
@@ -89,6 +130,15 @@ def check_workers(
         )
     if any(h.family != family for h in handshakes.values()):
         _raise(["adapters were changed while the engine started; start it again"])
+    others = sorted({str(h.policy) for h in handshakes.values() if h.policy != policy})
+    if others:
+        _raise(
+            [
+                f"policy.name is {policy!r} in the scheduler, and {', '.join(others)} on workers: "
+                "'auto' found a probe in one place and not in another; have the same probes on all "
+                "nodes, or name the policy"
+            ]
+        )
 
 
 def edits_view(config: MemShareConfig) -> bool:
@@ -165,10 +215,8 @@ def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
 def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
     """What is not supported in a set-up, and the way out, as far as its options tell."""
     yield from plug_in_faults(vllm_config)
-    model = vllm_config.model_config
-    facts = EngineFacts(model=model.model, has_tokenizer=not model.skip_tokenizer_init)
     for mechanism in registry.mechanisms_of(config).values():
-        yield from mechanism.refusals(Setup(config, facts))
+        yield from mechanism.refusals(Setup(config, engine_facts(vllm_config)))
     if edits_view(config):
         yield from vllm_adapter().view_refusals(vllm_config)
     speculative = vllm_config.speculative_config

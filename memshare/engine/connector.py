@@ -26,6 +26,7 @@ from memshare.engine.compatibility import (
     check_workers,
     compile_steps,
     config_of,
+    policy_choice,
 )
 from memshare.engine.family_side import FamilySide
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
@@ -113,6 +114,8 @@ class MemShareConnector(KVConnectorBase_V1):
         if config.mode == "off":
             return
         logger.info("MemShare configuration: %s", config.model_dump_json())
+        if reason := policy_choice(self._vllm_config).reason:
+            logger.info("MemShare policy: %s (auto): %s", config.policy.name, reason)
         group = self._adapter.editable_group(self._kv_cache_config)
         self.scheduler_side = SchedulerSide(
             config,
@@ -135,6 +138,7 @@ class MemShareConnector(KVConnectorBase_V1):
                 cast("dict[tuple[int, int], WorkerHandshake]", metadata),
                 self._world_size,
                 None if requests is None else requests.family.key,
+                None if self.scheduler_side is None else self.scheduler_side.config.policy.name,
             )
         if requests is not None:
             requests.hash_blocks()

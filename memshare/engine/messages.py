@@ -63,7 +63,9 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
     Attributes:
         hooked: the worker class is ours, so block tables can be edited.
         family: key of the adapters that share this rank's cache; None if none do.
+        policy: that runs on it; None if nothing is reclaimed.
     """
 
     hooked: bool
     family: str | None = None
+    policy: str | None = None

@@ -78,7 +78,7 @@ class WorkerSide:
 
     def handshake(self) -> WorkerHandshake:
         """What this rank reports to the scheduler before the first step."""
-        return WorkerHandshake(hooked=self._tables is not None)
+        return WorkerHandshake(hooked=self._tables is not None, policy=self._config.policy.name)
 
     def before_step(self, message: SchedulerMessage) -> None:
         """Hand out the step's commands. Must run before the runner reads its tables."""

@@ -173,6 +173,16 @@ class Mechanism(ABC, Generic[Params]):
     def __init__(self, params: Params) -> None:
         self._params = params
 
+    @property
+    def chosen(self) -> Params:
+        """Its parameters."""
+        return self._params
+
+    def shortcoming(self, setup: Setup) -> str | None:
+        """Why it should not be preferred in an engine, though it may be asked for: what the policy
+        ``auto`` asks. None if it has all that it needs there."""
+        return next(self.refusals(setup), None)
+
     def refusals(self, setup: Setup) -> Iterator[str]:
         """What it cannot work with, each with the way out. Asked before anything loads: when the
         configuration is read, and again when the engine is known."""

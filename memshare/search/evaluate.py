@@ -196,7 +196,8 @@ class StageOne(Protocol):
 
 def open_stage_one(config: MemShareConfig) -> StageOne:
     """Build what the configuration's policy needs."""
-    return registry.mechanism_of(config.policy).stage_one(config)
+    mechanism = next(each for each in registry.candidates(config.policy) if each.searches)
+    return mechanism.stage_one(config)
 
 
 Index = TypeVar("Index")

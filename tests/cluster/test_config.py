@@ -302,6 +302,7 @@ def test_numbers_in_the_environment_become_text() -> None:
     [
         ({"evaluator": {"source": "ray"}, "policy": {"name": "paper"}}, True),
         ({"evaluator": {"source": "ray"}, "policy": {"name": "oldest"}}, False),
+        ({"evaluator": {"source": "ray"}}, True),  # `auto` may settle on a policy that needs it
         ({"evaluator": {"source": "in_process"}}, False),
     ],
 )

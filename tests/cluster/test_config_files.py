@@ -132,11 +132,14 @@ def test_the_demo_is_the_default_with_a_small_cache() -> None:
     args = demo["applications"][0]["args"]
     assert args.pop("page") == {"show_text": True}
     assert args["memshare"].pop("evaluator")["source"] == "ray"
+    assert args["memshare"].pop("policy") == {"name": "twins"}, "its page shows shared blocks"
     engine = args["engine"]
     longest = engine["max_model_len"] / engine["block_size"]
     assert longest < engine.pop("num_gpu_blocks_override") < 3 * longest
     args["engine"]["max_model_len"] = 4096
-    default["applications"][0]["args"]["memshare"].pop("evaluator")
+    memshare = default["applications"][0]["args"]["memshare"]
+    memshare.pop("evaluator")
+    assert memshare.pop("policy") == {"name": "auto"}
     assert demo == default
 
 

@@ -79,15 +79,18 @@ def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None
 
 @pytest.mark.engine  # vLLM is loaded
 def test_the_compatibility_page_names_every_option_that_is_refused() -> None:
-    from memshare.engine.compatibility import plug_in_faults, setup_faults
+    from memshare.engine.compatibility import engine_facts, plug_in_faults, setup_faults
 
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
-    code = inspect.getsource(plug_in_faults) + inspect.getsource(setup_faults)
+    code = "".join(map(inspect.getsource, (plug_in_faults, setup_faults, engine_facts)))
     options = set(re.findall(r"(?:parallel|model|vllm_config|cache_config)\.(\w+)", code))
     options |= set(re.findall(r'"(\w+_context_parallel_size)"', code))
     # Not options: sections, and the model's own properties, which the page has in words.
     options -= {"kv_transfer_config", "parallel_config", "model_config", "cache_config", "model"}
     options -= {"is_encoder_decoder", "runner_type"}
+    # Not refused: what the policy `auto` looks at.
+    options -= {"get_num_layers", "get_num_kv_heads", "get_head_size"}
+    options -= {"tensor_parallel_size", "hf_overrides", "lora_config"}
     options = {"kv_cache_dtype" if option == "cache_dtype" else option for option in options}
     assert len(options) >= 6
     assert {option for option in options if f"`{option}" not in page} == set()

@@ -83,7 +83,7 @@ def sharing_arms() -> dict[str, dict[str, Any]]:
 
     An arm of our own keeps its name where a package has one by the same name.
     """
-    ours = {*registry.BUILT_IN, *NAMES}
+    ours = {registry.AUTO, *registry.BUILT_IN, *NAMES}
     outside = {name: {"policy": {"name": name}} for name in registry.names() if name not in ours}
     return POLICIES | outside
 

@@ -90,7 +90,8 @@ def by_age(memshare: dict[str, Any]) -> dict[str, Any]:
     drops tokens always finds its budget, and its scheduler asks for nothing more.
     """
     policy: dict[str, Any] = memshare.get("policy", {})
-    if registry.mechanism_type(policy.get("name", registry.DEFAULT)).drops_tokens:
+    name = policy.get("name", registry.AUTO)
+    if name != registry.AUTO and registry.mechanism_type(name).drops_tokens:
         return memshare
     return memshare | {"policy": {"name": "oldest"}}
 

@@ -32,6 +32,17 @@ class Compaction(Mechanism[CompactionParams]):
                 "request\n    fix: set scope to 'request', or policy.name to 'paper'"
             )
 
+    def shortcoming(self, setup: Setup) -> str | None:
+        """See :meth:`Mechanism.shortcoming`. It should have a probe, and something to do."""
+        if setup.config.mode == "observe":
+            return "it observes nothing"
+        refusal = super().shortcoming(setup)
+        if refusal is None:
+            from memshare.mechanisms.compaction.scorers.refusals import without_probe
+
+            refusal = without_probe(setup)
+        return refusal
+
     def scheduler_part(self, context: SchedulerContext) -> CompactionPart:
         """See :meth:`Mechanism.scheduler_part`."""
         from memshare.mechanisms.compaction.scheduler import CompactionPart

@@ -139,6 +139,18 @@ def test_a_missing_worker_hook_is_noticed() -> None:
         check_workers({(0, 0): hooked}, world_size=2)
 
 
+def test_workers_that_settled_on_another_policy_are_noticed(vllm_config: Any) -> None:
+    from memshare.engine.compatibility import UnsupportedSetup, check_workers, config_of
+    from memshare.engine.messages import WorkerHandshake
+
+    policy = config_of(vllm_config).policy.name
+    assert policy == "twins", "no weights, so no probe"
+    ours, other = WorkerHandshake(True, policy=policy), WorkerHandshake(True, policy="compaction")
+    check_workers({(0, 0): ours, (0, 1): ours}, world_size=2, policy=policy)
+    with pytest.raises(UnsupportedSetup, match="'twins' in the scheduler, and compaction on work"):
+        check_workers({(0, 0): ours, (0, 1): other}, world_size=2, policy=policy)
+
+
 def test_an_engine_does_not_start(start_engine: StartEngine, tiny: str, tmp_path: Path) -> None:
     """The whole way: vLLM itself refuses, with our text, and starts nothing."""
     with (

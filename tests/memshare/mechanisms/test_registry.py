@@ -69,7 +69,7 @@ def test_a_policy_of_another_package_is_chosen_by_its_name(install: Install) -> 
 
 def test_nothing_of_it_is_imported_before_it_is_named(install: Install) -> None:
     install("slow", "slow_policy", "raise RuntimeError('it does not work here')")
-    assert load_config({}, {}).policy.name == "twins"
+    assert load_config({}, {}).policy.name == "auto"
     with pytest.raises(ConfigError, match=r"policy\.name = 'sloww'.*'twins', 'slow'"):
         load_config({"policy": {"name": "sloww"}}, {})
     assert "slow_policy" not in sys.modules
@@ -93,14 +93,15 @@ def test_one_that_cannot_be_used_is_refused_with_its_package(
 
 def test_ours_are_not_replaced_by_others(install: Install) -> None:
     install("twins", "slow_policy", GOOD.format(name="twins"))
-    assert type(load_config({}, {}).policy).__module__ == "memshare.mechanisms.twins.params"
+    twins = load_config({"policy": {"name": "twins"}}, {}).policy
+    assert type(twins).__module__ == "memshare.mechanisms.twins.params"
     assert registry.names().count("twins") == 1
 
 
 def test_a_configuration_does_not_load_torch() -> None:
     code = (
         "import sys; from memshare.config import load_config\n"
-        "for name in ('paper', 'twins', 'oldest', 'random'):\n"
+        "for name in ('auto', 'paper', 'twins', 'oldest', 'random', 'compaction'):\n"
         "    load_config({'policy': {'name': name}}, {})\n"
         "sys.exit(', '.join({'torch', 'vllm', 'ray'} & set(sys.modules)) or None)"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memshare.mechanisms.compaction.probe.file import ProbeUnusable, read_card
-from memshare.mechanisms.compaction.probe.find import named_probe
+from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe, named_probe
 from memshare.mechanisms.compaction.probe.weights import fingerprint, same_weights
 
 if TYPE_CHECKING:
@@ -41,3 +41,16 @@ def scorer_refusals(choice: ScorerChoice, setup: Setup) -> Iterator[str]:
             "    fix: leave policy.probe out to use one that fits, or `memshare probe train "
             f"--model {setup.engine.model}`"
         )
+
+
+def without_probe(setup: Setup) -> str | None:
+    """Why tokens could not be kept by a probe that is found by itself; None if one fits."""
+    engine = setup.engine
+    if engine is None or not engine.layers:
+        return "the engine is not known"
+    if engine.changed is not None or engine.view_refusal is not None:
+        return engine.changed or engine.view_refusal
+    model = ServedModel(engine.model, engine.layers, engine.heads, engine.channels, engine.ranks)
+    if find_probe(None, model) is None:
+        return f"no probe fits; `memshare probe train --model {engine.model}` makes one"
+    return None

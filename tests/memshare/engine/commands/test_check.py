@@ -143,11 +143,13 @@ def test_blocks_are_counted_as_an_engine_counts_them(
 ) -> None:
     """Exactly, where vLLM is told how much memory it may take."""
     found, memory = check(tiny, (*BLOCKS, "--dtype=bfloat16"))
-    assert [finding.level for finding in found] == ["ok"]
+    assert [finding.level for finding in found] == ["ok", "ok"]
+    assert found[1].text.startswith("policy twins (auto): compaction: no probe fits; `memshare")
     assert memory is not None
     assert memory.kv_bytes == GIB
     options = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 1024}
     with start_engine(tiny, {}, **options) as engine:
+        assert list(engine.side.parts) == ["twins"]
         config = engine.core.vllm_config.cache_config
         assert memory.blocks == config.num_gpu_blocks
         assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
@@ -224,7 +226,7 @@ def test_ranks_share_heads_and_weights(check: Callable[..., Look], tiny: str) ->
 
 def test_gpus_of_another_machine(check: Callable[..., Look], tiny: str) -> None:
     found, memory = check(tiny, (), Place(10 * GIB, 4 * GIB, elsewhere=True))
-    assert [finding.level for finding in found] == ["ok"]
+    assert [finding.level for finding in found] == ["ok", "ok"]
     assert memory is not None
     assert memory.block_size == 16
     assert "estimated: 4 GiB kept" in memory.kv_source
@@ -256,6 +258,8 @@ def test_the_command(other_process: ProcessPoolExecutor, tmp_path: Path) -> None
     status, output = other_process.submit(command, ["check", str(file), "--json"]).result()
     report = json.loads(output)
     assert {f["section"] for f in report["findings"]} >= {"versions", "configuration", "model"}
+    (policy,) = [f["text"] for f in report["findings"] if f["text"].startswith("policy")]
+    assert policy.startswith("policy compaction (auto): it suits "), "its probe is installed"
     assert report["memory"]["blocks"] == 1456, "a block of 32 tokens has 720 KiB, the cache 1 GiB"
     shared, plain = report["capacity"]["shared"], report["capacity"]["plain"]
     assert shared["at_full_length"] > plain["at_full_length"]

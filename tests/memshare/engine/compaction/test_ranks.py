@@ -8,14 +8,14 @@ The real model, padded so that two ranks divide its heads; the mechanism decides
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.memshare.engine.harness import BLOCK, Engine, StartEngine
-from tests.memshare.engine.scripted import Event, RankNotes, Reference, event, worst
+from tests.memshare.engine.scripted import Event, RankNotes, Reference, Seen, event, worst
 
 pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(900)]
 
@@ -27,13 +27,19 @@ MEMSHARE: dict[str, Any] = {
 LOGITS = 2048  # of a row: they travel from process to process
 TOKENS = 120
 
+Packings = list[tuple[str, Seen]]
+
 
 def watch(worker: Any) -> None:
     worker.notes = RankNotes(worker, "compaction", LOGITS)
 
 
-def notes(worker: Any) -> tuple[Any, Any]:
-    return worker.notes.logits, worker.notes.packings
+def take_notes(worker: Any) -> tuple[Any, Any]:
+    """What a rank has seen since they were taken last."""
+    taken = dict(worker.notes.logits), list(worker.notes.packings)
+    worker.notes.logits.clear()
+    worker.notes.packings.clear()
+    return taken
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def engine(start_engine: StartEngine, smollm2_tp2: str) -> Iterator[Engine]:
     bind = "|".join(str(cores[rank % len(cores)]) for rank in range(2))
     options = {
         "tensor_parallel_size": 2, "num_gpu_blocks_override": 60, "max_model_len": 1024,
-        "dtype": "float32",
+        "dtype": "float32", "max_num_batched_tokens": 256,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         # On one NUMA node vLLM wants to be told which core is whose.
@@ -70,34 +76,69 @@ class Starts:
         part._compact = noted
 
 
-def test_two_ranks_compute_what_is_left_in_both(engine: Engine, smollm2_tp2: str) -> None:
-    from vllm import SamplingParams
+@pytest.fixture(scope="module")
+def reference(smollm2_tp2: str) -> Reference:
+    return Reference(smollm2_tp2)
 
-    reference, starts, llm = Reference(smollm2_tp2), Starts(engine.side.part), engine.llm.llm_engine
-    prompts = {f"r{i}": reference.text(900 * i, 330 + 20 * i) for i in range(5)}
-    for name, prompt in prompts.items():
-        extra = {"memshare": "off"} if name == "r0" else None
+
+@pytest.fixture(scope="module")
+def starts(engine: Engine) -> Starts:
+    return Starts(engine.side.part)
+
+
+class Requests:
+    """Requests that run in an engine, and what they have written."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.cached: dict[str, int | None] = {}
+        self._llm: Any = engine.llm.llm_engine
+        self._prompts: dict[str, list[int]] = {}
+
+    def add(self, name: str, prompt: list[int], exact: bool = False) -> None:
+        from vllm import SamplingParams
+
+        extra = {"memshare": "off"} if exact else None
         params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, extra_args=extra)
-        llm.add_request(name, {"prompt_token_ids": prompt}, params)
-    tokens = {}
-    while llm.has_unfinished_requests():
-        for output in llm.step():
-            name = output.request_id
-            tokens[name] = prompts[name] + list(output.outputs[0].token_ids)
+        self._prompts[name] = prompt
+        self._llm.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        while self._llm.has_unfinished_requests() and not until():
+            for output in self._llm.step():
+                name = output.request_id
+                self.tokens[name] = self._prompts[name] + list(output.outputs[0].token_ids)
+                self.cached[name] = output.num_cached_tokens
+
+
+def events_of(first: Packings, second: Packings, starts: list[int], name: str) -> list[Event]:
+    """What packings have left of a request, both ranks' heads side by side."""
+    assert [request for request, _ in first] == [request for request, _ in second]
+    found: list[Event] = []
+    for (request, seen), (_, others) in zip(first, second, strict=True):
+        if request.split("-")[0] == name:
+            start = starts[len(found)]
+            halves = [event(rank, start, BLOCK).kept for rank in (seen, others)]
+            found.append(Event(start, torch.cat(halves, 1)))
+    return found
+
+
+def test_two_ranks_compute_what_is_left_in_both(
+    engine: Engine, reference: Reference, starts: Starts
+) -> None:
+    requests = Requests(engine)
+    for i in range(5):
+        requests.add(f"r{i}", reference.text(900 * i, 330 + 20 * i), exact=i == 0)
+    requests.run()
+    tokens = requests.tokens
     assert engine.is_clean()
     assert engine.totals["integrity_checks:failed"] == 0
     assert engine.totals["integrity_checks:passed"] > TOKENS, "tables of both ranks"
     assert engine.totals["preemptions"] == 0
 
-    (logits, first), (_, second) = engine.core.model_executor.collective_rpc(notes)
-    assert [name for name, _ in first] == [name for name, _ in second]
-    events: dict[str, list[Event]] = {name: [] for name in prompts}
-    for (request, seen), (_, others) in zip(first, second, strict=True):
-        name = request.split("-")[0]
-        start = starts.of[name][len(events[name])]
-        halves = [event(rank, start, BLOCK).kept for rank in (seen, others)]
-        events[name].append(Event(start, torch.cat(halves, 1)))
-    compacted = sorted((name for name in prompts if events[name]), key=lambda n: len(events[n]))
+    (logits, first), (_, second) = engine.core.model_executor.collective_rpc(take_notes)
+    events = {n: events_of(first, second, starts.of.get(n, []), n) for n in tokens}
+    compacted = sorted((name for name in tokens if events[name]), key=lambda n: len(events[n]))
     assert len(compacted) >= 2, "memory was short"
     assert not events["r0"], "it has opted out"
     name = compacted[-1]
@@ -111,3 +152,35 @@ def test_two_ranks_compute_what_is_left_in_both(engine: Engine, smollm2_tp2: str
     for control in ({"swap": True}, {"shift": 1}):
         wrong = reference.logits(tokens[name], events[name], **control)  # type: ignore[arg-type]
         assert worst(logits, name, wrong, start) > 1000 * noise, control
+
+
+def test_what_is_preempted_is_dense_again_on_both_ranks(
+    engine: Engine, reference: Reference, starts: Starts
+) -> None:
+    """It is recomputed in chunks; what others find of it in the prefix cache is exact."""
+    requests, rpc = Requests(engine), engine.core.model_executor.collective_rpc
+    for i in range(5):
+        requests.add(f"s{i}", reference.text(900 * i, 330 + 20 * i), exact=i == 0)
+    requests.run(until=lambda: len(starts.of.keys() & {"s1", "s2", "s3", "s4"}) >= 2)
+    before = max((name for name in starts.of if name[0] == "s"), key=lambda n: len(starts.of[n]))
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    rpc(take_notes)
+    since, rounds = len(requests.tokens[before]), len(starts.of[before])
+    requests.run()
+    tokens = requests.tokens
+    (logits, first), (_, second) = rpc(take_notes)
+    again = events_of(first, second, starts.of[before][rounds:], before)
+    noise = worst(logits, "s0", reference.logits(tokens["s0"], []))
+    assert noise < 2e-4
+    assert worst(logits, before, reference.logits(tokens[before], again), since) <= 1.5 * noise
+
+    for name in ("s0", before):
+        requests.add(f"{name}again", tokens[name][:-TOKENS], exact=True)
+    requests.run()
+    (logits, _), _ = rpc(take_notes)
+    for name in ("s0", before):
+        assert requests.cached[f"{name}again"], "the prefix cache had some of it"
+        exact = reference.logits(tokens[f"{name}again"], [])
+        assert worst(logits, f"{name}again", exact) <= 1.5 * noise
+    assert engine.is_clean()
+    assert engine.totals["integrity_checks:failed"] == 0

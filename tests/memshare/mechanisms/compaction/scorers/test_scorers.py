@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import run
 from typing import Any, cast
@@ -15,9 +15,11 @@ import torch.nn.functional as F  # noqa: N812 - as torch calls it
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memshare.config import load_config, registry
 from memshare.config.setup import EngineFacts, Setup
 from memshare.kv.layout import RotaryTable
 from memshare.kv.rotary import Rotation
+from memshare.mechanisms.compaction.params import CompactionParams
 from memshare.mechanisms.compaction.probe import find
 from memshare.mechanisms.compaction.probe.card import ProbeCard
 from memshare.mechanisms.compaction.probe.file import Probe, read_probe, write_probe
@@ -34,6 +36,7 @@ from memshare.mechanisms.compaction.scorers.registry import (
     build_scorer,
 )
 from memshare.mechanisms.contract import WorkerContext
+from memshare.mechanisms.twins.params import TwinsParams
 
 LAYERS, HEADS, TOKENS, CHANNELS, HIDDEN, NEIGHBOURS = 3, 4, 50, 16, 8, 2
 POSITIONS = 512
@@ -374,3 +377,34 @@ def test_cards_are_read_without_torch(model: Path, kept: Path) -> None:
         "assert 'torch' not in sys.modules, 'torch'\n"
     )
     assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- the policy `auto` ----
+
+
+def test_auto_is_compaction_where_a_probe_fits_and_twins_where_not(model: Path, kept: Path) -> None:
+    facts = EngineFacts(str(model), True, LAYERS, HEADS, CHANNELS)
+
+    def choice(facts: EngineFacts | None = facts, **options: object) -> registry.Choice:
+        return registry.settle(Setup(load_config(options, {}), facts))
+
+    assert choice().params == TwinsParams(name="twins")
+    train = f"compaction: no probe fits; `memshare probe train --model {model}` makes one"
+    assert choice().reason == train
+    write(kept / "tiny.safetensors", model)
+    assert choice() == registry.Choice(CompactionParams(name="compaction"), f"it suits {model}")
+    assert choice(policy={"name": "auto"}) == choice()
+    # A probe is not all that it takes.
+    for lacking, reason in (
+        (None, "the engine is not known"),
+        (replace(facts, heads=HEADS // 2), "no probe fits"),
+        (replace(facts, changed="adapters"), "adapters"),
+        (replace(facts, view_refusal="ALiBi"), "ALiBi"),
+    ):
+        assert choice(lacking).params.name == "twins"
+        assert choice(lacking).reason.startswith(f"compaction: {reason}")
+    assert choice(mode="observe").reason == "compaction: it observes nothing"
+    # What is named, runs, and nothing is said about it.
+    for name in ("compaction", "twins", "oldest"):
+        assert choice(policy={"name": name}).params.name == name
+        assert choice(policy={"name": name}).reason == ""
