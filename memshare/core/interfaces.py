@@ -247,8 +247,9 @@ class WorkerTables(Protocol):
 class AttentionView(Protocol):
     """What this rank's attention is given in a step: its tables, less their null entries.
 
-    Tables and lengths of the engine stay as they are. Holds for one step: the worker clears it when
-    the step has been launched, so that dummy runs and captures see plain tables.
+    Tables and lengths of the engine stay as they are. Holds from the beginning of a step to that of
+    the next, since a draft model reads tables after the step's own forward pass. The worker clears
+    it before dummy runs, which see plain tables.
     """
 
     def leave_out(self, null_entries: Mapping[str, int]) -> None:

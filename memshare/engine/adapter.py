@@ -99,7 +99,7 @@ class Adapter(Protocol):
     def attention_layers(
         self, vllm_config: VllmConfig, runner: object
     ) -> Mapping[str, CachedLayer]:
-        """The attention layers of a worker's model, by name."""
+        """The attention layers of a worker's model, by name; not those of a draft model."""
         ...
 
     def value_refusals(self, vllm_config: VllmConfig, width: int) -> Iterator[str]:

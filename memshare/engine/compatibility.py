@@ -10,6 +10,7 @@ from memshare.core.interfaces import CacheGroup
 from memshare.engine.adapter import vllm_adapter
 from memshare.engine.agents import agent_faults
 from memshare.engine.messages import WorkerHandshake
+from memshare.engine.speculation import speculation_faults
 from memshare.engine.versions import check_vllm_version
 from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
 from memshare.search.steps import DelimiterAutomaton, compile_delimiters
@@ -219,12 +220,7 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
         yield from mechanism.refusals(Setup(config, engine_facts(vllm_config)))
     if edits_view(config):
         yield from vllm_adapter().view_refusals(vllm_config)
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
-        yield (
-            f"speculative decoding by {speculative.method!r} keeps a KV cache of its own; use "
-            "'ngram' or none"
-        )
+    yield from speculation_faults(vllm_config)
     cache_type = vllm_config.cache_config.cache_dtype
     if cache_type not in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"):
         yield f"kv_cache_dtype is {cache_type!r}; choose 'auto' or a per-tensor fp8 type"

@@ -32,6 +32,7 @@ from memshare.engine.family_side import FamilySide
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
 from memshare.engine.prometheus import MemSharePromMetrics, MemShareStats
 from memshare.engine.scheduler_side import SchedulerSide
+from memshare.engine.speculation import unsettled_tokens
 from memshare.engine.worker_side import WorkerSide
 from memshare.search.bridge import EvaluatorBridge
 from memshare.search.evaluate import open_source
@@ -121,6 +122,7 @@ class MemShareConnector(KVConnectorBase_V1):
             config,
             self._adapter.block_tables(kv_cache_manager, group),
             world_size=self._world_size,
+            unsettled_tokens=unsettled_tokens(self._vllm_config),
             compile_steps=lambda: compile_steps(self._vllm_config, config),
             open_bridge=lambda: EvaluatorBridge(
                 lambda: open_source(config), config.evaluator.queue_size

@@ -51,6 +51,7 @@ class SchedulerSide:
         config: MemShareConfig,
         tables: BlockTables,
         world_size: int,
+        unsettled_tokens: int,
         compile_steps: Callable[[], DelimiterAutomaton],
         open_bridge: Callable[[], EvaluatorBridge],
     ) -> None:
@@ -60,6 +61,8 @@ class SchedulerSide:
             config: a valid configuration whose mode is not ``off``.
             tables: the scheduler's block tables.
             world_size: ranks whose partial results make a whole one.
+            unsettled_tokens: how many of a request's last committed tokens may yet be written
+                again; blocks with one of them are not full.
             compile_steps: compiles the step delimiters; called only if a mechanism needs steps.
             open_bridge: makes the bridge to the evaluators; called only if a mechanism needs them.
         """
@@ -80,6 +83,7 @@ class SchedulerSide:
         self.admission = Admission(config, self.tracker, self.reclaimer, tables)
         self._census = BlockCensus(config.report, self.tracker, tables, self.recorder.counters)
         self._wheel: TimingWheel[tuple[RequestState, int]] = TimingWheel()  # state, generation
+        self._unsettled = unsettled_tokens
         self._full_and_left = tables.token_map.full_and_left  # for each request that is looked at
         self._check_wanted = False
         self._check_failed = False
@@ -202,7 +206,7 @@ class SchedulerSide:
         request = state.request
         # Tokens whose KV is written: what is in flight is counted ahead (async scheduling).
         committed = request.num_computed_tokens - request.num_in_flight_tokens
-        full, left = self._full_and_left(committed)
+        full, left = self._full_and_left(max(0, committed - self._unsettled))
         if full != state.full:
             state.full = full
             for part in self._parts:

@@ -70,14 +70,15 @@ class MemShareWorker(BaseWorker):
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Let mechanisms edit the block tables, then run the step."""
         message = scheduler_output.kv_connector_metadata
-        memshare = self._memshare
-        if memshare is None or not isinstance(message, SchedulerMessage):
-            return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
-        memshare.before_step(message)
-        try:
-            return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
-        finally:
-            memshare.step_launched()
+        if self._memshare is not None and isinstance(message, SchedulerMessage):
+            self._memshare.before_step(message)
+        return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
+
+    def execute_dummy_batch(self) -> None:
+        """Keep up with other ranks while there is nothing to run."""
+        if self._memshare is not None:
+            self._memshare.forget_step()
+        super().execute_dummy_batch()
 
     def check_memshare_integrity(self) -> str:
         """Ask for an integrity check at the next engine step; call by ``collective_rpc``."""

@@ -59,13 +59,14 @@ class WorkerSide:
             check_builders(runner, self._group)
             self._view = adapter.attention_view(runner, self._group)
         self._tables = adapter.worker_tables(runner, self._group)
-        own = set(self._group.layers)
+        layers = adapter.attention_layers(self._vllm_config, runner)
+        own = set(self._group.layers) & layers.keys()
         parallel = self._vllm_config.parallel_config
         context = WorkerContext(
             config=self._config,
             tables=self._tables,
             token_map=TokenMap(self._group.block_size),
-            layers=adapter.attention_layers(self._vllm_config, runner),
+            layers=layers,
             caches={name: cache for name, cache in self._kv_caches.items() if name in own},
             view=self._view,
             model=self._vllm_config.model_config.model,
@@ -83,13 +84,14 @@ class WorkerSide:
     def before_step(self, message: SchedulerMessage) -> None:
         """Hand out the step's commands. Must run before the runner reads its tables."""
         self._tables_wanted = message.tables
+        self.forget_step()
         for name, commands in message.commands.items():
             part = self.parts.get(name)
             if part is not None:
                 part.before_step(commands)
 
-    def step_launched(self) -> None:
-        """All metadata of the step are built: dummy runs that follow see plain tables."""
+    def forget_step(self) -> None:
+        """What attention was told of the last step is over: another begins, or a dummy run."""
         if self._view is not None:
             self._view.clear()
 

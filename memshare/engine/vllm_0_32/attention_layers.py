@@ -86,4 +86,6 @@ class _Layers(Mapping[str, VllmLayer]):
 
 def layers_of(vllm_config: VllmConfig, model: torch.nn.Module) -> Mapping[str, VllmLayer]:
     """See :meth:`Adapter.attention_layers`."""
-    return _Layers(vllm_config.compilation_config.static_forward_context, model)
+    own = {id(module) for module in model.modules()}
+    layers = vllm_config.compilation_config.static_forward_context
+    return _Layers({name: layer for name, layer in layers.items() if id(layer) in own}, model)

@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ CASES = {
     "worker class": (
         change("parallel_config.worker_cls", "auto"), "--worker-cls memshare.engine.worker",
     ),
+    "drafts": (change("speculative_config", SimpleNamespace(method="medusa")), "use one of ngram"),
     "pipeline": (change("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size"),
     "DCP": (
         change("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size",

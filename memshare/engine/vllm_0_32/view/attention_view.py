@@ -248,6 +248,11 @@ def attach_view(runner: object, group: CacheGroup) -> HolesOfRequests:
 
 def builder_refusals(runner: object, group: CacheGroup) -> Iterator[str]:
     """See :meth:`Adapter.builder_refusals`."""
+    if getattr(getattr(runner, "speculator", None), "attn_groups", None):
+        yield (
+            "model runner V2 lengthens a draft's sequences within its graphs, behind the view; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, draft by 'ngram', or choose another policy"
+        )
     for builder in _builders(runner, group):
         spec: Any = builder.kv_cache_spec
         if not isinstance(builder, ViewBuilder):
@@ -302,5 +307,11 @@ def _full_layers(vllm_config: VllmConfig) -> Iterator[Attention]:
 
 
 def _builders(runner: object, group: CacheGroup) -> Iterator[AttentionMetadataBuilder[Any]]:
-    for attention_group in cast(Any, runner).attn_groups[group.index]:
+    """Of the model, and of a draft model that has a KV cache."""
+    groups = list(cast(Any, runner).attn_groups[group.index])
+    drafter = getattr(runner, "drafter", None)
+    for of_draft in getattr(drafter, "draft_attn_groups", ()):
+        if of_draft.kv_cache_group_id == group.index:
+            groups.append(of_draft)
+    for attention_group in groups:
         yield from attention_group.metadata_builders

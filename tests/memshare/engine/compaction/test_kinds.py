@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.memshare.engine.drafts import DRAFTS, METHODS, write_draft
 from tests.memshare.engine.harness import StartEngine, forget_numba
 from tests.memshare.engine.scripted import NAME, Plan, Reference, Watched, registered
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-DRAFTS = 3
 KINDS: dict[str, dict[str, Any]] = {
     "compiled": {"dtype": "float32", "enforce_eager": False},
     "bfloat16": {"dtype": "bfloat16"},
@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
             "prompt_lookup_min": 1,
         },
     },
+    "draft_model": {"dtype": "float32"},
+    "eagle": {"dtype": "float32"},
 }
 SCALES = (0.04, 0.02)  # of keys and values, as a calibrated checkpoint brings them
 
@@ -80,7 +82,7 @@ def scaled() -> Iterator[None]:
     ],
 )
 def watched(
-    request: pytest.FixtureRequest, start_engine: StartEngine, weights: str
+    request: pytest.FixtureRequest, start_engine: StartEngine, weights: str, tmp_path_factory: Any
 ) -> Iterator[Any]:
     memshare = {
         "policy": {"name": NAME, "position_weight": 0.0},
@@ -88,6 +90,9 @@ def watched(
     }
     options = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 128, "max_num_seqs": 4}
     kind = KINDS[request.param]
+    if request.param in METHODS:
+        folder = tmp_path_factory.mktemp("draft") / request.param
+        kind |= {"speculative_config": write_draft(request.param, Path(weights), folder)}
     if request.param == "fp8" and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 KV cache needs a CPU with AVX-512")
     try:
@@ -96,7 +101,7 @@ def watched(
             assert part._layouts[0].scales == (SCALES if request.param == "fp8" else (1.0, 1.0))
             yield Watched(engine)
             assert engine.is_clean()
-            if request.param == "n-gram":
+            if "speculative_config" in kind:
                 assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
     finally:
         forget_numba()
