@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument(
         "--popularity", type=new_file, metavar="FILE", help="write what domains choose there, for "
-        "tools/bench/simulate_affinity.py",
+        "tools.bench.moe.affinity",
     )  # fmt: skip
 
 

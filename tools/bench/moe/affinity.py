@@ -4,8 +4,8 @@ The product's routing on simulated replicas (``simulate_cluster``), whose steps 
 distinct expert that their requests choose. How kinds choose comes from a model that was measured:
 ``memshare moe affinity MODEL --popularity FILE`` writes it.
 
-    python -m tools.bench.simulate_affinity FILE --replicas 2,4
-    python -m tools.bench.simulate_affinity FILE --replicas 1000 --chats 300
+    python -m tools.bench.moe.affinity FILE --replicas 2,4
+    python -m tools.bench.moe.affinity FILE --replicas 1000 --chats 300
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ time of a step tells little of a hundredth on a machine that others use; so the 
 everything that counting adds (the routers' callback, the counts, the metrics) is also summed by
 itself, with a clock around each call.
 
-    python -m tools.bench.expert_counts
+    python -m tools.bench.moe.counting
 """
 
 from __future__ import annotations
