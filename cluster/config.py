@@ -197,11 +197,16 @@ class RoutingConfig(Section):
     """Load (1: all KV blocks or slots wanted) above which a session may leave its replica. Needs
     ``load: kv`` and ``sessions``."""
     spill_imbalance: Real = Field(default=1.5, ge=1.0)
-    """Ratio. It leaves only if its replica's load is so many times the mean of all replicas. Needs
-    ``load: kv`` and ``sessions``."""
+    """Ratio. It leaves only if its replica's load is so many times the mean of all replicas; so
+    does a request without a session its kind's. Needs ``load: kv``, and ``sessions`` or
+    ``kinds``."""
     fallbacks: Whole = Field(default=2, ge=0)
     """Replicas. So many others may take a session, the same ones each time; further requests of it
     go anywhere. Needs ``sessions``."""
+    kinds: bool = False
+    """Whether requests whose kind is named, by the header ``serve_multiplexed_model_id`` or the
+    gRPC metadata ``multiplexed_model_id``, prefer replicas that serve this kind. For mixtures of
+    experts whose kinds of requests use different experts."""
     report_period_s: Real = Field(default=2.0, gt=0.0)
     """Seconds between two reports of a replica's load. Each goes to every proxy. Needs
     ``load: kv``."""
@@ -318,7 +323,8 @@ class ClusterArgs(Section):
     @property
     def uses_memshare(self) -> bool:
         """Whether engines run with MemShare's connector and worker class."""
-        return self.memshare.mode != "off" or self.memshare.agents.shares
+        memshare = self.memshare
+        return memshare.mode != "off" or memshare.agents.shares or memshare.experts.counts
 
     @property
     def uses_ledger(self) -> bool:

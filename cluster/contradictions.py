@@ -91,7 +91,9 @@ def _routing(cluster: ClusterArgs) -> Iterator[str]:
         idle |= dict.fromkeys(("spill_demand", "spill_imbalance", "report_period_s"), cause)
     if not routing.sessions:  # no request has a home that it could leave
         cause = ("routing.sessions = False", "set routing.sessions to true")
-        idle |= dict.fromkeys(("spill_demand", "spill_imbalance", "fallbacks"), cause)
+        idle |= dict.fromkeys(("spill_demand", "fallbacks"), cause)
+        if not routing.kinds:  # nor a kind
+            idle["spill_imbalance"] = cause
     for name, (setting, change) in idle.items():
         if name in routing.model_fields_set:
             yield (

@@ -150,7 +150,8 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     from memshare.plug_in import plug_in
 
     options = parse_words(setup.engine)
-    wanted = setup.memshare.mode != "off" or setup.memshare.agents.adapters
+    memshare = setup.memshare
+    wanted = memshare.mode != "off" or memshare.agents.adapters or memshare.experts.counts
     if options.kv_transfer_config is None and wanted:
         for name, value in plug_in(setup.memshare.model_dump(mode="json")).items():
             setattr(options, name, value)

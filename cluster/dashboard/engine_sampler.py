@@ -12,13 +12,20 @@ from typing import Protocol
 from cluster.dashboard.records import (
     AdapterTokens,
     BlockTrace,
+    ExpertUse,
     ReplicaReport,
     ReplicaSample,
     Reuse,
     Thinned,
 )
 from cluster.telemetry.step_sample import StepSample
-from memshare.telemetry.stats import CompactionNote, PreemptionNote, RemapNote, RequestRow
+from memshare.telemetry.stats import (
+    CompactionNote,
+    Payload,
+    PreemptionNote,
+    RemapNote,
+    RequestRow,
+)
 
 _ENDED = 32  # requests that have ended and whose trace is kept
 _GIVEN_UP = ("shared_entries", "holes")  # gauges, whichever the policy has
@@ -101,6 +108,7 @@ class EngineSampler:
         self._kinds: dict[str, int] = {}
         self._found: Counter[str] = Counter()  # tokens, by adapter
         self._shared: Counter[str] = Counter()
+        self._experts: dict[str, ExpertUse] = {}  # by layer
         self._requests: list[RequestRow] = []
         self._unsent: deque[ReplicaSample] = deque(maxlen=_UNSENT)
         self._followed: dict[str, _Followed] = {}
@@ -124,6 +132,7 @@ class EngineSampler:
         self._gauges.update(payload["gauges"])
         self._found.update(payload["labelled"].get("agent_tokens_found", {}))
         self._shared.update(payload["labelled"].get("agent_tokens_shared", {}))
+        self._add_experts(payload)
         if payload["blocks"]:
             self._kinds = dict(payload["blocks"])
             self._requests = list(payload["requests"])
@@ -143,6 +152,19 @@ class EngineSampler:
             followed = self._follow(note.request)
             if followed is not None:
                 followed.thinned = Thinned(note.first, note.end, note.holes, note.time)
+
+    def _add_experts(self, payload: Payload) -> None:
+        steps = payload["counters"].get("expert_steps", 0)
+        touched = payload["labelled"].get("experts_touched", {})
+        tokens = payload["labelled"].get("expert_tokens", {})
+        for layer, skew in payload["skews"].items():
+            use = self._experts.get(layer, ExpertUse(0, 0, 0, 1.0))
+            self._experts[layer] = ExpertUse(
+                use.steps + steps,
+                use.touched + touched.get(layer, 0),
+                use.tokens + tokens.get(layer, 0),
+                skew,
+            )
 
     def _preemptions(self, by_vllm: int, by_memshare: int) -> int:
         """New ones. MemShare tells at once, but only of requests that it follows; vLLM of each when
@@ -188,6 +210,7 @@ class EngineSampler:
             requests=self._requests,
             ended=list(self._ended),
             adapters={n: AdapterTokens(f, self._shared[n]) for n, f in self._found.items()},
+            experts=dict(self._experts),
         )
 
     def sent(self, report: ReplicaReport) -> None:

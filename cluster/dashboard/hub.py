@@ -100,6 +100,7 @@ class DashboardHub:
                     "requests": replica.latest.requests,
                     "ended": replica.latest.ended,
                     "adapters": {n: a._asdict() for n, a in replica.latest.adapters.items()},
+                    "experts": {n: e._asdict() for n, e in replica.latest.experts.items()},
                     "samples": [s for number, s in replica.samples if number > after],
                 }
                 for name, replica in sorted(

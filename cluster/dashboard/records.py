@@ -50,6 +50,22 @@ class AdapterTokens(NamedTuple):
     shared: int
 
 
+class ExpertUse(NamedTuple):
+    """How the experts of one layer were used since the engine started.
+
+    Attributes:
+        steps: that were counted, and in which every request wrote one token.
+        touched: distinct experts, summed over those steps.
+        tokens: of those steps, each as often as it chose an expert.
+        skew: tokens of the busiest expert as a multiple of the mean, lately.
+    """
+
+    steps: int
+    touched: int
+    tokens: int
+    skew: float
+
+
 class Reuse(NamedTuple):
     """A block of a request that was given up, and the block that is read instead.
 
@@ -113,6 +129,7 @@ class ReplicaReport:
         requests: those with most blocks, as last looked at.
         ended: requests that have ended lately and whose trace can still be asked for.
         adapters: what each has found, where adapters share a cache.
+        experts: by layer, where they are counted.
     """
 
     replica: str
@@ -124,3 +141,4 @@ class ReplicaReport:
     requests: list[RequestRow]
     ended: list[str] = field(default_factory=list)
     adapters: dict[str, AdapterTokens] = field(default_factory=dict)
+    experts: dict[str, ExpertUse] = field(default_factory=dict)

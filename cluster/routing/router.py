@@ -58,11 +58,12 @@ class KVRouter(RefusesWithoutReplicas, ConsistentHashRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Ranks of replicas for one request, best first."""
-        session = ""
+        session = kind = ""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
             session = pending_request.metadata.session_id
-        ranks = self._routing.rank(session, self._ongoing)
+            kind = pending_request.metadata.multiplexed_model_id
+        ranks = self._routing.rank(session, self._ongoing, kind)
         found = [
             [self._replicas[key] for name in rank if (key := self._ids[name]) in self._replicas]
             for rank in ranks
@@ -81,7 +82,7 @@ def router_config(routing: RoutingConfig, unavailable_s: int) -> RequestRouterCo
         routing: how replicas are chosen.
         unavailable_s: see ``replica.unavailable_retry_after_s``.
     """
-    if not routing.sessions and routing.load == "requests":
+    if not routing.sessions and routing.load == "requests" and not routing.kinds:
         return RequestRouterConfig()
     options: dict[str, Any] = {
         "request_router_class": KVRouter,

@@ -10,8 +10,40 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 from cluster.routing.load import Load, LoadMeter
+
+
+@dataclass(frozen=True)
+class ExpertMix:
+    """How kinds of requests use a mixture of experts.
+
+    Attributes:
+        popularity: of each kind, in each layer, the probability that a token chooses each expert.
+        step_s: seconds that a step takes for one distinct expert in all layers.
+    """
+
+    popularity: tuple[tuple[tuple[float, ...], ...], ...]
+    step_s: float = 0.0004
+
+    def distinct(self, running: tuple[int, ...]) -> float:
+        """Distinct experts of a step that runs so many requests of each kind: expected, mean over
+        layers."""
+        return _distinct(self, running)
+
+
+@cache
+def _distinct(mix: ExpertMix, running: tuple[int, ...]) -> float:
+    layers = list(zip(*mix.popularity, strict=True))  # each with the kinds' probabilities
+    touched = 0.0
+    for kinds in layers:
+        for chances in zip(*kinds, strict=True):
+            untouched = 1.0
+            for chance, count in zip(chances, running, strict=True):
+                untouched *= (1.0 - chance) ** count
+            touched += 1.0 - untouched
+    return touched / len(layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +60,8 @@ class SimulatedMachine:
     """Seconds that each further request adds."""
     prefill_per_s: float = 20_000.0
     """Prompt tokens computed in a second; others stand still meanwhile."""
+    experts: ExpertMix | None = None
+    """Of a mixture of experts; their time is added to a step's."""
 
 
 @dataclass(slots=True)
@@ -42,6 +76,8 @@ class SimulatedRequest:
         arrived: when, seconds.
         written: tokens written before the latest preemption.
         proxy: index of the one that routed it.
+        kind: index of its kind.
+        began: when its prompt was computed and its first token written, seconds.
     """
 
     session: int
@@ -51,6 +87,8 @@ class SimulatedRequest:
     arrived: float
     written: int = 0
     proxy: int = 0
+    kind: int = 0
+    began: float = 0.0
 
 
 @dataclass(order=True, slots=True)
@@ -87,6 +125,11 @@ class SimulatedEngine:
         """Integral of the used fraction of the KV cache over time."""
         self.allocated = 0.0
         """Tokens that were ever put into the cache."""
+        self._by_kind = [0] * (len(machine.experts.popularity) if machine.experts else 1)
+        self.steps = 0.0
+        """Steps with requests."""
+        self.distinct = 0.0
+        """Distinct experts of those steps, summed."""
 
     @property
     def used(self) -> float:
@@ -154,11 +197,19 @@ class SimulatedEngine:
         if self._running:
             steps = (now - runs_from) / self._step_s()
             self._depth += steps
+            self.steps += steps
+            self.distinct += steps * self._touched()
             self.allocated += steps * self._running
         self._time = now
 
     def _step_s(self) -> float:
-        return self._machine.step_s + self._machine.step_per_request_s * self._running
+        machine = self._machine
+        step_s = machine.step_s + machine.step_per_request_s * self._running
+        return step_s + machine.experts.step_s * self._touched() if machine.experts else step_s
+
+    def _touched(self) -> float:
+        experts = self._machine.experts
+        return experts.distinct(tuple(self._by_kind)) if experts else 0.0
 
     def _admit(self) -> None:
         machine = self._machine
@@ -175,6 +226,7 @@ class SimulatedEngine:
             heapq.heappush(self._by_end, entry)
             self._by_admission.append(entry)
             self._running += 1
+            self._by_kind[request.kind] += 1
             self._offset += tokens - self._depth
             computed = tokens - request.cached
             self.prefilled += computed
@@ -182,6 +234,7 @@ class SimulatedEngine:
             self._stalled_until = (
                 max(self._stalled_until, self._time) + computed / machine.prefill_per_s
             )
+            request.began = request.began or self._stalled_until + self._step_s()
 
     def _preempt(self) -> None:
         """The latest admitted gives up its cache and waits again, before all others."""
@@ -199,6 +252,7 @@ class SimulatedEngine:
     def _leave(self, entry: _Running) -> None:
         entry.is_out = True
         self._running -= 1
+        self._by_kind[entry.request.kind] -= 1
         self._offset -= entry.tokens - entry.joined_at
         if not self._running:  # nothing of rounding errors stays
             self._by_admission.clear()

@@ -46,6 +46,10 @@ class ChatWorkload:
     """Standard deviation of the logarithm of an answer's length."""
     longest: int = 16_384
     """Answers are cut off there."""
+    kinds: tuple[float, ...] = (1.0,)
+    """Shares of kinds of chats."""
+    has_sessions: bool = True
+    """Whether clients name sessions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,9 @@ class SimulatedOutcome:
         later_turns: turns after a session's first.
         replicas_over_time: (seconds, serving replicas) after each change.
         per_evaluator: output tokens that each evaluator looked at.
+        first_tokens: seconds from each request's arrival to its first token.
+        steps: of all replicas.
+        distinct: distinct experts of those steps, summed.
     """
 
     requests: int = 0
@@ -109,6 +116,14 @@ class SimulatedOutcome:
     later_turns: int = 0
     replicas_over_time: list[tuple[float, int]] = field(default_factory=list)
     per_evaluator: list[int] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+    steps: float = 0.0
+    distinct: float = 0.0
+
+    def first_token(self, quantile: float) -> float:
+        """Seconds."""
+        ordered = sorted(self.first_tokens)
+        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
     def latency(self, quantile: float) -> float:
         """Seconds per token."""
@@ -134,6 +149,7 @@ class _Session:
     history: int  # tokens of all turns so far
     at: str = ""  # replica of the latest turn
     cached_until: float = 0.0  # of that engine's ``allocated``
+    kind: int = 0
 
 
 class _SimulatedReplica:
@@ -206,7 +222,10 @@ class World:
             turns += 1
         work = self._workload
         has_document = self._random.random() < work.documents
-        return _Session(turns, work.system + has_document * work.document)
+        kind = 0
+        if len(work.kinds) > 1:
+            (kind,) = self._random.choices(range(len(work.kinds)), work.kinds)
+        return _Session(turns, work.system + has_document * work.document, kind=kind)
 
     def _turn(self, number: int) -> None:
         work, random, outcome = self._workload, self._random, self._outcome
@@ -217,7 +236,8 @@ class World:
         output = int(random.lognormvariate(math.log(work.output), work.spread))
         output = min(max(output, 1), work.longest, self._cluster.machine.kv_tokens - prompt - 1)
         proxy_number = random.randrange(len(self._proxies))
-        replica = self._route(self._proxies[proxy_number], f"session-{number}")
+        name = f"session-{number}" if work.has_sessions else ""
+        replica = self._route(self._proxies[proxy_number], name, f"kind-{session.kind}")
         cached = work.system
         if session.at:
             outcome.later_turns += 1
@@ -236,14 +256,16 @@ class World:
         session.turns_left -= 1
         replica.requests += 1
         replica.engine.add_request(
-            SimulatedRequest(number, prompt, cached, output, self._now, proxy=proxy_number),
+            SimulatedRequest(
+                number, prompt, cached, output, self._now, proxy=proxy_number, kind=session.kind
+            ),
             self._now,
         )
         self._wake(replica)
 
-    def _route(self, proxy: _Proxy, session: str) -> _SimulatedReplica:
+    def _route(self, proxy: _Proxy, session: str, kind: str) -> _SimulatedReplica:
         began = time.thread_time()
-        best = proxy.routing.rank(session, proxy.known.get)[0]
+        best = proxy.routing.rank(session, proxy.known.get, kind)[0]
         self._outcome.decision_s += time.thread_time() - began
         # Of equally good ones Ray Serve takes that with the shorter queue.
         name = min(best, key=lambda name: proxy.known.get(name, 0))
@@ -255,6 +277,7 @@ class World:
         self._proxies[request.proxy].ended(replica.name)
         self._outcome.requests += 1
         self._outcome.latencies.append((self._now - request.arrived) / request.output)
+        self._outcome.first_tokens.append(request.began - request.arrived)
         session = self._sessions[request.session]
         session.cached_until = replica.engine.forgets_at
         if session.turns_left:
@@ -362,6 +385,8 @@ class World:
             outcome.kv_means.append(engine.used_seconds / max(self._now - replica.born, 1e-9))
             outcome.preemptions += engine.preemptions
             outcome.prefilled += engine.prefilled
+            outcome.steps += engine.steps
+            outcome.distinct += engine.distinct
         return outcome
 
 

@@ -26,6 +26,7 @@ from memshare.lab.markdown import table_head, table_row
 if TYPE_CHECKING:
     from memshare.lab.bench.records import ArmRun, BenchRecord
     from memshare.lab.simulate.costs import Deployment, StepCosts, StepWork
+    from memshare.lab.simulate.placed import PlacedDeployment
     from memshare.lab.simulate.run import Prediction, SimulatedJob
 
 
@@ -33,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = __doc__
     group = parser.add_argument_group("a deployment by published numbers")
-    group.add_argument("--deployment", type=Path, metavar="YAML", help="model and accelerators")
+    group.add_argument(
+        "--deployment", type=Path, metavar="YAML", help="model and accelerators; or a model's "
+        "config.json, and how it is divided (see `moe placement`)",
+    )  # fmt: skip
     group.add_argument(
         "--accelerators", help="how many, several by ',' (default: as the file says)"
     )
@@ -94,18 +98,35 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _deployment(args: argparse.Namespace) -> int:
+    from memshare.lab.simulate.costs import Deployment
+
     deployment = _read(args.deployment)
-    counts = _accelerators(args.accelerators) or [deployment.accelerators]
+    counts = _accelerators(args.accelerators)
     jobs = _jobs(args)
+    replicas = 1
+    machines: list[Deployment | PlacedDeployment] = [deployment]
+    if isinstance(deployment, Deployment):
+        machines = [deployment.model_copy(update={"accelerators": n}) for n in counts] or machines
+        print(f"{deployment.name}: {len(jobs)} requests. Simulated.\n")
+    elif counts:
+        raise UserError(f"--accelerators: {args.deployment} says how its model is divided")
+    else:
+        replicas = deployment.data_parallel_size
+        print(
+            f"{deployment.name}: {len(jobs)} requests, every {replicas}. of them on one replica, "
+            "which stands for all. Simulated.\n"
+            if replicas > 1
+            else f"{deployment.name}: {len(jobs)} requests. Simulated.\n"
+        )
+        jobs = jobs[::replicas]
     arms = _arms(args, jobs)
-    print(f"{deployment.name}: {len(jobs)} requests. Simulated.\n")
     heads = (
         "accelerators", "KV blocks", "of what all need", "arm", "tok/s", "ratio", "mean running",
         "preemptions", "recomputed tokens", "remaps or rounds",
     )  # fmt: skip
     print(table_head(heads))
-    for number in counts:
-        for line in _rows(deployment.model_copy(update={"accelerators": number}), jobs, arms, args):
+    for machine in machines:
+        for line in _rows(machine, replicas, jobs, arms, args):
             print(line, flush=True)
     return 0
 
@@ -148,7 +169,8 @@ def _opportunity(path: Path, arm: str) -> list[float]:
 
 
 def _rows(
-    deployment: Deployment,
+    deployment: Deployment | PlacedDeployment,
+    replicas: int,
     jobs: list[SimulatedJob],
     arms: dict[str, tuple[list[SimulatedJob], float]],
     args: argparse.Namespace,
@@ -171,29 +193,38 @@ def _rows(
     token_map = TokenMap(deployment.block_size)
     needed = sum(token_map.entries(job.prompt + job.output) for job in jobs)
     machine = [number, str(blocks), f"{blocks / needed:.2f}"]
-    yield _row(machine, "dense", dense, dense)
+    yield _row(machine, "dense", dense, dense, replicas)
     for name, (own_jobs, budget) in arms.items():
         options = {
             "policy": {"name": args.policy},
             "budget": limits(budget),
             "protect": {"recent_tokens": args.recent},
         }
-        yield _row(machine, name, simulate(engine, own_jobs, by_age(options)), dense)
+        yield _row(machine, name, simulate(engine, own_jobs, by_age(options)), dense, replicas)
 
 
-def _read(path: Path) -> Deployment:
+def _read(path: Path) -> Deployment | PlacedDeployment:
     import yaml
     from pydantic import ValidationError
 
-    from memshare.config import explain
+    from memshare.config import ConfigError, explain
     from memshare.lab.simulate.costs import Deployment
+    from memshare.lab.simulate.placed import PlacedDeployment
 
+    kind: type[Deployment | PlacedDeployment] = Deployment
     try:
-        return Deployment.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict) or "model" not in fields:
+            return Deployment.model_validate(fields)
+        kind = PlacedDeployment
+        placed = PlacedDeployment.model_validate(fields)
+        placed = placed.model_copy(update={"model": path.parent / placed.model})
+        _ = placed.placement  # before vLLM is loaded
+    except (OSError, yaml.YAMLError, ConfigError) as error:
         raise UserError(f"{path}: {error}") from None
     except ValidationError as error:
-        raise UserError(explain(error, Deployment, [str(path)])) from None
+        raise UserError(explain(error, kind, [str(path)])) from None
+    return placed
 
 
 def _jobs(args: argparse.Namespace) -> list[SimulatedJob]:
@@ -239,11 +270,11 @@ def _recorded_lengths(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
         yield from draw.sample(found, len(found))
 
 
-def _row(machine: list[str], arm: str, found: Prediction, dense: Prediction) -> str:
+def _row(machine: list[str], arm: str, found: Prediction, dense: Prediction, replicas: int) -> str:
     cells = (
         *machine,
         arm,
-        f"{found.tokens_per_second:.0f}",
+        f"{replicas * found.tokens_per_second:.0f}",
         f"{found.tokens_per_second / dense.tokens_per_second:.2f}",
         f"{found.running:.1f}",
         str(found.preemptions),

@@ -171,6 +171,20 @@ class ReportConfig(Section):
     """Requests reported with each examination: those with most blocks."""
 
 
+class ExpertsConfig(Section):
+    """Experts of a mixture of experts: which ones a step's tokens chose. Independent of ``mode``
+    and ``policy``; changes nothing of what is computed."""
+
+    count_every: Whole = Field(default=0, ge=0)
+    """Engine steps from one of which the experts are counted to the next; 0: never. Dense models
+    are refused."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether experts are counted at all."""
+        return self.count_every > 0
+
+
 class LogConfig(Section):
     """MemShare's own log lines, on standard error."""
 
@@ -222,7 +236,8 @@ class MemShareConfig(Section):
 
     mode: Literal["off", "observe", "share"] = "share"
     """``off``: nothing is reclaimed or observed. ``observe``: everything except remaps. ``share``:
-    all. ``agents`` has a switch of its own, ``agents.scheme``."""
+    all. ``agents`` and ``experts`` have switches of their own, ``agents.scheme`` and
+    ``experts.count_every``."""
     policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
         default_factory=registry.default_policy
     )
@@ -245,6 +260,8 @@ class MemShareConfig(Section):
     same ``cache_salt`` and LoRA adapter."""
     agents: AgentsConfig = AgentsConfig()
     """LoRA adapters that share one KV cache."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Counting the experts of a mixture of experts."""
     evaluator: EvaluatorConfig = EvaluatorConfig()
     """Where stage one runs."""
     integrity: IntegrityConfig = IntegrityConfig()

@@ -25,6 +25,7 @@ from memshare.core.interfaces import (
 from memshare.engine.versions import ADAPTERS, check_vllm_version
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -56,6 +57,25 @@ class ModelMemory(Protocol):
     @property
     def layers(self) -> Mapping[str, KVCacheSpec]:
         """The cache of each layer that has one."""
+        ...
+
+
+class ExpertRouting(Protocol):
+    """What a model's routers chose in the step that ran last, on one rank."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, ascending."""
+        ...
+
+    def ids(self, tokens: int) -> Tensor:
+        """``[tokens, layers, chosen]``: the experts of each token, in the order in which the step
+        had them."""
+        ...
+
+    def counts(self, tokens: int) -> Tensor:
+        """``[layers, experts]``, int32 on the model's device: how many of the tokens chose each.
+        Overwritten by the next call."""
         ...
 
 
@@ -131,6 +151,20 @@ class Adapter(Protocol):
         Args:
             request: the engine's own object, of which this one thing is changed.
             number: of an adapter, by its name.
+        """
+        ...
+
+    def expert_refusals(self, vllm_config: VllmConfig) -> Iterator[str]:
+        """Why experts cannot be counted, each with the way out. Asked before the model is
+        loaded."""
+        ...
+
+    def expert_routing(self, vllm_config: VllmConfig, runner: object) -> ExpertRouting:
+        """Listen to the routers of a model that has just been loaded. Before vLLM profiles memory
+        or captures graphs.
+
+        Raises:
+            ValueError: experts are chosen inside a kernel that tells nobody.
         """
         ...
 

@@ -88,9 +88,12 @@ def faults_before_load(vllm_config: VllmConfig, config: MemShareConfig) -> Itera
     """What is not supported of what the configuration switches on, each with the way out."""
     if config.mode != "off":
         yield from setup_faults(vllm_config, config)
-    elif config.agents.shares:
+    elif config.agents.shares or config.experts.counts:
         yield from plug_in_faults(vllm_config)
+    if config.agents.shares:
         yield from agent_faults(vllm_config, config.agents)
+    if config.experts.counts:
+        yield from vllm_adapter().expert_refusals(vllm_config)
 
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:

@@ -8,6 +8,7 @@ half that belongs there. The hooks are vLLM's own
 from __future__ import annotations
 
 import logging
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -28,6 +29,7 @@ from memshare.engine.compatibility import (
     config_of,
     policy_choice,
 )
+from memshare.engine.experts import ExpertStats, ExpertWatch
 from memshare.engine.family_side import FamilySide
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
 from memshare.engine.prometheus import MemSharePromMetrics, MemShareStats
@@ -69,6 +71,8 @@ class MemShareConnector(KVConnectorBase_V1):
         family_side: what is in its place where adapters share a cache.
         worker_side: the half in a worker.
         worker_family: key of the adapters that share the worker's cache; the worker class sets it.
+        expert_stats: in the scheduler's process, where experts are counted.
+        expert_watch: what counts them in a worker; the worker class sets it.
     """
 
     def __init__(
@@ -82,9 +86,12 @@ class MemShareConnector(KVConnectorBase_V1):
         self.worker_side: WorkerSide | None = None
         self.worker_family: str | None = None
         self.family_side: FamilySide | None = None
+        self.expert_stats: ExpertStats | None = None
+        self.expert_watch: ExpertWatch | None = None
         self._adapter = vllm_adapter()
         self._world_size = vllm_config.parallel_config.world_size
         if role == KVConnectorRole.SCHEDULER:
+            self.expert_stats = ExpertStats() if config.experts.counts else None
             family = load_family(vllm_config, config.agents)
             if family is not None:
                 logger.info("MemShare agents: %s, family %s", config.agents, family.key)
@@ -196,8 +203,12 @@ class MemShareConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' answers."""
         message = connector_output.kv_connector_worker_meta
-        if self.scheduler_side is not None and isinstance(message, WorkerMessage):
+        if not isinstance(message, WorkerMessage):
+            return
+        if self.scheduler_side is not None:
             self.scheduler_side.receive(message)
+        if self.expert_stats is not None and message.experts is not None:
+            self.expert_stats.take(message.experts)
 
     # ---- worker ----
 
@@ -216,7 +227,13 @@ class MemShareConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Called behind the forward pass: compare blocks, return what is ready."""
-        return None if self.worker_side is None else self.worker_side.after_step()
+        message = None if self.worker_side is None else self.worker_side.after_step()
+        experts = None if self.expert_watch is None else self.expert_watch.after_step()
+        if experts is None:
+            return message
+        message = message or WorkerMessage()
+        message.experts = experts
+        return message
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """No KV comes from outside."""
@@ -241,8 +258,12 @@ class MemShareConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What has changed since the last step (scheduler side)."""
         side = self.scheduler_side or self.family_side
-        payload = None if side is None else side.take_stats()
-        return None if payload is None else MemShareStats(payload)
+        stats = [
+            MemShareStats(payload)
+            for half in (side, self.expert_stats)
+            if half is not None and (payload := half.take_stats()) is not None
+        ]
+        return reduce(MemShareStats.aggregate, stats) if stats else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
@@ -259,7 +280,7 @@ class MemShareConnector(KVConnectorBase_V1):
     ) -> KVConnectorPromMetrics | None:
         """Register the metrics on vLLM's ``/metrics``."""
         config = config_of(vllm_config)
-        if config.mode == "off" and not config.agents.shares:
+        if config.mode == "off" and not config.agents.shares and not config.experts.counts:
             return None
         return MemSharePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from memshare.core.rank_reducer import Reducible
+from memshare.moe.experts import ExpertCounts
 
 
 @dataclass
@@ -35,11 +36,13 @@ class WorkerMessage(KVConnectorWorkerMetadata):
         results: of each mechanism that reports any, by policy name.
         table_faults: differences between a worker's table and the scheduler's; None unless asked.
         check_wanted: an operator asked a worker for an integrity check.
+        experts: of a step, or None. One rank of those that choose alike tells.
     """
 
     results: dict[str, Reducible] = field(default_factory=dict)
     table_faults: list[str] | None = None
     check_wanted: bool = False
+    experts: ExpertCounts | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMessage:
         """Add another rank's message to this one (vllm/.../kv_transfer/kv_connector/utils.py)."""
@@ -53,6 +56,7 @@ class WorkerMessage(KVConnectorWorkerMetadata):
         if other.table_faults is not None:
             self.table_faults = [*(self.table_faults or ()), *other.table_faults]
         self.check_wanted |= other.check_wanted
+        self.experts = self.experts or other.experts
         return self
 
 

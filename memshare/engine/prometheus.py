@@ -13,7 +13,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from memshare.engine.compatibility import config_of
-from memshare.telemetry.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, LABELLED, Metric
+from memshare.telemetry.metric import Metric
+from memshare.telemetry.metrics import (
+    BLOCKS,
+    COUNTERS,
+    EXPERT_SKEW,
+    GAUGES,
+    HISTOGRAMS,
+    LABELLED,
+)
 from memshare.telemetry.stats import Payload, empty_payload, merge_payloads
 
 if TYPE_CHECKING:
@@ -78,7 +86,11 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
             name: gauge(
                 metric.family, metric.meaning, labels(metric), multiprocess_mode="mostrecent"
             )
-            for name, metric in (*GAUGES.items(), (BLOCKS.name, BLOCKS))
+            for name, metric in (
+                *GAUGES.items(),
+                (BLOCKS.name, BLOCKS),
+                (EXPERT_SKEW.name, EXPERT_SKEW),
+            )
         }
         self._histograms = {
             name: histogram(metric.family, metric.meaning, labels(metric), buckets=metric.buckets)
@@ -111,6 +123,8 @@ class MemSharePromMetrics(KVConnectorPromMetrics):
             self._gauges[name].labels(*values).set(value)
         for kind, blocks in payload["blocks"].items():
             self._gauges[BLOCKS.name].labels(*values, kind).set(blocks)
+        for layer, skew in payload["skews"].items():
+            self._gauges[EXPERT_SKEW.name].labels(*values, layer).set(skew)
         for distance in payload["distances"]:
             self._histograms["distance"].labels(*values).observe(distance)
         for lag in payload["lags"]:

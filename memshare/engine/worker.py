@@ -19,6 +19,7 @@ from memshare.engine.compatibility import (
     edits_view,
 )
 from memshare.engine.connector import MemShareConnector
+from memshare.engine.experts import ExpertWatch, watch_experts
 from memshare.engine.messages import SchedulerMessage
 from memshare.engine.worker_side import WorkerSide
 
@@ -36,6 +37,7 @@ class MemShareWorker(BaseWorker):
 
     _memshare: WorkerSide | None = None
     _family: str | None = None
+    _experts: ExpertWatch | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Check configuration and set-up first: nothing is loaded for a set-up that can't work."""
@@ -45,7 +47,7 @@ class MemShareWorker(BaseWorker):
 
     def load_model(self, **options: Any) -> None:
         """Load the model; let its attention read tables through a view if a mechanism needs it, and
-        cache what adapters share if they do."""
+        cache what adapters share if they do, and count the experts that it chooses."""
         super().load_model(**options)
         config = config_of(self.vllm_config)
         if edits_view(config):
@@ -55,6 +57,7 @@ class MemShareWorker(BaseWorker):
         if family is not None:
             vllm_adapter().install_family(self.vllm_config, self.model_runner, family)
             self._family = family.key
+        self._experts = watch_experts(self.vllm_config, self.model_runner, config.experts)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Create the KV cache, then attach MemShare to the model runner."""
@@ -63,12 +66,16 @@ class MemShareWorker(BaseWorker):
             connector = get_kv_transfer_group()
             if isinstance(connector, MemShareConnector):
                 connector.worker_family = self._family
+                connector.expert_watch = self._experts
                 if connector.worker_side is not None:
                     self._memshare = connector.worker_side
                     self._memshare.attach(self.model_runner)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Let mechanisms edit the block tables, then run the step."""
+        if self._experts is not None:
+            requests = len(scheduler_output.num_scheduled_tokens)
+            self._experts.before_step(scheduler_output.total_num_scheduled_tokens, requests)
         message = scheduler_output.kv_connector_metadata
         if self._memshare is not None and isinstance(message, SchedulerMessage):
             self._memshare.before_step(message)

@@ -1,92 +1,10 @@
-"""All of MemShare's metrics. Counting, exporters, docs/metrics.md and dashboards use this list.
-
-A metric has two spellings, depending on the exporter:
-
-- ``/metrics`` of the HTTP port: :attr:`Metric.prometheus`, such as ``vllm:memshare_applied_total``;
-- the metrics port of a Ray node: :attr:`Metric.ray`, such as ``ray_vllm_memshare_applied_total``,
-  with the further label ``ReplicaId``.
-"""
+"""All of MemShare's metrics. Counting, exporters, docs/metrics.md and dashboards use this list."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from memshare.telemetry.metric import Label, Metric, named
 
-Kind = Literal["counter", "gauge", "histogram"]
-Home = Literal["engine", "replica"]
-
-# Labels that every series of a home carries before the metric's own.
-COMMON_LABELS: Mapping[Home, tuple[str, ...]] = {
-    "engine": ("model_name", "engine", "policy"),
-    "replica": ("model_name",),
-}
-_PREFIX: Mapping[Home, str] = {"engine": "vllm:memshare_", "replica": "memshare_"}
-_SUFFIX: Mapping[Kind, str] = {"counter": "_total", "gauge": "", "histogram": ""}
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A label of one metric.
-
-    Attributes:
-        name: of the label.
-        values: its values, each with its meaning; empty if they are not known beforehand.
-    """
-
-    name: str
-    values: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric.
-
-    Attributes:
-        name: as it is counted by, without prefix and suffix.
-        kind: Prometheus' type.
-        unit: what 1 means, in the plural.
-        meaning: what is counted or shown, as one phrase.
-        labels: beyond ``COMMON_LABELS``.
-        buckets: upper bounds, ascending; histograms only.
-        home: ``engine``: counted in the engine's process, the way of vLLM's own metrics.
-            ``replica``: counted in the Ray Serve replica; not there with plain vLLM.
-    """
-
-    name: str
-    kind: Kind
-    unit: str
-    meaning: str
-    labels: tuple[Label, ...] = ()
-    buckets: tuple[float, ...] = ()
-    home: Home = "engine"
-
-    @property
-    def family(self) -> str:
-        """The name that exporters are given; they add a suffix to it."""
-        return _PREFIX[self.home] + self.name
-
-    @property
-    def prometheus(self) -> str:
-        """The name on ``/metrics`` of the HTTP port."""
-        return self.family + _SUFFIX[self.kind]
-
-    @property
-    def ray(self) -> str:
-        """The name on the metrics port of a Ray node."""
-        return "ray_" + self.prometheus.replace(":", "_")
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """All labels; the node's port adds ``ReplicaId``."""
-        return (*COMMON_LABELS[self.home], *(label.name for label in self.labels))
-
-
-def _named(*metrics: Metric) -> Mapping[str, Metric]:
-    return {metric.name: metric for metric in metrics}
-
-
-COUNTERS = _named(
+COUNTERS = named(
     Metric("steps", "counter", "steps", "reasoning steps finished"),
     Metric(
         "candidates",
@@ -136,10 +54,17 @@ COUNTERS = _named(
         "lines",
         "lines missing from the event log because the disk was too slow",
     ),
+    Metric(
+        "expert_steps",
+        "counter",
+        "steps",
+        "steps in which every request wrote one token and whose "
+        "[experts](moe.md#counting-experts) were counted",
+    ),
 )
 """Counters of the engine without their own label; present from the start, at zero."""
 
-LABELLED = _named(
+LABELLED = named(
     Metric(
         "dropped",
         "counter",
@@ -230,10 +155,26 @@ LABELLED = _named(
         "those of them that stood in blocks that another adapter wrote",
         (Label("adapter"),),
     ),
+    Metric(
+        "experts_touched",
+        "counter",
+        "experts",
+        "distinct experts that the tokens of those steps chose, by layer; per step of "
+        "`expert_steps` it is what a step reads",
+        (Label("layer"),),
+    ),
+    Metric(
+        "expert_tokens",
+        "counter",
+        "tokens",
+        "tokens of those steps, each as often as it chose an expert, by layer; per expert of "
+        "`experts_touched` it is how many tokens share one reading",
+        (Label("layer"),),
+    ),
 )
 """Counters of the engine with one label; a series appears when it is first counted."""
 
-GAUGES = _named(
+GAUGES = named(
     Metric("queue_length", "gauge", "pairs", "verified pairs in the reclaim queue"),
     Metric("pairs_waiting", "gauge", "pairs", "candidate pairs that wait for stage two"),
     Metric(
@@ -289,9 +230,19 @@ BLOCKS = Metric(
         ),
     ),
 )
-"""The engine's gauge with its own label."""
+"""KV blocks, with a label of their own."""
 
-HISTOGRAMS = _named(
+EXPERT_SKEW = Metric(
+    "expert_load_skew",
+    "gauge",
+    "times the mean",
+    "tokens of the busiest expert as a multiple of the mean, by layer, prompts included; old steps "
+    "fade",
+    (Label("layer"),),
+)
+"""Another gauge with a label; there are series when experts are counted."""
+
+HISTOGRAMS = named(
     Metric(
         "distance",
         "histogram",
@@ -319,7 +270,7 @@ HISTOGRAMS = _named(
 
 _TENANT = Label("tenant")
 
-REPLICA = _named(
+REPLICA = named(
     Metric(
         "tenant_requests",
         "counter",
@@ -409,7 +360,7 @@ REPLICA = _named(
 """Counters of a Ray Serve replica."""
 
 METRICS: tuple[Metric, ...] = (
-    *COUNTERS.values(), *LABELLED.values(), *GAUGES.values(), BLOCKS, *HISTOGRAMS.values(),
-    *REPLICA.values(),
+    *COUNTERS.values(), *LABELLED.values(), *GAUGES.values(), BLOCKS, EXPERT_SKEW,
+    *HISTOGRAMS.values(), *REPLICA.values(),
 )  # fmt: skip
 """All of them."""

@@ -67,7 +67,8 @@ class Payload(TypedDict):
     """One interval's worth of numbers; survives msgpack and JSON (tuples come back as lists).
 
     ``blocks`` (all KV blocks by kind) and ``requests`` (those with most blocks) are empty unless
-    they were looked at in the interval.
+    they were looked at in the interval, and so is ``skews`` (of experts, by layer) unless they were
+    counted.
     """
 
     counters: dict[str, int]
@@ -78,6 +79,7 @@ class Payload(TypedDict):
     packings: list[float]
     blocks: dict[str, int]
     requests: list[RequestRow]
+    skews: dict[str, float]
     remaps: list[RemapNote]
     compactions: list[CompactionNote]
     preempted: list[PreemptionNote]
@@ -87,7 +89,7 @@ def empty_payload() -> Payload:
     """A payload that changes nothing."""
     return Payload(
         counters={}, labelled={}, gauges={}, distances=[], lags=[], packings=[], blocks={},
-        requests=[], remaps=[], compactions=[], preempted=[],
+        requests=[], skews={}, remaps=[], compactions=[], preempted=[],
     )  # fmt: skip
 
 
@@ -100,6 +102,7 @@ def merge_payloads(into: Payload, other: Payload) -> None:
         for label, count in by_label.items():
             mine[label] = mine.get(label, 0) + count
     into["gauges"].update(other["gauges"])
+    into["skews"].update(other["skews"])
     into["distances"].extend(other["distances"])
     into["lags"].extend(other["lags"])
     into["packings"].extend(other["packings"])
@@ -125,6 +128,7 @@ class Counters:
     _packings: list[float] = field(default_factory=list)
     _blocks: dict[str, int] = field(default_factory=dict)
     _requests: list[RequestRow] = field(default_factory=list)
+    _skews: dict[str, float] = field(default_factory=dict)
     _remaps: list[RemapNote] = field(default_factory=list)
     _compactions: list[CompactionNote] = field(default_factory=list)
     _preempted: list[PreemptionNote] = field(default_factory=list)
@@ -178,6 +182,11 @@ class Counters:
         self._blocks, self._requests = blocks, requests
         self._changed = True
 
+    def note_skews(self, skews: dict[str, float]) -> None:
+        """Record how unevenly experts are used, by layer."""
+        self._skews = skews
+        self._changed = True
+
     def take(self, gauges: dict[str, float]) -> Payload | None:
         """What has changed since the last call; None if nothing has."""
         changed = {n: v for n, v in gauges.items() if self._gauges.get(n) != v}
@@ -193,6 +202,7 @@ class Counters:
             packings=self._packings,
             blocks=self._blocks,
             requests=self._requests,
+            skews=self._skews,
             remaps=self._remaps,
             compactions=self._compactions,
             preempted=self._preempted,
@@ -200,7 +210,7 @@ class Counters:
         self._counters.clear()
         self._labelled.clear()
         self._distances, self._lags, self._packings = [], [], []
-        self._blocks, self._requests = {}, []
+        self._blocks, self._requests, self._skews = {}, [], {}
         self._remaps, self._compactions, self._preempted = [], [], []
         self._changed = False
         return payload

@@ -73,6 +73,7 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("routing", "spill_demand", -1, "greater than or equal to 0"),
     ("routing", "spill_imbalance", 0.5, "greater than or equal to 1"),
     ("routing", "fallbacks", True, "a number is wanted"),
+    ("routing", "kinds", 2, "valid boolean"),
     ("routing", "report_period_s", 0, "greater than 0"),
     ("scaling", "min_replicas", 0, "greater than or equal to 1"),
     ("scaling", "max_replicas", 0, "greater than or equal to 1"),
@@ -220,6 +221,11 @@ RAY = {"distributed_executor_backend": "ray"}
             {"routing": {"load": "requests", "report_period_s": 1}},
             "routing.report_period_s = 1.0: has no effect",
             "set routing.load to 'kv'",
+        ),
+        (
+            {"routing": {"sessions": False, "spill_imbalance": 2}},
+            "routing.spill_imbalance = 2.0: has no effect with routing.sessions = False",
+            "fix: leave it out, or set routing.sessions to true",
         ),
         (
             {"routing": {"sessions": False, "fallbacks": 3}},

@@ -13,15 +13,15 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from memshare.telemetry.metric import Label, Metric
 from memshare.telemetry.metrics import (
     BLOCKS,
     COUNTERS,
+    EXPERT_SKEW,
     GAUGES,
     HISTOGRAMS,
     LABELLED,
     REPLICA,
-    Label,
-    Metric,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,8 @@ def tables() -> dict[str, str]:
         "labelled": _table(["metric", "unit", "label", "counts"], map(_full, LABELLED.values())),
         "labels": "\n\n".join(_values(LABELLED.values())),
         "gauges": _table(
-            ["metric", "unit", "label", "shows"], map(_full, (*GAUGES.values(), BLOCKS))
+            ["metric", "unit", "label", "shows"],
+            map(_full, (*GAUGES.values(), BLOCKS, EXPERT_SKEW)),
         ),
         "gauge_labels": "\n\n".join(_values([BLOCKS])),
         "histograms": _table(["metric", "unit", "shows"], map(_plain, HISTOGRAMS.values())),

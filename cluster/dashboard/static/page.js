@@ -3,6 +3,7 @@
 import { renderAgents } from "./agents.js";
 import { drawCard, lagOf, makeCard } from "./cards.js";
 import { greatest, palette, scaleOf } from "./chart.js";
+import { renderExperts } from "./experts.js";
 import { renderRequests, showPartsLegend } from "./requests.js";
 import { showTrace } from "./trace.js";
 import { $, make, seconds, span, sum, whole } from "./words.js";
@@ -131,6 +132,7 @@ function render() {
   for (const replica of replicas) drawCard(replica, scene);
   renderTotals(replicas, scene);
   renderAgents(replicas, state.config?.memshare.agents);
+  renderExperts(replicas, state.config?.memshare.experts);
   renderRequests(replicas, openTrace);
 }
 

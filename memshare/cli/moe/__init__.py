@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 
 from memshare.cli.main import Command
-from memshare.cli.moe import placement
+from memshare.cli.moe import affinity, placement, train
 from memshare.cli.options import add_actions
 
 _ACTIONS: dict[str, tuple[Command, str]] = {
     "placement": (placement, "which rank holds which KV heads, tokens and experts"),
+    "train": (train, "a small mixture of experts to measure with"),
+    "affinity": (affinity, "what routing requests by their experts gains"),
 }
 
 

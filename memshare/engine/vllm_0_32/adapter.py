@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from memshare.agents.family import Family
     from memshare.agents.memory import HeadLayout
+    from memshare.engine.adapter import ExpertRouting
     from memshare.engine.vllm_0_32.model_memory import ModelMemory
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
@@ -37,6 +38,8 @@ __all__ = [
     "builder_refusals",
     "cache_refusals",
     "editable_group",
+    "expert_refusals",
+    "expert_routing",
     "hash_by_family",
     "install_family",
     "install_view",
@@ -176,6 +179,20 @@ def hash_by_family(key: str, admit: Callable[[LoRARequest], None]) -> None:
     from memshare.engine.vllm_0_32 import family_hashes
 
     family_hashes.hash_by_family(key, admit)
+
+
+def expert_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """See :meth:`Adapter.expert_refusals`."""
+    from memshare.engine.vllm_0_32 import expert_routing as routing
+
+    return routing.routing_refusals(vllm_config)
+
+
+def expert_routing(vllm_config: VllmConfig, runner: object) -> ExpertRouting:
+    """See :meth:`Adapter.expert_routing`."""
+    from memshare.engine.vllm_0_32.expert_routing import RoutedExperts
+
+    return RoutedExperts(vllm_config, cast(Any, runner).get_model())
 
 
 def padded_head_sizes() -> list[int]:

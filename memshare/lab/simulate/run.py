@@ -13,8 +13,14 @@ from typing import Any, NamedTuple
 
 from memshare.config import registry
 from memshare.core.token_map import TokenMap
-from memshare.lab.simulate.costs import DoesNotFitError, Recomputation, StepCosts, work_of
+from memshare.lab.simulate.costs import (
+    DoesNotFitError,
+    Recomputation,
+    StepCosts,
+    work_of,
+)
 from memshare.lab.simulate.harness import SchedulerHarness
+from memshare.lab.simulate.placed import PlacedCosts
 
 # The smallest model that vLLM's configuration accepts: nothing of it is ever computed.
 _MODEL = {
@@ -58,7 +64,7 @@ class PredictedEngine:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    costs: StepCosts
+    costs: StepCosts | PlacedCosts
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from memshare.core.interfaces import WorkerTables
 from memshare.core.rank_reducer import JobResult
+from memshare.kv.host_copy import HostCopy
 from memshare.kv.similarity import PairSums
 from memshare.mechanisms.contract import WorkerPart
 from memshare.mechanisms.remap.messages import Batch, RemapCommands, RemapResults
@@ -78,26 +78,18 @@ class _Pending:
     """Sums of one batch on their way to the host, as many for each job."""
 
     job_ids: tuple[int, ...]
-    total: Tensor
+    totals: HostCopy
     count: int
-    copied: torch.cuda.Event | None
 
     @classmethod
     def start(cls, job_ids: tuple[int, ...], sums: PairSums) -> _Pending:
-        total = sums.total
-        if total.device.type == "cpu":
-            return cls(job_ids, total, sums.count, None)
-        host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
-        host.copy_(total, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return cls(job_ids, host, sums.count, copied)
+        return cls(job_ids, HostCopy.start(sums.total), sums.count)
 
     def is_ready(self) -> bool:
-        return self.copied is None or bool(self.copied.query())
+        return self.totals.is_ready()
 
     def results(self) -> dict[int, JobResult]:
-        by_job = self.total.view(len(self.job_ids), -1).tolist()
+        by_job = self.totals.tensor.view(len(self.job_ids), -1).tolist()
         return {
             job_id: JobResult(totals, self.count, ranks=1)
             for job_id, totals in zip(self.job_ids, by_job, strict=True)

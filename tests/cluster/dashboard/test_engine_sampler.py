@@ -16,6 +16,7 @@ from cluster.dashboard.hub import DashboardHub
 from cluster.dashboard.records import (
     AdapterTokens,
     BlockTrace,
+    ExpertUse,
     ReplicaReport,
     ReplicaSample,
     Reuse,
@@ -227,6 +228,16 @@ def test_what_adapters_have_found_adds_up(rig: Rig) -> None:
     assert rig.watch.report().adapters == adapters
 
 
+def test_what_layers_choose_adds_up(rig: Rig) -> None:
+    for skew in (2.5, 1.5):
+        counts = {"experts_touched": {"0": 5, "3": 4}, "expert_tokens": {"0": 8, "3": 8}}
+        rig.step(payload(counters={"expert_steps": 1}, labelled=counts, skews={"0": skew, "3": 1}))
+    rig.step(payload(skews={"0": 1.25, "3": 1}))  # with a prompt in it
+    rig.next_sample()
+    expected = {"0": ExpertUse(2, 10, 16, 1.25), "3": ExpertUse(2, 8, 16, 1)}
+    assert rig.watch.report().experts == expected
+
+
 # ---- the board ----
 
 
@@ -257,6 +268,13 @@ async def test_a_browser_is_told_what_adapters_have_found() -> None:
     await board.report(replace(report("x"), adapters={"plan": AdapterTokens(64, 32)}))
     (replica,) = json.loads(json.dumps(await board.state("", 0)))["replicas"]
     assert replica["adapters"] == {"plan": {"found": 64, "shared": 32}}
+
+
+async def test_a_browser_is_told_of_experts() -> None:
+    board = DashboardHub(PageConfig())
+    await board.report(replace(report("x"), experts={"0": ExpertUse(2, 10, 16, 1.25)}))
+    (replica,) = json.loads(json.dumps(await board.state("", 0)))["replicas"]
+    assert replica["experts"] == {"0": {"steps": 2, "touched": 10, "tokens": 16, "skew": 1.25}}
 
 
 async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import RoutingConfig
-from cluster.routing.choice import Ring, Routing
+from cluster.routing.choice import Routing
 from cluster.routing.load import Load, LoadMeter, from_stats, to_stats
+from cluster.routing.ring import Ring
 
 NAMES = st.sets(st.text("abcdef", min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -76,6 +77,14 @@ def test_preemptions_are_forgotten_after_a_minute() -> None:
 @given(NAMES, st.text(max_size=8))
 def test_a_walk_visits_every_member_once(members: set[str], key: str) -> None:
     assert sorted(Ring(members).walk(key)) == sorted(members)
+
+
+@given(NAMES, st.text(max_size=8), st.data())
+def test_a_part_of_a_ring_is_the_ring_of_the_part(
+    members: set[str], key: str, data: st.DataObject
+) -> None:
+    some = data.draw(st.sets(st.sampled_from(sorted(members))))
+    assert list(Ring(members).part(some).walk(key)) == list(Ring(some).walk(key))
 
 
 @given(NAMES, st.text(max_size=8), st.data())

@@ -44,8 +44,10 @@ class Replica:
         return self.queue
 
 
-def request(session: str = "") -> PendingRequest:
-    metadata = SimpleNamespace(session_id=session, internal_request_id="1", multiplexed_model_id="")
+def request(session: str = "", kind: str = "") -> PendingRequest:
+    metadata = SimpleNamespace(
+        session_id=session, internal_request_id="1", multiplexed_model_id=kind
+    )
     return PendingRequest(args=[], kwargs={}, metadata=metadata)  # type: ignore[arg-type]
 
 
@@ -61,8 +63,8 @@ def router(routing: RoutingConfig) -> Any:
     return made
 
 
-async def first(made: Any, session: str = "") -> str:
-    ranks = await made.choose_replicas(made._replicas_list, request(session))
+async def first(made: Any, session: str = "", kind: str = "") -> str:
+    ranks = await made.choose_replicas(made._replicas_list, request(session, kind))
     name: str = ranks[0][0].replica_id.unique_id
     return name
 
@@ -90,6 +92,19 @@ async def test_a_router_follows_sessions_reports_and_deaths() -> None:
     assert await made.choose_replicas([], request("a session")) == []
 
 
+@pytest.mark.parametrize("kinds", [False, True])
+async def test_a_router_reads_the_kind_of_a_request(kinds: bool) -> None:
+    made = router(RoutingConfig(sessions=False, kinds=kinds))
+    made.update_replicas([Replica(name) for name in "abcd"])
+    await asyncio.sleep(0.01)
+    for _ in range(150):
+        for kind in ("code", "prose"):
+            await first(made, kind=kind)
+    found = [{await first(made, kind=kind) for _ in range(40)} for kind in ("code", "prose")]
+    assert [len(names) for names in found] == ([2, 2] if kinds else [4, 4])
+    assert found[0].isdisjoint(found[1]) is kinds
+
+
 @pytest.mark.parametrize(("delay_s", "waits"), [(0.3, True), (60.0, False)])
 async def test_a_session_waits_for_a_home_that_is_slow_to_answer(
     delay_s: float, waits: bool
@@ -108,7 +123,9 @@ async def test_a_session_waits_for_a_home_that_is_slow_to_answer(
 def test_rays_own_router_where_ours_would_do_the_same() -> None:
     plain = RoutingConfig(sessions=False, load="requests")
     assert router_config(plain, 17).is_default_request_router()
-    assert not router_config(RoutingConfig(sessions=False), 17).is_default_request_router()
+    for other in ({"load": "kv"}, {"sessions": True}, {"kinds": True}):
+        config = router_config(plain.model_copy(update=other), 17)
+        assert not config.is_default_request_router()
 
 
 def context(config: AutoscalingConfig, now: Load, replicas: int) -> AutoscalingContext:

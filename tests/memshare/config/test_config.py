@@ -92,6 +92,8 @@ BAD: dict[str, list[object]] = {
     "integrity": ["x", 1, [], None, True],
     "integrity.check_every": [-1, 1.5, *NO_NUMBERS],
     "integrity.on_failure": NO_WORDS,
+    "experts": ["x", 1, [], None, True],
+    "experts.count_every": [-1, 1.5, *NO_NUMBERS],
     "report": ["x", 1, [], None, True],
     "report.every_s": [-0.1, INF, *NO_NUMBERS],
     "report.requests": [-1, 1025, 1.5, *NO_NUMBERS],

@@ -162,6 +162,25 @@ def test_an_engine_does_not_start(start_engine: StartEngine, tiny: str, tmp_path
         pass
 
 
+@pytest.mark.parametrize("mode", ["off", "share"])
+def test_experts_of_a_dense_model_cannot_be_counted(vllm_config: Any, mode: str) -> None:
+    from memshare.engine.compatibility import UnsupportedSetup, check_before_load
+
+    config = copy.deepcopy(vllm_config)
+    options = {"mode": mode, "experts": {"count_every": 16}}
+    config.kv_transfer_config.kv_connector_extra_config = options
+    with pytest.raises(UnsupportedSetup, match=r"experts\.count_every: .* has no experts") as error:
+        check_before_load(config)
+    assert "fix: set experts.count_every to 0" in str(error.value)
+    config.model_config.model_arch_config.num_experts = 8
+    check_before_load(config)
+    config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(UnsupportedSetup, match="enable_return_routed_experts"):
+        check_before_load(config)
+    options["experts"]["count_every"] = 0
+    check_before_load(config)
+
+
 # ---- adapters that share a cache ----
 
 

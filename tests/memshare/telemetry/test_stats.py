@@ -41,6 +41,7 @@ ACTS: st.SearchStrategy[Act] = st.one_of(
     st.builds(lambda n: lambda t: t.note_remap(RemapNote(n, "a", 1, "b", 2)), NUMBERS),
     st.builds(lambda n: lambda t: t.note_compaction(CompactionNote(n, "a", 1, 9, 2, 3)), NUMBERS),
     st.builds(lambda n: lambda t: t.note_preemption(PreemptionNote(n, "a", 3)), NUMBERS),
+    st.builds(lambda n: lambda t: t.note_skews({"0": n}), NUMBERS),
     st.builds(
         lambda n: (
             lambda t: t.note_blocks(

@@ -1,0 +1,1 @@
+"""A small mixture of experts to measure with, and what affinity of requests can gain on it."""

@@ -1,0 +1,1 @@
+"""What a mixture of experts' counts cost, and what requests that meet gain."""
