@@ -123,6 +123,12 @@ def fit(
     return losses
 
 
+def drawn(texts: int, how: Fit, seed: int) -> set[int]:
+    """The texts that a training reads at all."""
+    steps = range(how.steps)
+    return {number for step in steps for number in _drawn(texts, how, seed, step)}
+
+
 def _drawn(texts: int, how: Fit, seed: int, step: int) -> Iterator[int]:
     """The texts of a step. Each comes once before any comes again."""
     for number in range(step * how.batch, (step + 1) * how.batch):

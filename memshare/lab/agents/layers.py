@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ def layers_from(base: Any, first: int) -> Iterator[None]:
 
 @torch.no_grad()
 def states_below(
-    base: Any, passes: Sequence[Pass], first: int, file: Path, title: str
-) -> list[Tensor]:
+    base: Any, passes: Mapping[int, Pass], first: int, file: Path, title: str
+) -> dict[int, Tensor]:
     """What a layer reads of each pass, ``[tokens, hidden]``, with a progress bar.
 
     Args:
         base: without an adapter.
-        passes: to read.
+        passes: to read, by number.
         first: the layer.
         file: where it is kept, and taken from if it is there.
         title: of the bar.
@@ -58,7 +58,7 @@ def states_below(
                 str(number): decoder(
                     input_ids=torch.tensor([one.tokens], device=base.device), use_cache=False
                 ).last_hidden_state[0]
-                for number, one in enumerate(tqdm(passes, desc=title, unit="pass", disable=None))
+                for number, one in tqdm(passes.items(), desc=title, unit="pass", disable=None)
             }
         finally:
             decoder.layers, decoder.norm = every, norm
@@ -66,4 +66,4 @@ def states_below(
         save_file(found, partial)
         partial.replace(file)
     held = load_file(file, device=str(base.device))
-    return [held[str(number)] for number in range(len(passes))]
+    return {number: held[str(number)] for number in passes}

@@ -22,7 +22,7 @@ from memshare.agents.base import identity_of, read_facts
 from memshare.config import ConfigError
 from memshare.errors import UserError
 from memshare.lab.agents.card import RoleCard
-from memshare.lab.agents.fit import Fit, Text, fit, mean_nll, new_adapter
+from memshare.lab.agents.fit import Fit, Text, drawn, fit, mean_nll, new_adapter
 from memshare.lab.agents.layers import layers_from, states_below
 from memshare.lab.agents.passes import Pass, make_passes
 from memshare.lab.agents.records import Split, read_records, split
@@ -185,7 +185,7 @@ def _train_role(
     first = next(iter(plan.roles))
     taken = plan.shared and role != first and "v_proj" in plan.how.targets
     shared = _value_down_of(plan.output / first) if taken else None
-    texts = _texts(plan, role, base, seen)
+    texts = _texts(plan, role, seed, base, seen)
     adapter = new_adapter(base, plan.how, seed, shared)
     try:
         state = plan.output / ".work" / f"{role}.state"
@@ -199,13 +199,15 @@ def _train_role(
     logger.info("%s: NLL of a held-out token %s", role, card.change)
 
 
-def _texts(plan: TrainingPlan, role: str, base: Any, seen: Sequence[Pass]) -> list[Text]:
-    """What a role is trained on, as its lowest layer with an adapter reads it."""
+def _texts(plan: TrainingPlan, role: str, seed: int, base: Any, seen: Sequence[Pass]) -> list[Text]:
+    """What a role is trained on, as its lowest layer with an adapter reads it. Texts that no step
+    draws are not read."""
     if not plan.how.first_layer:
         return [(one, None) for one in seen]
     file = plan.output / ".work" / f"{role}.below"
-    states = states_below(base, seen, plan.how.first_layer, file, f"{role}, layers below")
-    return list(zip(seen, states, strict=True))
+    used = {number: seen[number] for number in drawn(len(seen), plan.how, seed)}
+    states = states_below(base, used, plan.how.first_layer, file, f"{role}, layers below")
+    return [(one, states.get(number)) for number, one in enumerate(seen)]
 
 
 def _before(plan: TrainingPlan, role: str, base: Any, unseen: Sequence[Pass]) -> float | None:
