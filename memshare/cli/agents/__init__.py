@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from memshare.cli.agents import bench, check, train
+from memshare.cli.agents import bench, check, switches, train, unify
 from memshare.cli.main import Command
 from memshare.cli.options import add_actions
 
 _ACTIONS: dict[str, tuple[Command, str]] = {
     "check": (check, "which adapters share, and why others do not"),
     "train": (train, "train adapters for roles, with one A matrix for all"),
+    "unify": (unify, "give adapters that were trained apart one A matrix"),
     "bench": (bench, "what sharing gains and loses, on recorded trajectories"),
+    "switches": (switches, "first token and memory, by context and number of agents"),
 }
 
 

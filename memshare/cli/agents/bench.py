@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from memshare.cli.agents.check import named
+from memshare.cli.agents.replays import SCHEMES, run_schemes, usable, work_folder
 from memshare.cli.options import count, fraction, new_file, whole
-from memshare.config import AgentsConfig, ConfigError
 from memshare.errors import UserError
 from memshare.lab.markdown import table
 from memshare.small_model.names import SMOLLM2
@@ -22,9 +20,6 @@ from memshare.small_model.names import SMOLLM2
 if TYPE_CHECKING:
     from memshare.lab.agents.quality import Quality
     from memshare.lab.agents.turns import ReplayPlan
-
-_RUN = "memshare.lab.agents.replay:run_scheme"
-_SCHEMES: tuple[str, ...] = get_args(AgentsConfig.model_fields["scheme"].annotation)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--base", default=SMOLLM2.name, help="base model: name, folder or hub id")
     parser.add_argument(
-        "--schemes", help=f"separated by ','; of {', '.join(_SCHEMES)} (default: all that take the "
+        "--schemes", help=f"separated by ','; of {', '.join(SCHEMES)} (default: all that take the "
         "adapters)",
     )  # fmt: skip
     parser.add_argument(
@@ -80,14 +75,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: adapters, records or schemes cannot be used, or an engine failed.
     """
-    from memshare.lab.bench.engine_process import call_in_process
-    from memshare.lab.bench.progress import ProgressBars
-
     folders = named(args.adapters)
-    schemes = _usable(folders, args.schemes)
-    with _folder(args.work) as folder:
+    schemes = usable(folders, args.schemes)
+    with work_folder(args.work) as folder:
         plan = _plan(args, folders, str(folder))
-        file = _kept(plan, folder)
         turns = sum(map(len, plan.conversations))
         print(
             f"{len(plan.conversations)} trajectories, {turns} turns of {', '.join(folders)}, "
@@ -95,15 +86,7 @@ def run(args: argparse.Namespace) -> int:
             f"({args.dtype}), blocks of {args.block_size}; {', '.join(schemes)}\n",
             flush=True,
         )
-        bars, runs = ProgressBars(len(schemes)), {}
-        for scheme in schemes:
-            result = folder / f"{scheme}.json"
-            with bars.run(scheme) as told:
-                if not result.exists():
-                    argument = {"plan": str(file), "scheme": scheme}
-                    found = call_in_process(_RUN, argument, scheme, plan.model, told)
-                    result.write_text(json.dumps(found))
-            runs[scheme] = json.loads(result.read_text())
+        runs = run_schemes(plan, schemes, folder)
         print(_speeds(runs))
         measured = _measured(plan, schemes) if plan.measured else {}
         for who, by_scheme in measured.items():
@@ -112,62 +95,6 @@ def run(args: argparse.Namespace) -> int:
         quality = {who: {s: asdict(q) for s, q in rows.items()} for who, rows in measured.items()}
         args.json.write_text(json.dumps({"runs": runs, "quality": quality}))
     return 0
-
-
-@contextmanager
-def _folder(work: Path | None) -> Iterator[Path]:
-    """The folder for measurements, which goes away unless the user has named it."""
-    if work is None:
-        with tempfile.TemporaryDirectory(prefix="memshare-agents-") as folder:
-            yield Path(folder)
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    yield work
-
-
-def _kept(plan: ReplayPlan, folder: Path) -> Path:
-    """The plan's file; what an earlier run has measured by the same plan is used.
-
-    Raises:
-        UserError: the folder holds measurements by another plan.
-    """
-    file, new = folder / "plan.json", folder / "plan.new"
-    plan.save(new)
-    if file.exists() and file.read_bytes() != new.read_bytes():
-        new.unlink()
-        raise UserError(f"--work {folder} holds what was measured otherwise; name another folder")
-    new.replace(file)
-    return file
-
-
-def _usable(folders: dict[str, Path], wanted: str | None) -> list[str]:
-    """The schemes to run, ``nonshared`` first.
-
-    Raises:
-        UserError: one is unknown or does not take the adapters, or an adapter cannot be read.
-    """
-    from memshare.agents.adapter import adapters_by_name
-    from memshare.agents.refusals import check_adapters
-
-    names = _SCHEMES if wanted is None else tuple(dict.fromkeys(("nonshared", *wanted.split(","))))
-    unknown = [name for name in names if name not in _SCHEMES]
-    if unknown:
-        raise UserError(f"--schemes {unknown[0]}: choose of {', '.join(_SCHEMES)}")
-    usable = []
-    try:
-        adapters = adapters_by_name(folders)
-        for name in names:
-            config = AgentsConfig.model_validate({"scheme": name, "adapters": folders})
-            try:
-                check_adapters(adapters, config)
-            except ConfigError:
-                if wanted is not None or name == "full_shared":
-                    raise
-                continue
-            usable.append(name)
-    except ConfigError as error:
-        raise UserError(str(error)) from None
-    return usable
 
 
 def _plan(args: argparse.Namespace, folders: dict[str, Path], folder: str) -> ReplayPlan:

@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=count, default=8, help="rows of A")
     parser.add_argument("--alpha", type=count, help="scale, times rank (default: twice --rank)")
     parser.add_argument("--targets", default="q_proj,v_proj", help="modules that adapters change")
+    parser.add_argument(
+        "--first-layer", type=whole, default=0, help="lowest layer that adapters change: what is "
+        "below it is the same for all roles, loses nothing by sharing, and is read only once",
+    )  # fmt: skip
     parser.add_argument("--steps", type=count, default=200, help="of training, for each role")
     parser.add_argument("--batch", type=count, default=2, help="texts of a step")
     parser.add_argument("--rate", type=positive, default=5e-4, help="learning rate")
@@ -73,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             rank=args.rank,
             alpha=args.alpha or 2 * args.rank,
             targets=targets,
+            first_layer=args.first_layer,
             steps=args.steps,
             batch=args.batch,
             rate=args.rate,

@@ -19,12 +19,12 @@ class RoleCard(BaseModel):
         role: its name.
         base: the base model.
         taken_from: the role whose A matrices on ``v_proj`` it has; None if they are its own.
-        rank, alpha, targets, steps, batch, rate, context, seed: hyperparameters.
+        rank, alpha, targets, first_layer, steps, batch, rate, context, seed: hyperparameters.
         records: it was trained on, and held out.
         trajectories: of all roles, trained on and held out.
         nll_before: of a token of the held-out outputs, of the base model; None if there are none.
         nll_after: the same with the adapter.
-        nll_trained: of a token in the last tenth of the training.
+        curve: NLL of a token in the training, by tenths of its steps.
         made_by: the program.
         licences: of base model and records.
     """
@@ -37,6 +37,7 @@ class RoleCard(BaseModel):
     rank: int
     alpha: int
     targets: tuple[str, ...]
+    first_layer: int
     steps: int
     batch: int
     rate: float
@@ -46,7 +47,7 @@ class RoleCard(BaseModel):
     trajectories: tuple[int, int]
     nll_before: float | None
     nll_after: float | None
-    nll_trained: float
+    curve: tuple[float, ...]
     made_by: str
     licences: str
 
@@ -73,13 +74,16 @@ library_name: peft
 A LoRA adapter for one role of an agent system. Roles of one base model share one KV cache in
 MemShare; `memshare agents check` says which.
 
-- **Changes**: {", ".join(self.targets)}; rank {self.rank}, alpha {self.alpha}, bfloat16
+- **Changes**: {", ".join(self.targets)} of the layers from {self.first_layer} on; rank {self.rank},
+  alpha {self.alpha}, bfloat16
 - **A matrices on v_proj**: {value_down}
 - **Trained on**: {self.records[0]} records of {self.trajectories[0]} trajectories; outputs alone
   count, contexts of {self.context} tokens at most
 - **How**: {self.steps} steps of {self.batch} texts, learning rate {self.rate:g}, seed {self.seed}
 - **NLL of a token of {self.records[1]} outputs of {self.trajectories[1]} held-out trajectories**:
   {self.change}
+- **NLL of a token while it was trained**, by tenths of the steps:
+  {" ".join(f"{nll:.2f}" for nll in self.curve)}
 - **Made by**: {self.made_by}, `memshare agents train`
 - **Licences**: {self.licences or "not given"}
 """

@@ -19,6 +19,9 @@ from memshare.lab.agents.passes import Pass
 if TYPE_CHECKING:
     from peft import PeftModel
 
+Text = tuple[Pass, Tensor | None]
+"""A pass, and what the lowest layer that is trained reads of it (see :func:`nll`)."""
+
 _SAVED_EVERY = 4  # steps: what a run that is ended loses, at most
 _WARMING = 0.05  # of the steps, in which the learning rate rises
 
@@ -31,6 +34,7 @@ class Fit:
         rank: rows of A.
         alpha: the low-rank part counts ``alpha / rank`` times.
         targets: modules that are changed, of ``q_proj`` and ``v_proj``.
+        first_layer: the lowest layer in which they are. What is below it is the same for all roles.
         steps: of the optimiser, for each role.
         batch: passes of a step.
         rate: the highest learning rate.
@@ -41,6 +45,7 @@ class Fit:
     rank: int = 8
     alpha: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    first_layer: int = 0
     steps: int = 200
     batch: int = 2
     rate: float = 5e-4
@@ -62,8 +67,11 @@ def new_adapter(base: Any, how: Fit, seed: int, shared: Mapping[str, Tensor] | N
 
     torch.manual_seed(seed)
     settings = LoraConfig(
-        r=how.rank, lora_alpha=how.alpha, target_modules=list(how.targets), task_type="CAUSAL_LM"
-    )
+        r=how.rank, lora_alpha=how.alpha, target_modules=list(how.targets), task_type="CAUSAL_LM",
+        layers_to_transform=(
+            list(range(how.first_layer, base.config.num_hidden_layers)) if how.first_layer else None
+        ),
+    )  # fmt: skip
     model: PeftModel = get_peft_model(base, settings)
     if shared is not None:
         for name, matrix in value_down(model).items():
@@ -82,7 +90,12 @@ def value_down(model: PeftModel) -> dict[str, Tensor]:
 
 
 def fit(
-    model: PeftModel, passes: Sequence[Pass], how: Fit, seed: int, state: Path, title: str
+    model: PeftModel,
+    texts: Sequence[Text],
+    how: Fit,
+    seed: int,
+    state: Path,
+    title: str,
 ) -> list[float]:
     """Train an adapter, with a progress bar.
 
@@ -101,7 +114,8 @@ def fit(
         for step in range(done, how.steps):
             for group in optimiser.param_groups:
                 group["lr"] = how.rate * _pace(step, how.steps)
-            losses.append(_step(model, _drawn(passes, how, seed, step), optimiser))
+            batch = [texts[number] for number in _drawn(len(texts), how, seed, step)]
+            losses.append(_step(model, batch, optimiser))
             bar.set_postfix(nll=f"{losses[-1]:.3f}")
             bar.update()
             if len(losses) % _SAVED_EVERY == 0:
@@ -109,14 +123,18 @@ def fit(
     return losses
 
 
-def _drawn(passes: Sequence[Pass], how: Fit, seed: int, step: int) -> Iterator[Pass]:
-    """The passes of a step. Each pass comes once before any comes again."""
+def drawn(texts: int, how: Fit, seed: int) -> set[int]:
+    """The texts that a training reads at all."""
+    steps = range(how.steps)
+    return {number for step in steps for number in _drawn(texts, how, seed, step)}
+
+
+def _drawn(texts: int, how: Fit, seed: int, step: int) -> Iterator[int]:
+    """The texts of a step. Each comes once before any comes again."""
     for number in range(step * how.batch, (step + 1) * how.batch):
-        times, place = divmod(number, len(passes))
-        order = torch.randperm(
-            len(passes), generator=torch.Generator().manual_seed(seed + 1000 * times)
-        )
-        yield passes[int(order[place])]
+        times, place = divmod(number, texts)
+        order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed + 1000 * times))
+        yield int(order[place])
 
 
 def _pace(step: int, steps: int) -> float:
@@ -125,25 +143,31 @@ def _pace(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm) * (1 - step / steps)
 
 
-def _step(model: PeftModel, batch: Iterator[Pass], optimiser: torch.optim.Optimizer) -> float:
+def _step(model: PeftModel, batch: Sequence[Text], optimiser: torch.optim.Optimizer) -> float:
     """One step of the optimiser; returns the mean NLL of a token."""
     optimiser.zero_grad()
-    chosen = list(batch)
-    tokens = sum(len(one.targets) for one in chosen)
+    tokens = sum(len(one.targets) for one, _ in batch)
     total = 0.0
-    for one in chosen:
-        loss = nll(model, one).sum() / tokens
+    for one, states in batch:
+        loss = nll(model, one, states).sum() / tokens
         loss.backward()
         total += float(loss.detach())
     optimiser.step()
     return total
 
 
-def nll(model: Any, one: Pass) -> Tensor:
-    """``[targets]``: how unlikely each target of a pass is, in nats."""
+def nll(model: Any, one: Pass, states: Tensor | None = None) -> Tensor:
+    """``[targets]``: how unlikely each target of a pass is, in nats.
+
+    Args:
+        model: of transformers or peft.
+        one: the pass.
+        states: what the model's lowest layer reads, ``[tokens, hidden]``, if it is no embedding.
+    """
     device = model.device
     logits = model(
-        input_ids=torch.tensor([one.tokens], device=device),
+        input_ids=None if states is not None else torch.tensor([one.tokens], device=device),
+        inputs_embeds=None if states is None else states[None],
         use_cache=False,
         logits_to_keep=torch.tensor(one.positions, device=device),
     ).logits[0]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from memshare.agents.base import identity_of, read_facts
 from memshare.config import ConfigError
 from memshare.errors import UserError
 from memshare.lab.agents.card import RoleCard
-from memshare.lab.agents.fit import Fit, fit, mean_nll, new_adapter
+from memshare.lab.agents.fit import Fit, Text, drawn, fit, mean_nll, new_adapter
+from memshare.lab.agents.layers import layers_from, states_below
 from memshare.lab.agents.passes import Pass, make_passes
 from memshare.lab.agents.records import Split, read_records, split
 from memshare.small_model.names import quiet_transformers, resolve_model, tokenizer_of
@@ -74,7 +76,7 @@ def train(plan: TrainingPlan) -> list[RoleCard]:
     records = {role: read_records(path) for role, path in plan.roles.items()}
     parts = split(records, plan.held_out)
     model = resolve_model(plan.base)
-    _require_base(plan.base, model)
+    _require_base(plan, model)
     tokenizer = tokenizer_of(model, "--base")
     _begin(plan, model, parts)
     base, cards = None, []
@@ -87,17 +89,22 @@ def train(plan: TrainingPlan) -> list[RoleCard]:
     return cards
 
 
-def _require_base(name: str, model: str) -> None:
-    """Refuse what is no base model, as far as its configuration tells.
+def _require_base(plan: TrainingPlan, model: str) -> None:
+    """Refuse what is no base model for the plan, as far as its configuration tells.
 
     Raises:
-        UserError: it is a folder without a configuration that we can read.
+        UserError: it is a folder without a configuration that we can read, or has too few layers.
     """
     if Path(model).is_dir():
         try:
-            read_facts(Path(model))
+            layers = read_facts(Path(model)).layers
         except ConfigError as error:
-            raise UserError(f"--base {name}: {error}") from None
+            raise UserError(f"--base {plan.base}: {error}") from None
+        if plan.how.first_layer >= layers:
+            raise UserError(
+                f"--first-layer {plan.how.first_layer}: {plan.base} has {layers} layers, counted "
+                "from 0"
+            )
 
 
 def _begin(plan: TrainingPlan, model: str, parts: Split) -> None:
@@ -178,16 +185,29 @@ def _train_role(
     first = next(iter(plan.roles))
     taken = plan.shared and role != first and "v_proj" in plan.how.targets
     shared = _value_down_of(plan.output / first) if taken else None
+    texts = _texts(plan, role, seed, base, seen)
     adapter = new_adapter(base, plan.how, seed, shared)
     try:
         state = plan.output / ".work" / f"{role}.state"
-        losses = fit(adapter, seen, plan.how, seed, state, f"{role}, training")
+        with layers_from(base, plan.how.first_layer):
+            losses = fit(adapter, texts, plan.how, seed, state, f"{role}, training")
         after = mean_nll(adapter, unseen, f"{role}, after") if unseen else None
         card = _card(plan, role, parts, losses, (before, after), first if taken else None)
         _write(plan, role, adapter, card)
     finally:
         adapter.unload()
     logger.info("%s: NLL of a held-out token %s", role, card.change)
+
+
+def _texts(plan: TrainingPlan, role: str, seed: int, base: Any, seen: Sequence[Pass]) -> list[Text]:
+    """What a role is trained on, as its lowest layer with an adapter reads it. Texts that no step
+    draws are not read."""
+    if not plan.how.first_layer:
+        return [(one, None) for one in seen]
+    file = plan.output / ".work" / f"{role}.below"
+    used = {number: seen[number] for number in drawn(len(seen), plan.how, seed)}
+    states = states_below(base, used, plan.how.first_layer, file, f"{role}, layers below")
+    return [(one, states.get(number)) for number, one in enumerate(seen)]
 
 
 def _before(plan: TrainingPlan, role: str, base: Any, unseen: Sequence[Pass]) -> float | None:
@@ -220,7 +240,6 @@ def _card(
     nll: tuple[float | None, float | None],
     taken_from: str | None,
 ) -> RoleCard:
-    last = losses[-max(1, len(losses) // 10) :]
     return RoleCard(
         role=role,
         base=plan.base if not Path(plan.base).is_dir() else Path(plan.base).name,
@@ -228,6 +247,7 @@ def _card(
         rank=plan.how.rank,
         alpha=plan.how.alpha,
         targets=plan.how.targets,
+        first_layer=plan.how.first_layer,
         steps=plan.how.steps,
         batch=plan.how.batch,
         rate=plan.how.rate,
@@ -237,10 +257,16 @@ def _card(
         trajectories=parts.trajectories,
         nll_before=nll[0],
         nll_after=nll[1],
-        nll_trained=sum(last) / len(last),
+        curve=_tenths(losses),
         made_by=f"MemShare {__version__}",
         licences=plan.licences,
     )
+
+
+def _tenths(losses: Sequence[float]) -> tuple[float, ...]:
+    """Means of ten parts of a training, or of its steps if there are fewer."""
+    parts = np.array_split(np.array(losses), min(10, len(losses)))
+    return tuple(round(float(part.mean()), 3) for part in parts)
 
 
 def _write(plan: TrainingPlan, role: str, adapter: PeftModel, card: RoleCard) -> None:

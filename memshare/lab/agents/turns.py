@@ -146,3 +146,15 @@ def _history(
         others = [token for text in (*texts[number + 1 :], *texts[:number]) for token in text]
         histories.append(others[:tokens])
     return histories
+
+
+def texts_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of all trajectories' longest inputs, one behind the other."""
+    longest: dict[str, str] = {}
+    for root, record in zip(trajectories(records), records, strict=True):
+        longest[root] = max(longest.get(root, ""), record.input, key=len)
+    return [
+        token
+        for text in longest.values()
+        for token in tokenizer.encode(text, add_special_tokens=False)
+    ]

@@ -65,3 +65,31 @@ def test_schemes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "base_lr_shared" in capsys.readouterr().out
     assert main([*command, "--at-once", "2"]) == 1
     assert "holds what was measured otherwise" in capsys.readouterr().err
+
+
+def test_switches_by_number_of_agents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under a scheme that shares the others compute what is new, and memory does not grow with
+    them; each with a cache of its own computes and keeps everything."""
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "plan", seed=0)
+    write_rows(tmp_path / "plan.jsonl", rows("plan"))
+    command = [
+        "agents", "switches", *(f"{name}={tmp_path / 'plan'}" for name in "abc"),
+        "--base", str(tmp_path / "base"), "--records", str(tmp_path / "plan.jsonl"),
+        "--schemes", "base_lr_shared", "--contexts", "64,256", "--new", "10", "--block-size", "32",
+        "--work", str(tmp_path / "work"), "--json", str(tmp_path / "figures.json"),
+        "--plot", str(tmp_path / "figures.svg"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert "From the first context to the last" in capsys.readouterr().out
+    runs = {
+        scheme: json.loads((tmp_path / "work" / "3-agents" / f"{scheme}.json").read_text())
+        for scheme in ("nonshared", "base_lr_shared")
+    }
+    found = {scheme: [turn["cached"] for turn in run["turns"]] for scheme, run in runs.items()}
+    assert found == {"nonshared": [0] * 6, "base_lr_shared": [0, 64, 64, 0, 256, 256]}
+    kept = [runs[scheme]["kept"] for scheme in ("nonshared", "base_lr_shared")]
+    assert kept == [2 * 3 + 8 * 3, 2 + 8]
+    figures = json.loads((tmp_path / "figures.json").read_text())["3"]
+    assert [row["context"] for row in figures["nonshared"]] == [64, 256]
+    assert (tmp_path / "figures.svg").stat().st_size > 0

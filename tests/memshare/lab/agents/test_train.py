@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from memshare.agents.adapter import WEIGHTS, read_adapter
 from memshare.agents.refusals import faults_of
 from memshare.cli.main import main
 from memshare.config import AgentsConfig
 from memshare.lab.agents import fit as fitting
+from memshare.lab.agents import train as training
 from memshare.lab.agents.card import RoleCard
 from tests.memshare.lab.agents.trajectories import ROLES, rows, write_base, write_rows
 
@@ -68,6 +71,8 @@ def test_roles_learn_and_their_cards_say_so(trained: Path) -> None:
         assert card.nll_after is not None
         assert card.nll_after < 0.8 * card.nll_before
         assert card.base == "base"
+        assert len(card.curve) == 10
+        assert card.curve[-1] < 0.8 * card.curve[0]
         assert RoleCard.read(trained / role / "README.md").markdown() == (
             trained / role / "README.md"
         ).read_text("utf-8")
@@ -143,9 +148,34 @@ def test_queries_alone(home: Path, tmp_path: Path) -> None:
     assert {module.part for module in adapter.modules} == {"q_proj"}
 
 
+@pytest.mark.parametrize("first", [1, 0])
+def test_layers_below_are_read_once(
+    first: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but time changes by it; with another layer's input the adapters are others."""
+    more = ("--first-layer", "1")
+    assert train(home, tmp_path / "quick", *more, steps=4) == 0
+    layers = {module.layer for module in read_adapter("act", tmp_path / "quick" / "act").modules}
+    assert layers == {1}
+    if first == 1:  # as slowly as it goes: all layers in every step
+        monkeypatch.setattr(training, "_texts", lambda *args: [(one, None) for one in args[-1]])
+        monkeypatch.setattr(training, "layers_from", lambda *_: contextlib.nullcontext())
+    else:
+        below = training.states_below
+        monkeypatch.setattr(
+            training, "states_below", lambda base, seen, _, *rest: below(base, seen, first, *rest)
+        )
+    assert train(home, tmp_path / "other", *more, steps=4) == 0
+    for role in ROLES:
+        quick, other = (load_file(tmp_path / name / role / WEIGHTS) for name in ("quick", "other"))
+        same = all(torch.allclose(quick[name], other[name], atol=1e-3) for name in quick)
+        assert same is (first == 1)
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
+        (["plan=FILE", "--first-layer", "2"], "--first-layer 2: "),
         (["plan"], "give ROLE=FILE"),
         (["../x=FILE"], "give ROLE=FILE"),
         (["plan=/nowhere.jsonl"], "there is no file /nowhere.jsonl"),
