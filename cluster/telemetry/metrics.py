@@ -9,7 +9,8 @@ from __future__ import annotations
 import prometheus_client
 from ray.util import metrics as ray_metrics
 
-from memshare.telemetry.metrics import REPLICA, Label, Metric
+from memshare.telemetry.metric import Label, Metric
+from memshare.telemetry.metrics import REPLICA
 
 OTHER = "other"
 

@@ -13,7 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from memshare.engine.compatibility import config_of
-from memshare.telemetry.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, LABELLED, Metric
+from memshare.telemetry.metric import Metric
+from memshare.telemetry.metrics import BLOCKS, COUNTERS, GAUGES, HISTOGRAMS, LABELLED
 from memshare.telemetry.stats import Payload, empty_payload, merge_payloads
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import get_args
 import prometheus_client
 import pytest
 
-from memshare.telemetry.metrics import COMMON_LABELS, LABELLED, METRICS, Metric
+from memshare.telemetry.metric import COMMON_LABELS, Metric
+from memshare.telemetry.metrics import LABELLED, METRICS
 from memshare.telemetry.stats import DropReason
 from tools.docs.metrics import PAGE, render
 
