@@ -11,31 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from memshare.config import SelectionConfig
 from memshare.core.token_map import TokenMap
 from memshare.mechanisms.selection.bounds import PageBounds, split_signs
-
-Counts = npt.NDArray[np.int32]
-
-
-def pages_read(config: SelectionConfig, pages: Counts) -> Counts:
-    """How many of its pages each request reads, those that are always read included.
-
-    Args:
-        config: with a budget.
-        pages: that each request has, ``[rows]``.
-    """
-    if config.pages is not None:
-        wanted = np.full_like(pages, config.pages)
-    else:
-        assert config.budget is not None, "nothing is selected"
-        wanted = np.ceil(pages * config.budget).astype(np.int32)
-    always = config.first_pages + config.recent_pages
-    return np.minimum(np.maximum(wanted, always), pages)
+from memshare.mechanisms.selection.budget import Counts, pages_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +67,7 @@ class PageChooser:
 
     def pages(self, lens: Counts) -> Counts:
         """Pages of requests of so many tokens."""
-        counts: Counts = -(-lens // self._token_map.block_size)
-        return counts
+        return self._token_map.entries(lens)
 
     def pages_read(self, lens: Counts) -> Counts:
         """How many of them are read."""

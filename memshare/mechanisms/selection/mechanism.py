@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memshare.config import SelectionConfig
 from memshare.mechanisms.contract import (
     Mechanism,
@@ -10,7 +12,11 @@ from memshare.mechanisms.contract import (
     WorkerContext,
     WorkerPart,
 )
+from memshare.mechanisms.selection.budget import chooses
 from memshare.mechanisms.selection.messages import SelectionCommands, SelectionReport
+
+if TYPE_CHECKING:
+    from memshare.core.requests import RequestState
 
 
 class PageSelection(Mechanism[SelectionConfig]):
@@ -22,7 +28,7 @@ class PageSelection(Mechanism[SelectionConfig]):
 
     def scheduler_part(self, context: SchedulerContext) -> SelectionPart:
         """See :meth:`Mechanism.scheduler_part`."""
-        return SelectionPart(context)
+        return SelectionPart(context, self._params)
 
     def worker_part(self, context: WorkerContext) -> SelectionWorkerPart:
         """See :meth:`Mechanism.worker_part`."""
@@ -30,11 +36,35 @@ class PageSelection(Mechanism[SelectionConfig]):
 
 
 class SelectionPart(SchedulerPart):
-    """Says which requests read everything, and counts what the others read."""
+    """Says which requests read everything, keeps what the others generate out of the prefix cache,
+    and counts what they read."""
 
-    def __init__(self, context: SchedulerContext) -> None:
+    def __init__(self, context: SchedulerContext, config: SelectionConfig) -> None:
+        self._config = config
+        self._tables = context.tables
         self._tracker = context.tracker
         self._counters = context.recorder.counters
+
+    def begin_step(self) -> None:
+        """See :meth:`SchedulerPart.begin_step`."""
+        for state in self._tracker:
+            if state.tainted_from is None:
+                self._stop_publishing(state)
+
+    def _stop_publishing(self, state: RequestState) -> None:
+        """From the step on in which a request first chooses pages, what it writes is approximate,
+        and requests that read everything must not find it."""
+        request, token_map = state.request, self._tables.token_map
+        computed = request.num_computed_tokens  # those of this step come behind
+        if computed < request.num_prompt_tokens or self._tables.table(state.request_id) is None:
+            return
+        if not chooses(self._config, token_map.entries(computed + 1)):
+            return
+        # vLLM publishes a block when it schedules the step that completes it: this one, at worst.
+        # Another request may have found it within that step; then the next step tries again.
+        if self._tables.unpublish_step(request):
+            self._tables.stop_publishing(state.request_id)
+            state.tainted_from = token_map.full(computed)
 
     def commands(self) -> SelectionCommands | None:
         """See :meth:`SchedulerPart.commands`."""

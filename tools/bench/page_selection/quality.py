@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from memshare.lab.markdown import table_head, table_row
 from memshare.lab.replay.divergence import Divergence, measure
 from memshare.lab.replay.traces import load_traces
-from memshare.mechanisms.selection.choice import pages_read
+from memshare.mechanisms.selection.budget import pages_read
 from memshare.small_model.names import resolve_model, tokenizer_of
 from tools.bench.page_selection.engine import PAGE, Arm, ForcingEngine, best, everything, newest
 
@@ -35,7 +37,7 @@ def measure_quality(
     arms = list(_arms(budgets, context, exempt))
     found: dict[str, int] = dict.fromkeys((arm.name for arm in arms), 0)
     read: dict[str, float] = {}
-    tokenizer = tokenizer_of(folder)
+    tokenizer: Any = tokenizer_of(folder)
     digits = 5
     for number in range(keys):
         key = str(random.Random(number).randrange(10**4, 10**5))
@@ -76,16 +78,12 @@ def _arms(budgets: list[float], context: int, exempt: int) -> Iterator[Arm]:
     for fraction in budgets:
         arm = best(fraction, exempt)
         yield arm
-        import numpy as np
-
         pages = np.array([-(-context // PAGE)], np.int32)
         yield newest(int(pages_read(arm.config, pages)[0]), fraction, exempt)
 
 
-def _passkey(tokenizer: object, key: str, depth: float, context: int) -> list[int]:
-    from typing import Any, cast
-
-    encode = cast(Any, tokenizer).encode
+def _passkey(tokenizer: Any, key: str, depth: float, context: int) -> list[int]:
+    encode = tokenizer.encode
     needle = encode(f" The pass key is {key}. Remember it. {key} is the pass key.")
     start, filler = encode(_START), encode(_FILLER)
     room = context - len(start) - len(needle) - 20
@@ -94,11 +92,9 @@ def _passkey(tokenizer: object, key: str, depth: float, context: int) -> list[in
     return [*start, *filler * before, *needle, *filler * after]
 
 
-def _texts(folder: Path, tokenizer: object, count: int, length: int) -> Iterator[list[int]]:
-    from typing import Any, cast
-
+def _texts(folder: Path, tokenizer: Any, count: int, length: int) -> Iterator[list[int]]:
     for trace in load_traces(folder):
-        ids = cast(Any, tokenizer).encode(trace.problem + "\n\n" + trace.reasoning)
+        ids = tokenizer.encode(trace.problem + "\n\n" + trace.reasoning)
         if len(ids) >= length and count:
             count -= 1
             yield ids[:length]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 
 from memshare.config import SelectionConfig
 from memshare.mechanisms.selection.bounds import PageBounds, PageWrites, split_signs
-from memshare.mechanisms.selection.choice import PageChooser, pages_read
+from memshare.mechanisms.selection.budget import chooses, pages_read
+from memshare.mechanisms.selection.choice import PageChooser
 
 PAGES, HEADS, SIZE, CHANNELS = 12, 2, 4, 6
 
@@ -121,6 +122,8 @@ def test_no_token_scores_above_its_page_s_bound(seed: int) -> None:
 def test_how_many(config: dict[str, Any], pages: list[int], read: list[int]) -> None:
     found = pages_read(SelectionConfig(**config), np.array(pages, np.int32))
     assert found.tolist() == read
+    less = [chooses(SelectionConfig(**config), count) for count in pages]
+    assert less == [kept < count for kept, count in zip(read, pages, strict=True)]
 
 
 @st.composite
