@@ -114,7 +114,7 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
         return CheckReport(setup.subject, tuple(findings))
     memory, ranks = model.memory, model.config.parallel_config.tensor_parallel_size
     if gpu is None:
-        fixed = memory.weight_bytes + memory.lora_bytes
+        fixed = memory.weight_bytes + memory.lora_bytes + memory.bounds_bytes
         findings += check_host_memory(machine, setup.needs, fixed, memory.kv_bytes, ranks, runs)
     found, capacity = _capacity(
         args, model.memshare, memory, model.config.model_config.max_model_len,

@@ -115,9 +115,11 @@ class ModelCheck:
             if memshare.mode != "off" and (reason := policy_choice(config).reason):
                 policy = memshare.policy.name
                 yield CheckFinding(SECTION, "ok", f"policy {policy} (auto): {reason}")
-        yield from self._memory(model_memory)
+        yield from self._memory(memshare, model_memory)
 
-    def _memory(self, model_memory: ModelMemory) -> Iterator[CheckFinding]:
+    def _memory(
+        self, memshare: MemShareConfig, model_memory: ModelMemory
+    ) -> Iterator[CheckFinding]:
         from memshare.engine.adapter import vllm_adapter
 
         assert self.config is not None
@@ -133,7 +135,7 @@ class ModelCheck:
         except ValueError as error:
             yield CheckFinding(SECTION, "fail", _first_lines(error))
             return
-        self.memory = _memory_of(self.config, model_memory, cache, size, source)
+        self.memory = _memory_of(self.config, memshare, model_memory, cache, size, source)
 
 
 def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
@@ -197,7 +199,12 @@ def kv_memory(config: VllmConfig, fixed_bytes: int, place: Place) -> tuple[int, 
 
 
 def _memory_of(
-    config: VllmConfig, model_memory: ModelMemory, cache: KVCacheConfig, size: int, source: str
+    config: VllmConfig,
+    memshare: MemShareConfig,
+    model_memory: ModelMemory,
+    cache: KVCacheConfig,
+    size: int,
+    source: str,
 ) -> Memory:
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
@@ -215,7 +222,18 @@ def _memory_of(
         block_bytes=block_bytes,
         blocks=cache.num_blocks,
         vllm_concurrency=get_max_concurrency_for_kv_cache_config(config, cache),
+        bounds_bytes=_bounds_bytes(memshare, cache, block_bytes),
     )
+
+
+def _bounds_bytes(memshare: MemShareConfig, cache: KVCacheConfig, block_bytes: int) -> int:
+    """What page selection keeps beside the cache: the bytes of one slot of each page and layer,
+    where a page is a block (a backend that splits blocks has more pages)."""
+    if not memshare.selection.on:
+        return 0
+    layers = sum(len(group.layer_names) for group in cache.kv_cache_groups)
+    choosing = max(0, layers - memshare.selection.exempt_layers)
+    return cache.num_blocks * block_bytes * choosing // (layers * _block_size(cache))
 
 
 def _block_size(cache: KVCacheConfig) -> int:

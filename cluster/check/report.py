@@ -46,6 +46,7 @@ class Memory:
         block_bytes: of one block, all layers.
         blocks: KV blocks, vLLM's null block included (its ``num_gpu_blocks``).
         vllm_concurrency: requests of the greatest length that vLLM says fit.
+        bounds_bytes: of all pages' bounds, beside the KV cache; 0 unless pages are selected.
     """
 
     weight_bytes: int
@@ -56,6 +57,7 @@ class Memory:
     block_bytes: int
     blocks: int
     vllm_concurrency: float
+    bounds_bytes: int = 0
 
     @property
     def usable(self) -> int:
@@ -165,6 +167,11 @@ def _memory_lines(memory: Memory) -> Iterable[str]:
         f"{memory.usable * memory.block_size:,} tokens for requests"
     )
     yield f"  a block    {memory.block_bytes:,} bytes; a token {per_token:,.0f}"
+    if memory.bounds_bytes:
+        yield (
+            f"  bounds     {gib(memory.bounds_bytes)} beside the KV cache, for page selection: "
+            f"{memory.bounds_bytes / memory.kv_bytes:.1%} of it"
+        )
 
 
 def _load(capacity: Capacity) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from memshare.config.model import (
     StepConfig,
     TriggerConfig,
 )
+from memshare.config.selection import SelectionConfig
 from memshare.config.setup import EngineFacts, Setup
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Real",
     "ReportConfig",
     "Section",
+    "SelectionConfig",
     "Setup",
     "StepConfig",
     "TriggerConfig",

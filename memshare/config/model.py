@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from memshare.config import registry
 from memshare.config.fields import Fraction, NonEmpty, PolicyParams, Real, Section, Whole
+from memshare.config.selection import SelectionConfig
 from memshare.config.setup import Setup
 
 
@@ -237,7 +238,7 @@ class MemShareConfig(Section):
     mode: Literal["off", "observe", "share"] = "share"
     """``off``: nothing is reclaimed or observed. ``observe``: everything except remaps. ``share``:
     all. ``agents`` and ``experts`` have switches of their own, ``agents.scheme`` and
-    ``experts.count_every``."""
+    ``experts.count_every``; ``selection`` works in both of the others."""
     policy: Annotated[SerializeAsAny[PolicyParams], BeforeValidator(registry.read_policy)] = Field(
         default_factory=registry.default_policy
     )
@@ -258,6 +259,8 @@ class MemShareConfig(Section):
     scope: Literal["request", "tenant"] = "request"
     """``request``: both blocks of a pair belong to one request. ``tenant``: to requests with the
     same ``cache_salt`` and LoRA adapter."""
+    selection: SelectionConfig = SelectionConfig()
+    """Pages that attention reads."""
     agents: AgentsConfig = AgentsConfig()
     """LoRA adapters that share one KV cache."""
     experts: ExpertsConfig = ExpertsConfig()
@@ -322,6 +325,16 @@ class MemShareConfig(Section):
                 f"{self.policy.name!r} would hand none of it on: a request that has given up KV "
                 "publishes no more blocks\n"
                 "    fix: set mode to 'off', or agents.scheme to 'nonshared'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _suits_its_selection(self) -> MemShareConfig:
+        if self.selection.on and self.mode == "off":
+            raise ValueError(
+                "mode = 'off': selection needs the parts of MemShare that run beside the engine\n"
+                "    fix: set mode to 'observe', which reclaims nothing, or leave selection.budget "
+                "and selection.pages out"
             )
         return self
 

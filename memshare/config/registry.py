@@ -38,6 +38,9 @@ ENTRY_POINTS = "memshare.mechanisms"
 _PARTS = (
     "params", "searches", "drops_tokens", "edits_view", "refusals", "scheduler_part", "worker_part",
 )  # fmt: skip
+SELECTION = "page selection"
+"""The name of what the section ``selection`` switches on: no policy's."""
+_SELECTION = "memshare.mechanisms.selection.mechanism:PageSelection"
 AUTO = "auto"
 """The policy of a configuration that names none: the one of :data:`PREFERRED` that suits."""
 PREFERRED = ("compaction", "twins")
@@ -81,8 +84,7 @@ def mechanism_type(name: str) -> type[Mechanism[Any]]:
     target = BUILT_IN.get(name)
     if target is None:
         return _from_outside(name)
-    module, _, attribute = target.partition(":")
-    return cast("type[Mechanism[Any]]", getattr(import_module(module), attribute))
+    return _imported(target)
 
 
 def mechanism_of(params: PolicyParams) -> Mechanism[Any]:
@@ -129,9 +131,12 @@ def _served(setup: Setup) -> str:
 
 
 def mechanisms_of(config: MemShareConfig) -> dict[str, Mechanism[Any]]:
-    """The mechanisms that run under a configuration that is settled, by name: today the one that it
-    calls its policy."""
-    return {config.policy.name: mechanism_of(config.policy)}
+    """The mechanisms that run under a configuration that is settled, by name: the one that it calls
+    its policy, and page selection if that is on."""
+    found = {config.policy.name: mechanism_of(config.policy)}
+    if config.selection.on:
+        found[SELECTION] = _imported(_SELECTION)(config.selection)
+    return found
 
 
 def built_in_params() -> tuple[type[PolicyParams], ...]:
@@ -163,6 +168,11 @@ def read_policy(value: object) -> object:
             {"tag": name, "expected": expected},
         )
     return _union(outside).validate_python(value)
+
+
+def _imported(target: str) -> type[Mechanism[Any]]:
+    module, _, attribute = target.partition(":")
+    return cast("type[Mechanism[Any]]", getattr(import_module(module), attribute))
 
 
 @cache

@@ -7,11 +7,14 @@ public API; everything else is written against this module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memshare.core.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NULL_BLOCK = 0
 """The id of the null block, on every rank."""
@@ -263,6 +266,31 @@ class AttentionView(Protocol):
 
     def clear(self) -> None:
         """No request has null entries any more."""
+        ...
+
+
+class PageSelector(Protocol):
+    """What chooses, for this rank's attention, the pages that requests read when they generate."""
+
+    def read_all(self, requests: Set[str]) -> None:
+        """Let these requests read all of their pages, in the step that begins."""
+        ...
+
+    def clear(self) -> None:
+        """The step has been launched: no request is named any more."""
+        ...
+
+    def rewritten(self, blocks: Tensor) -> None:
+        """Every slot of these blocks may hold another token now, in any layer and head.
+
+        Args:
+            blocks: ``[n]`` int64 ids, on the caches' device.
+        """
+        ...
+
+    def take_counts(self) -> tuple[int, int]:
+        """Pages read, and pages there, of requests that generate, since the last call; each counted
+        for every layer and KV head."""
         ...
 
 

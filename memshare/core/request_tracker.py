@@ -21,10 +21,12 @@ class RequestTracker:
 
     Attributes:
         step: the engine step that is being scheduled, counted from 1.
+        exact: live requests that are not followed.
     """
 
     def __init__(self, config: MemShareConfig, tables: BlockTables) -> None:
         self.step = 0
+        self.exact: set[str] = set()
         self._config = config
         self._max_given_up = config.max_given_up
         self._max_thinning = config.max_thinning
@@ -45,14 +47,17 @@ class RequestTracker:
     def follow(self, request: EngineRequest) -> str | None:
         """Follow a request, or say (as a metric label) why it must stay exact."""
         options, reason = _options_of(request)
-        if reason is None:
+        if reason is not None:
+            self.exact.add(request.request_id)
+        else:
             self._states[request.request_id] = RequestState(
                 request, options, self._history_of(request)
             )
         return reason
 
     def unfollow(self, request_id: str) -> RequestState | None:
-        """Stop following a request."""
+        """Stop following a request, if it was; it has ended."""
+        self.exact.discard(request_id)
         state = self._states.pop(request_id, None)
         if state is not None:
             state.alive = False

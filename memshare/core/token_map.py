@@ -50,7 +50,7 @@ class TokenMap:
         """How many entries the first ``tokens`` tokens fill."""
         return tokens // self.block_size
 
-    def entries(self, tokens: int) -> int:
+    def entries(self, tokens: Places) -> Places:
         """How many entries the first ``tokens`` tokens need; the last may be partly filled."""
         return -(-tokens // self.block_size)
 

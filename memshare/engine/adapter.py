@@ -19,6 +19,7 @@ from memshare.core.interfaces import (
     BlockTables,
     CacheGroup,
     EngineRequest,
+    PageSelector,
     Scheduled,
     WorkerTables,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from memshare.agents.family import Family
     from memshare.agents.memory import HeadLayout
+    from memshare.config import SelectionConfig
     from memshare.kv.layout import CachedLayer
     from memshare.search.vocabulary import Tokenizer
 
@@ -114,6 +116,46 @@ class Adapter(Protocol):
 
     def attention_view(self, runner: object, group: CacheGroup) -> AttentionView:
         """The view through which that group is read; see :meth:`builder_refusals` first."""
+        ...
+
+    def selection_refusals(self, vllm_config: VllmConfig, config: SelectionConfig) -> Iterator[str]:
+        """Why attention cannot choose pages, each with the way out. Asked before the model is
+        loaded, and again when its layers are there."""
+        ...
+
+    def install_selection(self, vllm_config: VllmConfig) -> None:
+        """Let the attention layers of a model that has just been loaded plan selections. Behind
+        :meth:`install_view`, so that holes are left out first."""
+        ...
+
+    def selector_refusals(
+        self,
+        vllm_config: VllmConfig,
+        runner: object,
+        group: CacheGroup,
+        caches: Mapping[str, Tensor],
+    ) -> Iterator[str]:
+        """Which attention of the runner cannot choose, once its caches are there."""
+        ...
+
+    def page_selector(
+        self,
+        config: SelectionConfig,
+        vllm_config: VllmConfig,
+        runner: object,
+        group: CacheGroup,
+        caches: Mapping[str, Tensor],
+    ) -> PageSelector:
+        """Allocate bounds of all pages, and let attention choose from now on; see
+        :meth:`selector_refusals` first.
+
+        Args:
+            config: with a budget.
+            vllm_config: of the engine.
+            runner: vLLM's model runner.
+            group: whose pages are chosen.
+            caches: of its layers, ``[blocks, heads, slots, 2 * channels]`` each.
+        """
         ...
 
     def attention_layers(

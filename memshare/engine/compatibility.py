@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from memshare.config import EngineFacts, MemShareConfig, Setup, load_config, registry
@@ -17,6 +17,7 @@ from memshare.search.steps import DelimiterAutomaton, compile_delimiters
 from memshare.search.vocabulary import token_bytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -151,13 +152,14 @@ def edits_view(config: MemShareConfig) -> bool:
     return config.mode == "share" and any(mechanism.edits_view for mechanism in mechanisms)
 
 
-def check_layers(vllm_config: VllmConfig) -> None:
-    """Refuse a model whose attention cannot do without tokens in between; once it is loaded.
+def check_layers(vllm_config: VllmConfig, config: MemShareConfig) -> None:
+    """Refuse a model whose attention cannot do without tokens in between, or cannot choose pages,
+    if it has to; once it is loaded.
 
     Raises:
         UnsupportedSetup: see there.
     """
-    _raise(vllm_adapter().view_refusals(vllm_config))
+    _raise(_attention_faults(vllm_config, config))
 
 
 def check_builders(runner: object, group: CacheGroup) -> None:
@@ -167,6 +169,24 @@ def check_builders(runner: object, group: CacheGroup) -> None:
         UnsupportedSetup: see there.
     """
     _raise(vllm_adapter().builder_refusals(runner, group))
+
+
+def check_selector(
+    vllm_config: VllmConfig, runner: object, group: CacheGroup, caches: Mapping[str, Tensor]
+) -> None:
+    """Refuse to start unless all attention that reads the group can choose pages of its caches.
+
+    Raises:
+        UnsupportedSetup: see there.
+    """
+    _raise(vllm_adapter().selector_refusals(vllm_config, runner, group, caches))
+
+
+def _attention_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
+    if edits_view(config):
+        yield from vllm_adapter().view_refusals(vllm_config)
+    if config.selection.on:
+        yield from vllm_adapter().selection_refusals(vllm_config, config.selection)
 
 
 def compile_steps(vllm_config: VllmConfig, config: MemShareConfig) -> DelimiterAutomaton:
@@ -221,8 +241,7 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
     yield from plug_in_faults(vllm_config)
     for mechanism in registry.mechanisms_of(config).values():
         yield from mechanism.refusals(Setup(config, engine_facts(vllm_config)))
-    if edits_view(config):
-        yield from vllm_adapter().view_refusals(vllm_config)
+    yield from _attention_faults(vllm_config, config)
     yield from speculation_faults(vllm_config)
     cache_type = vllm_config.cache_config.cache_dtype
     if cache_type not in ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"):

@@ -46,13 +46,16 @@ class MemShareWorker(BaseWorker):
         super().__init__(*args, **kwargs)
 
     def load_model(self, **options: Any) -> None:
-        """Load the model; let its attention read tables through a view if a mechanism needs it, and
-        cache what adapters share if they do, and count the experts that it chooses."""
+        """Load the model; let its attention read tables through a view if a mechanism needs it,
+        choose pages, cache what adapters share, and count experts, if it is to."""
         super().load_model(**options)
         config = config_of(self.vllm_config)
+        if config.mode != "off":
+            check_layers(self.vllm_config, config)
         if edits_view(config):
-            check_layers(self.vllm_config)
             vllm_adapter().install_view(self.vllm_config)
+        if config.selection.on:
+            vllm_adapter().install_selection(self.vllm_config)
         family = load_family(self.vllm_config, config.agents)
         if family is not None:
             vllm_adapter().install_family(self.vllm_config, self.model_runner, family)

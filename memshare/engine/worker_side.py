@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memshare.config import MemShareConfig, registry
-from memshare.core.interfaces import AttentionView, WorkerTables
+from memshare.core.interfaces import AttentionView, PageSelector, WorkerTables
 from memshare.core.token_map import TokenMap
 from memshare.engine.adapter import vllm_adapter
-from memshare.engine.compatibility import check_builders, edits_view
+from memshare.engine.compatibility import check_builders, check_selector, edits_view
 from memshare.engine.messages import SchedulerMessage, WorkerHandshake, WorkerMessage
 from memshare.mechanisms.contract import WorkerContext, WorkerPart
 
@@ -40,6 +40,7 @@ class WorkerSide:
         self._kv_caches: Mapping[str, Tensor] = {}
         self._tables: WorkerTables | None = None
         self._view: AttentionView | None = None
+        self._selector: PageSelector | None = None
         self._tables_wanted: dict[str, list[int]] | None = None
         self._check_wanted = False
 
@@ -52,12 +53,17 @@ class WorkerSide:
 
         Raises:
             ComparisonUnsupported: blocks of this model cannot be compared.
-            UnsupportedSetup: tokens can't be hidden from some of its attention.
+            UnsupportedSetup: tokens can't be hidden from some of its attention, or it cannot choose
+                pages.
         """
         adapter = vllm_adapter()
         if edits_view(self._config):
             check_builders(runner, self._group)
             self._view = adapter.attention_view(runner, self._group)
+        if self._config.selection.on:
+            attention = self._vllm_config, runner, self._group, self._kv_caches
+            check_selector(*attention)
+            self._selector = adapter.page_selector(self._config.selection, *attention)
         self._tables = adapter.worker_tables(runner, self._group)
         layers = adapter.attention_layers(self._vllm_config, runner)
         own = set(self._group.layers) & layers.keys()
@@ -69,6 +75,7 @@ class WorkerSide:
             layers=layers,
             caches={name: cache for name, cache in self._kv_caches.items() if name in own},
             view=self._view,
+            selector=self._selector,
             model=self._vllm_config.model_config.model,
             tensor_rank=parallel.rank % parallel.tensor_parallel_size,
             tensor_ranks=parallel.tensor_parallel_size,
@@ -94,6 +101,8 @@ class WorkerSide:
         """What attention was told of the last step is over: another begins, or a dummy run."""
         if self._view is not None:
             self._view.clear()
+        if self._selector is not None:
+            self._selector.clear()
 
     def after_step(self) -> WorkerMessage | None:
         """What this rank has to report; None if nothing."""

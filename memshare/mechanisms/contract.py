@@ -14,13 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from memshare.config.fields import PolicyParams
+from memshare.config.fields import PolicyParams, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from memshare.config import MemShareConfig, Setup
-    from memshare.core.interfaces import AttentionView, BlockTables, WorkerTables
+    from memshare.core.interfaces import (
+        AttentionView,
+        BlockTables,
+        PageSelector,
+        WorkerTables,
+    )
     from memshare.core.rank_reducer import Reducible
     from memshare.core.request_tracker import RequestTracker
     from memshare.core.requests import RequestState
@@ -122,6 +127,7 @@ class WorkerContext:
         layers: the attention layers whose entries those are, by name.
         caches: the KV cache of each, ``[blocks, heads, slots, 2 * channels]``.
         view: what attention sees of the tables; None unless a mechanism edits it.
+        selector: what chooses the pages that attention reads; None unless that is on.
         model: folder or hub id of the model.
         tensor_rank: which of the ranks that share the heads this one is.
         tensor_ranks: how many these are.
@@ -133,6 +139,7 @@ class WorkerContext:
     layers: Mapping[str, CachedLayer]
     caches: Mapping[str, Tensor]
     view: AttentionView | None = None
+    selector: PageSelector | None = None
     model: str = ""
     tensor_rank: int = 0
     tensor_ranks: int = 1
@@ -150,14 +157,15 @@ class WorkerPart:
         return None
 
 
-Params = TypeVar("Params", bound=PolicyParams)
+Params = TypeVar("Params", bound=Section)
 
 
 class Mechanism(ABC, Generic[Params]):
     """One way to need less KV memory.
 
     Attributes:
-        params: the section ``policy`` of the configuration, when its ``name`` chooses this.
+        params: the section ``policy`` of the configuration, when its ``name`` chooses this. What
+            has a section of its own needs none.
         searches: whether it needs the evaluators, and with them steps and a tokenizer.
         drops_tokens: whether what it gives up is dropped, so that ``budget.max_dropped_fraction``
             bounds it; else ``budget.max_shared_fraction`` does.
@@ -203,4 +211,4 @@ class Mechanism(ABC, Generic[Params]):
 
     def stage_one(self, config: MemShareConfig) -> StageOne:
         """Build what an evaluator computes for it, if it ``searches``."""
-        raise NotImplementedError(f"policy {self._params.name!r} searches nothing")
+        raise NotImplementedError(f"{type(self).__name__} searches nothing")

@@ -30,6 +30,19 @@ COUNTERS = named(
         "tokens dropped by compactions, as many in every layer and KV head",
     ),
     Metric(
+        "pages_read",
+        "counter",
+        "pages",
+        "pages that requests read while they generated, counted for every layer and KV head, where "
+        "pages are [selected](page-selection.md)",
+    ),
+    Metric(
+        "pages_there",
+        "counter",
+        "pages",
+        "pages that they had, counted likewise",
+    ),
+    Metric(
         "preemptions",
         "counter",
         "preemptions",

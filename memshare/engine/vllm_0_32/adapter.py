@@ -13,11 +13,13 @@ from memshare.core.interfaces import (
     BlockTables,
     CacheGroup,
     EngineRequest,
+    PageSelector,
     WorkerTables,
 )
 from memshare.engine.vllm_0_32.schedule import read_growth, read_schedule
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from memshare.agents.family import Family
     from memshare.agents.memory import HeadLayout
+    from memshare.config import SelectionConfig
     from memshare.engine.adapter import ExpertRouting
     from memshare.engine.vllm_0_32.model_memory import ModelMemory
     from memshare.kv.layout import CachedLayer
@@ -42,13 +45,17 @@ __all__ = [
     "expert_routing",
     "hash_by_family",
     "install_family",
+    "install_selection",
     "install_view",
     "number_adapter",
     "padded_head_sizes",
+    "page_selector",
     "plan_cache",
     "read_growth",
     "read_model_memory",
     "read_schedule",
+    "selection_refusals",
+    "selector_refusals",
     "tokenizer",
     "value_refusals",
     "view_refusals",
@@ -110,6 +117,42 @@ def attention_view(runner: object, group: CacheGroup) -> AttentionView:
     from memshare.engine.vllm_0_32.view import attention_view
 
     return attention_view.attach_view(runner, group)
+
+
+def selection_refusals(vllm_config: VllmConfig, config: SelectionConfig) -> Iterator[str]:
+    """See :meth:`Adapter.selection_refusals`."""
+    from memshare.engine.vllm_0_32.view import selection_setup
+
+    return selection_setup.selection_refusals(vllm_config, config)
+
+
+def install_selection(vllm_config: VllmConfig) -> None:
+    """See :meth:`Adapter.install_selection`."""
+    from memshare.engine.vllm_0_32.view import selection_setup
+
+    selection_setup.install_selection(vllm_config)
+
+
+def selector_refusals(
+    vllm_config: VllmConfig, runner: object, group: CacheGroup, caches: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """See :meth:`Adapter.selector_refusals`."""
+    from memshare.engine.vllm_0_32.view import selection_setup
+
+    return selection_setup.selector_refusals(vllm_config, runner, group, caches)
+
+
+def page_selector(
+    config: SelectionConfig,
+    vllm_config: VllmConfig,
+    runner: object,
+    group: CacheGroup,
+    caches: Mapping[str, Tensor],
+) -> PageSelector:
+    """See :meth:`Adapter.page_selector`."""
+    from memshare.engine.vllm_0_32.view import selection_setup
+
+    return selection_setup.attach_selector(config, vllm_config, runner, group, caches)
 
 
 def attention_layers(vllm_config: VllmConfig, runner: object) -> Mapping[str, CachedLayer]:

@@ -67,6 +67,7 @@ class CompactionWorkerPart(WorkerPart):
             ScorerUnusable: the scorer does not work with this model.
         """
         self._view: AttentionView | None = context.view
+        self._selector = context.selector
         self._tables = context.tables
         self._token_map = context.token_map
         self._scorer = build_scorer(params, context)
@@ -116,6 +117,8 @@ class CompactionWorkerPart(WorkerPart):
         stays = choose(facts.worths, facts.positions, room, self._position_weight)
         moves = plan_moves(stays, room)
         self._mover.move(blocks, moves.sources, moves.targets)
+        if self._selector is not None:
+            self._selector.rewritten(blocks[:keep])
         packed = SlotFacts(
             move_along(facts.positions, moves, room), move_along(facts.worths, moves, room)
         )

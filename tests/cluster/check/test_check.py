@@ -127,6 +127,15 @@ def test_a_report_for_people_and_for_programs() -> None:
     assert json.loads(bad.as_json())["works"] is False
 
 
+def test_bounds_of_pages_are_reported() -> None:
+    plain = CheckReport("x", (), MEMORY)
+    assert "bounds" not in plain.as_text()
+    bounded = CheckReport("x", (), replace(MEMORY, bounds_bytes=GIB // 8))
+    assert "bounds     0.12 GiB beside the KV cache" in bounded.as_text()
+    assert "6.2% of it" in bounded.as_text()
+    assert json.loads(bounded.as_json())["memory"]["bounds_bytes"] == GIB // 8
+
+
 def test_a_report_says_which_rank_holds_what() -> None:
     division = Parallelism(tensor_parallel_size=4, enable_expert_parallel=True)
     faults, placement = place_checked(QWEN3_30B, division, 2)

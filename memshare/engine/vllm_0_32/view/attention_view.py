@@ -58,8 +58,7 @@ class HolesOfRequests:
     up by row."""
 
     def __init__(self, runner: V1ModelRunner | V2ModelRunner) -> None:
-        self._runner: Any = runner
-        self._is_v2 = hasattr(runner, "req_states")
+        self._runner = runner
         self._holes: Mapping[str, int] = {}
 
     def leave_out(self, null_entries: Mapping[str, int]) -> None:
@@ -74,26 +73,35 @@ class HolesOfRequests:
         """See :meth:`RowSource.null_entries`."""
         if not self._holes:
             return None
-        counts = self._by_state(batch) if self._is_v2 else self._by_row(batch)
+        counts = numbers_by_row(self._runner, batch, self._holes)
         return counts if counts.any() else None
 
-    def _by_row(self, batch: CommonAttentionMetadata) -> Counts:
-        counts = np.zeros(batch.num_reqs, np.int32)
-        rows = self._runner.input_batch.req_id_to_index
-        for name, holes in self._holes.items():
-            row = rows.get(name)  # None: not scheduled in this step
-            if row is not None and row < len(counts):
-                counts[row] = holes
-        return counts
 
-    def _by_state(self, batch: CommonAttentionMetadata) -> Counts:
+def numbers_by_row(
+    runner: object, batch: CommonAttentionMetadata, numbers: Mapping[str, int]
+) -> Counts:
+    """Numbers of requests, by their row in the batch; 0 for requests that have none.
+
+    Args:
+        runner: vLLM's model runner, of either kind.
+        batch: that is about to run.
+        numbers: by request; some may not be scheduled in this step.
+    """
+    of: Any = runner
+    counts = np.zeros(batch.num_reqs, np.int32)
+    if hasattr(runner, "req_states"):
         # V2's rows are in the order of the step; `req_idx` names the state behind each.
-        states = self._runner.req_states.req_id_to_index
-        by_state = {states[name]: holes for name, holes in self._holes.items() if name in states}
-        counts = np.zeros(batch.num_reqs, np.int32)
+        states = of.req_states.req_id_to_index
+        by_state = {states[name]: number for name, number in numbers.items() if name in states}
         for row, state in enumerate(cast(Any, batch.req_idx)[: len(counts)].tolist()):
             counts[row] = by_state.get(state, 0)
         return counts
+    rows = of.input_batch.req_id_to_index
+    for name, number in numbers.items():
+        row = rows.get(name)
+        if row is not None and row < len(counts):
+            counts[row] = number
+    return counts
 
 
 class ViewBuilder:
@@ -232,14 +240,14 @@ class SqueezedTables:
 
 def install_view(vllm_config: VllmConfig) -> None:
     """See :meth:`Adapter.install_view`."""
-    for layer in _full_layers(vllm_config):
+    for layer in full_layers(vllm_config):
         layer.attn_backend = with_view(layer.attn_backend)
 
 
 def attach_view(runner: object, group: CacheGroup) -> HolesOfRequests:
     """See :meth:`Adapter.attention_view`."""
     view = HolesOfRequests(cast("V1ModelRunner | V2ModelRunner", runner))
-    for builder in _builders(runner, group):
+    for builder in group_builders(runner, group):
         ours = cast(ViewBuilder, builder)
         ours.rows = view
         ours.split = group.block_size // builder.kv_cache_spec.block_size
@@ -253,7 +261,7 @@ def builder_refusals(runner: object, group: CacheGroup) -> Iterator[str]:
             "model runner V2 lengthens a draft's sequences within its graphs, behind the view; set "
             "VLLM_USE_V2_MODEL_RUNNER=0, draft by 'ngram', or choose another policy"
         )
-    for builder in _builders(runner, group):
+    for builder in group_builders(runner, group):
         spec: Any = builder.kv_cache_spec
         if not isinstance(builder, ViewBuilder):
             yield (
@@ -292,7 +300,7 @@ def view_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             return
 
 
-def _full_layers(vllm_config: VllmConfig) -> Iterator[Attention]:
+def full_layers(vllm_config: VllmConfig) -> Iterator[Attention]:
     """The layers of the editable group, and those that read its caches."""
     from vllm.model_executor.layers.attention import Attention
 
@@ -306,7 +314,7 @@ def _full_layers(vllm_config: VllmConfig) -> Iterator[Attention]:
             yield layer
 
 
-def _builders(runner: object, group: CacheGroup) -> Iterator[AttentionMetadataBuilder[Any]]:
+def group_builders(runner: object, group: CacheGroup) -> Iterator[AttentionMetadataBuilder[Any]]:
     """Of the model, and of a draft model that has a KV cache."""
     groups = list(cast(Any, runner).attn_groups[group.index])
     drafter = getattr(runner, "drafter", None)

@@ -1,0 +1,1 @@
+"""What page selection is worth: quality beside recency at equal pages, and time."""
