@@ -46,6 +46,8 @@ class Memory:
         block_bytes: of one block, all layers.
         blocks: KV blocks, vLLM's null block included (its ``num_gpu_blocks``).
         vllm_concurrency: requests of the greatest length that vLLM says fit.
+        kv_dtype: of the KV cache, as vLLM names it.
+        kv_gain: how many times the bytes of a block it would take in the model's own dtype.
     """
 
     weight_bytes: int
@@ -56,6 +58,8 @@ class Memory:
     block_bytes: int
     blocks: int
     vllm_concurrency: float
+    kv_dtype: str = "auto"
+    kv_gain: float = 1.0
 
     @property
     def usable(self) -> int:
@@ -165,6 +169,9 @@ def _memory_lines(memory: Memory) -> Iterable[str]:
         f"{memory.usable * memory.block_size:,} tokens for requests"
     )
     yield f"  a block    {memory.block_bytes:,} bytes; a token {per_token:,.0f}"
+    if memory.kv_gain != 1.0:
+        gain = f"{memory.kv_gain:.2f} times the blocks of the model's own dtype"
+        yield f"  {memory.kv_dtype:<10} {gain}"
 
 
 def _load(capacity: Capacity) -> tuple[int, int]:
