@@ -1,17 +1,17 @@
 """What one request may ask of MemShare, through vLLM's ``vllm_xargs``.
 
 Keys: ``memshare`` ("on" or "off"), ``memshare_step_threshold``, ``memshare_block_threshold`` and
-``memshare_max_shared_fraction`` (numbers in 0..1), ``memshare_usage`` ("on" or "off"). They can
-only restrict or tune what the server's configuration allows; ``memshare: on`` does not switch on a
-server in mode ``observe`` or ``off``.
+``memshare_max_shared_fraction`` (numbers in 0..1), ``memshare_max_kept_tokens`` (a whole number),
+``memshare_usage`` ("on" or "off"). They can only restrict or tune what the server's configuration
+allows; ``memshare: on`` does not switch on a server in mode ``observe`` or ``off``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memshare.config import Fraction
 
@@ -42,6 +42,9 @@ class RequestOptions(BaseModel):
     memshare_max_shared_fraction: Fraction | None = None
     """Fraction of this request's blocks that may be given up, 0..1: re-pointed or, with policy
     ``compaction``, freed by dropping tokens. At most the server's."""
+    memshare_max_kept_tokens: Annotated[int, Field(ge=1)] | None = None
+    """KV tokens that this request keeps, 1 or more, where the server has a budget of tokens: the
+    server's if that is more, and nothing where it has none."""
     memshare_usage: Literal["on", "off"] = "off"
     """``on`` returns what the request cost in KV memory with its last output, in
     ``kv_transfer_params``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -223,6 +223,8 @@ def _memory_of(
         blocks=cache.num_blocks,
         vllm_concurrency=get_max_concurrency_for_kv_cache_config(config, cache),
         bounds_bytes=_bounds_bytes(memshare, cache, block_bytes),
+        kv_dtype=str(config.cache_config.cache_dtype),
+        kv_gain=_kv_gain(config, model_memory),
     )
 
 
@@ -234,6 +236,24 @@ def _bounds_bytes(memshare: MemShareConfig, cache: KVCacheConfig, block_bytes: i
     layers = sum(len(group.layer_names) for group in cache.kv_cache_groups)
     choosing = max(0, layers - memshare.selection.exempt_layers)
     return cache.num_blocks * block_bytes * choosing // (layers * _block_size(cache))
+
+
+def _kv_gain(config: VllmConfig, model_memory: ModelMemory) -> float:
+    """How many times the bytes the layers' caches would take in the model's own dtype."""
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode, MLAAttentionSpec
+
+    ours = plain = 0
+    for spec in model_memory.layers.values():
+        own = spec
+        # A latent cache says its dtype otherwise, and state caches have none that could be chosen.
+        if isinstance(spec, AttentionSpec) and not isinstance(spec, MLAAttentionSpec):
+            own = replace(
+                spec, dtype=config.model_config.dtype, kv_quant_mode=KVQuantMode.NONE,
+                state_content_bytes=None, num_head_slots=None, page_size_padded=None,
+            )  # fmt: skip
+        ours += spec.page_size_bytes
+        plain += own.page_size_bytes
+    return plain / ours
 
 
 def _block_size(cache: KVCacheConfig) -> int:

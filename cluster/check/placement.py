@@ -14,7 +14,8 @@ from memshare.moe.placement.ranks import Placement, place
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_NARROW = ("fp8", "int8")  # beginnings of vLLM's names of KV dtypes of one byte
+_PACKED = ("int4", "int8", "nvfp4", "turboquant", "ultraquant")
+"""Beginnings of vLLM's names of KV dtypes whose numbers share bytes, or have scales beside them."""
 
 
 def look_at_placement(config: VllmConfig) -> tuple[list[CheckFinding], Placement | None]:
@@ -25,10 +26,13 @@ def look_at_placement(config: VllmConfig) -> tuple[list[CheckFinding], Placement
 
     Returns:
         What is wrong, and the placement. None of a family that is not known there, and where the
-        layers are divided among stages.
+        layers are divided among stages, or a KV dtype packs its numbers.
     """
-    parallel = config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
+    from vllm.utils.torch_utils import get_kv_cache_torch_dtype
+
+    parallel, cache_dtype = config.parallel_config, str(config.cache_config.cache_dtype)
+    packed = cache_dtype.startswith(_PACKED) or cache_dtype.endswith("_per_token_head")
+    if parallel.pipeline_parallel_size > 1 or packed:
         return [], None
     return place_checked(
         config.model_config.hf_text_config.to_dict(),
@@ -38,7 +42,7 @@ def look_at_placement(config: VllmConfig) -> tuple[list[CheckFinding], Placement
             enable_expert_parallel=parallel.enable_expert_parallel,
             decode_context_parallel_size=parallel.decode_context_parallel_size,
         ),
-        1 if str(config.cache_config.cache_dtype).startswith(_NARROW) else 2,
+        get_kv_cache_torch_dtype(cache_dtype, config.model_config.dtype).itemsize,
     )
 
 

@@ -47,6 +47,8 @@ class Memory:
         blocks: KV blocks, vLLM's null block included (its ``num_gpu_blocks``).
         vllm_concurrency: requests of the greatest length that vLLM says fit.
         bounds_bytes: of all pages' bounds, beside the KV cache; 0 unless pages are selected.
+        kv_dtype: of the KV cache, as vLLM names it.
+        kv_gain: how many times the bytes of a block it would take in the model's own dtype.
     """
 
     weight_bytes: int
@@ -58,6 +60,8 @@ class Memory:
     blocks: int
     vllm_concurrency: float
     bounds_bytes: int = 0
+    kv_dtype: str = "auto"
+    kv_gain: float = 1.0
 
     @property
     def usable(self) -> int:
@@ -172,6 +176,9 @@ def _memory_lines(memory: Memory) -> Iterable[str]:
             f"  bounds     {gib(memory.bounds_bytes)} beside the KV cache, for page selection: "
             f"{memory.bounds_bytes / memory.kv_bytes:.1%} of it"
         )
+    if memory.kv_gain != 1.0:
+        gain = f"{memory.kv_gain:.2f} times the blocks of the model's own dtype"
+        yield f"  {memory.kv_dtype:<10} {gain}"
 
 
 def _load(capacity: Capacity) -> tuple[int, int]:

@@ -167,6 +167,10 @@ def _xargs(options: pb.MemShareOptions) -> dict[str, str | float]:
             if not 0.0 <= value <= 1.0:
                 raise invalid(f"memshare.{name}", f"is {value}; give a number from 0 to 1")
             xargs[f"memshare_{name}"] = value
+    if options.HasField("max_kept_tokens"):
+        if options.max_kept_tokens < 1:
+            raise invalid("memshare.max_kept_tokens", "is 0; give 1 or more")
+        xargs["memshare_max_kept_tokens"] = options.max_kept_tokens
     return xargs
 
 

@@ -43,7 +43,7 @@ class MemSharePermissions(Section):
     may_set_thresholds: bool = True
     """Whether ``memshare_step_threshold`` and ``memshare_block_threshold`` are allowed."""
     may_set_fraction: bool = True
-    """Whether ``memshare_max_shared_fraction`` is allowed."""
+    """Whether ``memshare_max_shared_fraction`` and ``memshare_max_kept_tokens`` are allowed."""
     always_exact: bool = False
     """Whether every request of the tenant is served exactly, as if it sent ``memshare: off``."""
 
@@ -54,6 +54,7 @@ class MemSharePermissions(Section):
             "memshare_step_threshold": self.may_set_thresholds,
             "memshare_block_threshold": self.may_set_thresholds,
             "memshare_max_shared_fraction": self.may_set_fraction,
+            "memshare_max_kept_tokens": self.may_set_fraction,
             "memshare_usage": True,
         }
         return next((name for name in options.model_fields_set if not allowed[name]), None)

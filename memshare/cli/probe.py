@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_evaluate(
         actions.add_parser("evaluate", help="judge one on other texts", formatter_class=form)
     )
+    _add_compare(
+        actions.add_parser("compare", help="policies of the field beside it", formatter_class=form)
+    )
     _add_pad(actions.add_parser("pad", help="make one for padded heads", formatter_class=form))
     show = actions.add_parser("show", help="print the card of one", formatter_class=form)
     show.add_argument("probe", help="file, or name of one that is kept for the engine")
@@ -115,6 +118,34 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the table there")
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Drops the same bytes by each of several policies and prints one table: KL of recorded "
+        "texts, worked problems and hidden numbers that stay right. Interrupted, it goes on where "
+        "it stopped."
+    )
+    _add_model(parser)
+    _add_texts(parser)
+    parser.add_argument("--needles", type=whole, default=0, help="texts that hide a number")
+    parser.add_argument(
+        "--reasoner", default="smollm2-135m-reasoner", help="model that reads worked problems"
+    )
+    parser.add_argument(
+        "--policies", help="separated by ';' (default: all but those that look at experts)"
+    )
+    parser.add_argument("--recent", type=whole, default=32, help="last tokens that always stay")
+    parser.add_argument(
+        "--window", type=count, default=32, help="last queries whose attention is looked at"
+    )
+    parser.add_argument(
+        "--position-weight", type=fraction, default=0.7, help="policy.position_weight"
+    )
+    parser.add_argument("--limit", type=count, default=16, help="recorded texts")
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="FILE", help="takes what is measured"
+    )
+
+
 def _add_pad(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Makes the probe of a model's copy with padded heads (`memshare model --pad-heads-to`) out "
@@ -164,7 +195,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: model, texts or probe cannot be used.
     """
-    actions = {"train": _train, "evaluate": _evaluate, "pad": _pad, "show": _show}
+    actions = {
+        "train": _train, "evaluate": _evaluate, "compare": _compare, "pad": _pad, "show": _show
+    }  # fmt: skip
     return actions[args.action](args)
 
 
@@ -247,6 +280,35 @@ def _evaluate(args: argparse.Namespace) -> int:
         found = [{"scorer": scorer} | row.model_dump() for scorer, row in rows]
         args.json.write_text(json.dumps(found))
     print(_table(rows))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from memshare.lab.retention.compare import ComparePlan, board, compare
+    from memshare.lab.retention.policies import POLICIES
+    from memshare.small_model.names import resolve_model
+
+    dense = [name for name, policy in POLICIES.items() if not policy.routed]
+    policies = args.policies.split(";") if args.policies else dense
+    unknown = [name for name in policies if name not in POLICIES]
+    if unknown:
+        raise UserError(f"--policies {unknown[0]}: choose of {'; '.join(POLICIES)}")
+    plan = ComparePlan(
+        model=resolve_model(args.model),
+        reasoner=resolve_model(args.reasoner) if args.solutions else "",
+        recorded=_kinds(args.texts),
+        solutions=args.solutions,
+        needles=args.needles,
+        policies=tuple(policies),
+        prefix=args.prefix,
+        continuation=args.continuation,
+        freed=tuple(fractions("--freed", args.freed)),
+        recent=args.recent,
+        window=args.window,
+        position_weight=args.position_weight,
+        limit=args.limit,
+    )
+    print(board(compare(plan, args.work)))
     return 0
 
 

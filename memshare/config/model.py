@@ -117,6 +117,11 @@ class BudgetConfig(Section):
     """``compaction``, besides: fraction of the tokens behind the protected prompt and before the
     recent window that may be dropped. It keeps the beginning of an output from being emptied while
     the output is short."""
+    max_kept_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    """``compaction``: KV tokens that a request keeps, whole blocks of them. It is compacted as it
+    grows beyond, whether memory is short or not, and beyond the two fractions above if need be.
+    What is protected stays, even if that alone is more. null: tokens go only when blocks are
+    short."""
 
 
 class EvaluatorConfig(Section):
@@ -335,6 +340,22 @@ class MemShareConfig(Section):
                 "mode = 'off': selection needs the parts of MemShare that run beside the engine\n"
                 "    fix: set mode to 'observe', which reclaims nothing, or leave selection.budget "
                 "and selection.pages out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_protects(self) -> MemShareConfig:
+        most, recent = self.budget.max_kept_tokens, self.recent_tokens
+        if most is not None and not self.drops_tokens:
+            raise ValueError(
+                f"budget.max_kept_tokens = {most}: policy.name {self.policy.name!r} drops no "
+                "tokens\n    fix: set policy.name to 'compaction', or leave "
+                "budget.max_kept_tokens out"
+            )
+        if most is not None and most <= recent:
+            raise ValueError(
+                f"budget.max_kept_tokens = {most}: protect.recent_tokens ({recent}) alone keeps as "
+                "many\n    fix: raise the one, or lower the other"
             )
         return self
 

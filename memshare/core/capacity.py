@@ -55,7 +55,11 @@ class RequestShape:
         first = first_target(self.prompt, token_map, config.protect)
         targets = max(0, end_target(full, token_map, config.recent_tokens) - first)
         fraction = min(self.freed, config.max_given_up)
-        return blocks - min(int(fraction * full), int(config.max_thinning * targets))
+        given_up = min(int(fraction * full), int(config.max_thinning * targets))
+        if (most := config.budget.max_kept_tokens) is not None:
+            beyond = full + 1 - token_map.full(most)
+            given_up = max(given_up, min(beyond, targets))
+        return blocks - given_up
 
 
 @dataclass(frozen=True, slots=True)

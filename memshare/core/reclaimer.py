@@ -52,6 +52,7 @@ class Reclaimer:
         recorder: Recorder,
     ) -> None:
         self.enabled = config.mode == "share"
+        self._keeps_few = config.budget.max_kept_tokens is not None
         self._eager = config.trigger.kind == "eager"
         self._low = math.ceil(config.trigger.low_watermark * tables.total)
         self._high = max(math.ceil(config.trigger.high_watermark * tables.total), 1)
@@ -91,6 +92,8 @@ class Reclaimer:
         """
         if not self.enabled:
             return
+        if self._keeps_few:
+            self._reclaim(self._tables.total, "budget")
         if self._eager:
             self._reclaim(self._tables.total, "eager")
             return

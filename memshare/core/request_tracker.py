@@ -30,6 +30,7 @@ class RequestTracker:
         self._config = config
         self._max_given_up = config.max_given_up
         self._max_thinning = config.max_thinning
+        self._max_kept_tokens = config.budget.max_kept_tokens
         self._recent_tokens = config.recent_tokens
         self._tables = tables
         self._states: dict[str, RequestState] = {}
@@ -92,13 +93,31 @@ class RequestTracker:
         return self._end_target(state.full)
 
     def budget(self, state: RequestState) -> int:
-        """How many of the request's blocks may be given up in all."""
+        """How many of the request's blocks may be given up in all, for want of memory."""
         return self._budget(state, state.full)
+
+    def excess(self, state: RequestState, full: int) -> int:
+        """How many of so many full blocks the request may not keep, whatever memory there is.
+
+        The block that is being filled counts as kept. Protection is not looked at.
+        """
+        most = self._max_kept_tokens
+        if most is None:
+            return 0
+        most = max(most, state.options.memshare_max_kept_tokens or 0)
+        beyond = full + 1 - self._tables.token_map.full(most)
+        return max(0, min(beyond, self.most_lost(state, full)))
+
+    def most_lost(self, state: RequestState, full: int) -> int:
+        """How many of so many full blocks the request allows to be given up, whatever for."""
+        asked = state.options.memshare_max_shared_fraction
+        return full if asked is None else int(asked * full)
 
     def shareable(self, state: RequestState, full: int) -> int:
         """How many blocks can be given up once the request has this many full ones."""
         may_go = max(0, self._end_target(full) - self.first_target(state))
-        return min(self._budget(state, full), int(self._max_thinning * may_go))
+        by_share = min(self._budget(state, full), int(self._max_thinning * may_go))
+        return max(by_share, min(self.excess(state, full), may_go))
 
     def _end_target(self, full: int) -> int:
         return end_target(full, self._tables.token_map, self._recent_tokens)

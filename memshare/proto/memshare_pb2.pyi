@@ -79,16 +79,18 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., include_stop_str_in_output: _Optional[bool] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[str]] = ..., skip_special_tokens: _Optional[bool] = ..., spaces_between_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class MemShareOptions(_message.Message):
-    __slots__ = ("enabled", "step_threshold", "block_threshold", "max_shared_fraction")
+    __slots__ = ("enabled", "step_threshold", "block_threshold", "max_shared_fraction", "max_kept_tokens")
     ENABLED_FIELD_NUMBER: _ClassVar[int]
     STEP_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     BLOCK_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     MAX_SHARED_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     enabled: bool
     step_threshold: float
     block_threshold: float
     max_shared_fraction: float
-    def __init__(self, enabled: _Optional[bool] = ..., step_threshold: _Optional[float] = ..., block_threshold: _Optional[float] = ..., max_shared_fraction: _Optional[float] = ...) -> None: ...
+    max_kept_tokens: int
+    def __init__(self, enabled: _Optional[bool] = ..., step_threshold: _Optional[float] = ..., block_threshold: _Optional[float] = ..., max_shared_fraction: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "sampling", "memshare", "request_id", "add_special_tokens", "truncate_prompt_tokens")

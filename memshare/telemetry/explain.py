@@ -13,13 +13,14 @@ from memshare.config import LogConfig
 logger = logging.getLogger(__name__)
 
 # Why blocks are reclaimed, and the same in words.
-Cause = Literal["allocation", "demand", "admission", "watermark", "eager"]
+Cause = Literal["allocation", "demand", "admission", "watermark", "eager", "budget"]
 _CAUSES: dict[Cause, str] = {
     "allocation": "vLLM found no free block for a running request",
     "demand": "the next steps need more blocks than are free",
     "admission": "a waiting request fits once running ones are smaller",
     "watermark": "fewer blocks are free than the low watermark",
     "eager": "the trigger is eager",
+    "budget": "a request holds more than budget.max_kept_tokens",
 }
 _NAMED = 5  # requests, those with most blocks; the others are counted
 

@@ -8,12 +8,14 @@ everywhere.
     python -m tools.bench.schedule --texts solutions
     python -m tools.bench.schedule --limits
     python -m tools.bench.schedule --lookahead 0,96,192,384
+    python -m tools.bench.schedule --kept 512,1024,2048
 
 The first has requests of given lengths that write random tokens: `oldest` and `random` need not
 know what is alike, and `twins` finds nothing. The second writes real texts: stage one runs; how
 similar the KV of two equal tokens is, no model says, and a random number from 0 to 1 stands for it.
-The third has both, for `compaction` alone, with several limits of what a request may lose; the last
-the same, with its default limits and several numbers of tokens that admission looks ahead.
+The third has both, for `compaction` alone, with several limits of what a request may lose; the
+others the same, with its default limits, and several numbers of tokens that admission looks ahead
+or that a request keeps.
 """
 
 from __future__ import annotations
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--budget", default="0.1,0.2,0.3,0.4", help="fractions, by ','")
     parser.add_argument("--limits", action="store_true", help="what compaction may drop")
     parser.add_argument("--lookahead", help="tokens that admission looks ahead, by ','")
+    parser.add_argument("--kept", help="tokens that a request keeps, by ','")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -158,6 +161,8 @@ def main() -> None:
             show_ratios(Path(folder), "dropped, thinning, recent", dict(_limits()))
         elif options.lookahead is not None:
             show_ratios(Path(folder), "lookahead", dict(_lookaheads(options.lookahead.split(","))))
+        elif options.kept is not None:
+            show_ratios(Path(folder), "tokens kept", dict(_kept(options.kept.split(","))))
         elif options.texts is not None:
             reasoner = _reasoner()
             work = of_texts(
@@ -214,6 +219,12 @@ def _limits() -> Iterator[tuple[str, dict[str, Any]]]:
 def _lookaheads(tokens: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for ahead in tokens:
         yield ahead, COMPACTION | {"admission": {"lookahead_tokens": int(ahead)}}
+
+
+def _kept(tokens: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "no budget", COMPACTION
+    for most in tokens:
+        yield most, COMPACTION | {"budget": {"max_kept_tokens": int(most)}}
 
 
 def show_ratios(folder: Path, varied: str, arms: dict[str, dict[str, Any]]) -> None:

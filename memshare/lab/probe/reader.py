@@ -45,6 +45,7 @@ class CacheReader:
         rotation: that its cached keys went through.
         layers: attention layers.
         heads: KV heads of each.
+        query_heads: that share these.
         channels: of one head.
     """
 
@@ -75,6 +76,7 @@ class CacheReader:
         self.rotation = self._learn_rotation()
         keys, _ = self._read_cache([0, 0])
         self.layers, self.heads, _, self.channels = keys.shape
+        self.query_heads: int = self._model.config.num_attention_heads
         self._check_rotation(keys)
 
     @torch.inference_mode()
@@ -98,6 +100,27 @@ class CacheReader:
         keys, values = cached(cache, prefix)
         nothing = torch.empty(0, device=self._device)
         return CacheReading(tokens, text.prompt, prefix, keys, values, nothing)
+
+    @torch.inference_mode()
+    def read_routers(self, text: Text, prefix: int) -> tuple[Tensor, int]:
+        """What the routers of a mixture of experts say about a text.
+
+        Returns:
+            Logits ``[layers with experts, prefix, experts]`` in float32, and how many experts
+            a token is sent to.
+
+        Raises:
+            UserError: the model has no experts, or keeps what its routers say to itself.
+        """
+        chosen = getattr(self._model.config, "num_experts_per_tok", None)
+        if chosen is None:
+            raise UserError(f"{self._name} is no mixture of experts")
+        tokens = torch.tensor([text.tokens[:prefix]], device=self._device)
+        out = self._model.model(tokens, output_router_logits=True)
+        logits = getattr(out, "router_logits", None)
+        if not logits:
+            raise UserError(f"{self._name} does not tell what its routers say")
+        return torch.stack([layer.float().view(prefix, -1) for layer in logits]), int(chosen)
 
     @torch.inference_mode()
     def repeat(self, reading: CacheReading, watcher: Watcher) -> None:
@@ -140,20 +163,23 @@ class CacheReader:
         return both[0][:, :, behind:], both[1][:, :, behind:]
 
     @torch.inference_mode()
-    def judge(self, reading: CacheReading, keys: Tensor, values: Tensor) -> npt.NDArray[np.float32]:
+    def judge(
+        self, reading: CacheReading, keys: Tensor, values: Tensor, hidden: Tensor | None = None
+    ) -> npt.NDArray[np.float32]:
         """Read the continuation over what is left of the prefix.
 
         Args:
             reading: with a continuation.
             keys: ``[layers, heads, kept, channels]`` as cached.
             values: the same of V.
+            hidden: ``[layers, heads, kept]`` bool, which of them nobody sees; None for none.
 
         Returns:
             ``[C - 1, len(COLUMNS)]`` (:mod:`memshare.lab.replay.divergence`).
         """
         rest = reading.tokens[reading.prefix :]
         cache = filled_cache(keys, values)
-        logits = self._read_on(rest[:-1], reading.prefix, cache, len(rest) - 1)
+        logits = self._read_on(rest[:-1], reading.prefix, cache, len(rest) - 1, hidden=hidden)
         shared = logits.float().log_softmax(-1)
         measured: npt.NDArray[np.float32] = (
             measure(reading.log_probs[:-1], shared, rest[1:]).cpu().numpy()
@@ -178,12 +204,18 @@ class CacheReader:
         return upright(keys.float(), positions, self.rotation)
 
     def _read_on(
-        self, tokens: Tensor, position: int, cache: Any, logits: int, watcher: Watcher | None = None
+        self,
+        tokens: Tensor,
+        position: int,
+        cache: Any,
+        logits: int,
+        watcher: Watcher | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         positions = torch.arange(position, position + len(tokens), device=self._device)
         out = self._model(
             tokens[None], past_key_values=cache, position_ids=positions[None],
-            logits_to_keep=logits, watcher=watcher,
+            logits_to_keep=logits, watcher=watcher, hidden=hidden,
         )  # fmt: skip
         found: Tensor = out.logits[0]
         return found
@@ -232,14 +264,22 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     watcher: Watcher | None = None,
+    hidden: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own attention, watched."""
+    """transformers' own attention, watched, or kept from seeing some of the first tokens."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    layer: Any = module
     if watcher is not None:
-        layer: Any = module
         watcher(layer.layer_idx, query[0], key[0], value[0])
+    if hidden is not None:
+        rows, columns = query.shape[2], key.shape[2]
+        earlier = torch.ones(rows, columns, dtype=torch.bool, device=key.device)
+        earlier = earlier.tril_(columns - rows)
+        seen = ~F.pad(hidden[layer.layer_idx], (0, columns - hidden.shape[-1]))
+        seen = seen.repeat_interleave(query.shape[1] // key.shape[1], 0)
+        attention_mask = (earlier & seen[:, None])[None]
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options
     )

@@ -67,8 +67,26 @@ class Budgets:
             if entry not in state.holes and state.holds_alone(table[entry])
         )
         # Blocks that others share may not go either: dropping them would free nothing.
-        thinning = int(self._max_thinning * (len(entries) + len(state.holes)))
-        return Room(state, entries, min(self._tracker.budget(state), thinning))
+        may_go = len(entries) + len(state.holes)
+        by_share = min(self._tracker.budget(state), int(self._max_thinning * may_go))
+        excess = self._tracker.excess(state, state.full)
+        return Room(state, entries, max(by_share, min(excess, may_go)))
+
+    def excess(self, state: RequestState) -> int:
+        """How many more entries must become holes for the request to keep within its tokens."""
+        return self._tracker.excess(state, state.full) - len(state.holes)
+
+    def trim(self, room: Room, least: int) -> Round | None:
+        """The round that brings a request back within its tokens; None if nothing may go.
+
+        Args:
+            room: of a request with an excess.
+            least: blocks that a round frees if it may: rounds are large, few.
+        """
+        state = room.state
+        allowed = self._tracker.most_lost(state, state.full) - len(state.holes)
+        blocks = min(max(self.excess(state), least), allowed, len(room.entries))
+        return Round(room, blocks) if blocks > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,15 @@ class CompactionPart(SchedulerPart):
         self._budgets = Budgets(context.tracker, context.tables, context.config.max_thinning)
         self._packings: list[Packing] = []  # of the step that is being scheduled
         self._ended: list[str] = []  # since the last one
+        self._grown: set[RequestState] = set()  # beyond the tokens that they may keep
 
     # ---- reclaim ----
 
     def reclaim(self, wanted: int, cause: Cause) -> int:
         """See :meth:`SchedulerPart.reclaim`."""
         least = self._params.min_round
+        if cause == "budget":
+            return self._trim(least)
         rooms = ((self._budgets.share(state), state) for state in self._ready(least))
         freed = self._run(rooms, wanted, cause, self._params.round_fraction, least)
         if freed or cause not in ("allocation", "demand", "admission"):
@@ -47,6 +50,19 @@ class CompactionPart(SchedulerPart):
         # Small rounds cost less than a preemption: the largest that there are, to their ends.
         scraps = ((-self._budgets.most_left(state), state) for state in self._ready(1))
         return self._run(scraps, wanted, cause, fraction=1.0, least=1)
+
+    def _trim(self, least: int) -> int:
+        """Compact who has grown beyond the tokens that a request may keep; who cannot be compacted
+        now has its turn in the next step."""
+        freed = 0
+        for state in sorted(self._grown, key=lambda state: state.request_id):
+            if self._budgets.excess(state) <= 0:
+                self._grown.discard(state)
+            elif not self._tracker.in_transit(state):
+                room = self._look(state)
+                each = None if room is None else self._budgets.trim(room, least)
+                freed += 0 if each is None else self._compact(each, "budget")
+        return freed
 
     def _ready(self, least: int) -> Iterator[RequestState]:
         """Requests that may have so many blocks to lose."""
@@ -123,9 +139,15 @@ class CompactionPart(SchedulerPart):
         for seconds in results.seconds:
             self._recorder.counters.observe_packing(seconds)
 
+    def on_tokens(self, state: RequestState) -> None:
+        """See :meth:`SchedulerPart.on_tokens`."""
+        if self._budgets.excess(state) > 0:
+            self._grown.add(state)
+
     def on_gone(self, state: RequestState, reason: DropReason) -> None:
         """See :meth:`SchedulerPart.on_gone`."""
         request_id = state.request_id
+        self._grown.discard(state)
         # Its blocks may belong to another request in this very step: nothing may be moved there.
         self._packings = [each for each in self._packings if each.request_id != request_id]
         if self.holes.pop(request_id, 0):

@@ -117,6 +117,9 @@ def test_a_report_for_people_and_for_programs() -> None:
     assert "  warn  small\n        very\n        fix: grow" in text
     assert "2,048 of 16 tokens: 32,752 tokens" in text
     assert "25% of blocks shared" in text
+    assert "times the blocks" not in text
+    narrow = replace(report, memory=replace(MEMORY, kv_dtype="fp8", kv_gain=2.0))
+    assert "  fp8        2.00 times the blocks of the model's own dtype" in narrow.as_text()
     assert text.endswith("Will work, with 1 warning.")
     value = json.loads(report.as_json())
     assert value["works"] is True

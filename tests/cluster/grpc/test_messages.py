@@ -70,7 +70,7 @@ def test_a_conversation_with_everything() -> None:
             pb.ChatMessage(role="assistant", content="Ho", reasoning="hm"),
         ],
         sampling=pb.Sampling(logprobs=3),
-        memshare=pb.MemShareOptions(enabled=False, max_shared_fraction=0.5),
+        memshare=pb.MemShareOptions(enabled=False, max_shared_fraction=0.5, max_kept_tokens=640),
         reasoning_effort="low",
         chat_template_kwargs=struct({"enable_thinking": False}),
         continue_final_message=True,
@@ -82,7 +82,8 @@ def test_a_conversation_with_everything() -> None:
     ]
     assert (body["logprobs"], body["top_logprobs"]) == (True, 3)
     assert body["vllm_xargs"] == {
-        "memshare": "off", "memshare_max_shared_fraction": 0.5, "memshare_usage": "on",
+        "memshare": "off", "memshare_max_shared_fraction": 0.5, "memshare_max_kept_tokens": 640,
+        "memshare_usage": "on",
     }  # fmt: skip
     assert body["reasoning_effort"] == "low"
     assert body["chat_template_kwargs"] == {"enable_thinking": False}

@@ -229,6 +229,7 @@ def test_every_request_option_has_a_permission() -> None:
     )
     values: dict[str, object] = dict.fromkeys(RequestOptions.model_fields, 0.5) | {
         "memshare": "off",
+        "memshare_max_kept_tokens": 640,
         "memshare_usage": "on",
     }
     free = {"memshare_usage"}  # tells callers of their own requests

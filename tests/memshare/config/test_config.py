@@ -73,6 +73,7 @@ BAD: dict[str, list[object]] = {
     "budget.max_shared_fraction": NO_FRACTIONS,
     "budget.max_dropped_fraction": NO_FRACTIONS,
     "budget.max_thinning": NO_FRACTIONS,
+    "budget.max_kept_tokens": [0, 1.5, *(value for value in NO_NUMBERS if value is not None)],
     "scope": NO_WORDS,
     "selection": ["x", 1, [], None, True, {"budget": 0.5, "pages": 8}, {"pages": 2}],
     "selection.budget": [0, -0.1, 1.1, INF, *(value for value in NO_NUMBERS if value is not None)],
@@ -260,6 +261,34 @@ def test_a_rule_about_several_fields_names_them(values: dict[str, object], named
     assert line.startswith(named)
     assert fix.startswith("    fix: set ")
     assert load_config(values | {"policy": {"name": "paper"}}, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "named", "fix"),
+    [
+        (
+            {"policy": {"name": "oldest"}, "budget": {"max_kept_tokens": 640}},
+            "  budget.max_kept_tokens = 640: policy.name 'oldest' drops no tokens",
+            "set policy.name to 'compaction'",
+        ),
+        (
+            {
+                "policy": {"name": "compaction"}, "budget": {"max_kept_tokens": 64},
+                "protect": {"recent_tokens": 64},
+            },
+            "  budget.max_kept_tokens = 64: protect.recent_tokens (64) alone keeps as many",
+            "raise the one, or lower the other",
+        ),
+    ],
+)  # fmt: skip
+def test_a_budget_of_tokens_that_cannot_be_kept_is_refused(
+    values: dict[str, object], named: str, fix: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(values, {})
+    _, line, way_out = str(caught.value).splitlines()
+    assert line == named
+    assert way_out.startswith(f"    fix: {fix}")
 
 
 @pytest.mark.parametrize("scheme", ["base_lr_shared", "stacked", "full_shared"])

@@ -13,6 +13,7 @@ VALUES: dict[str, tuple[list[object], list[object]]] = {
     "memshare_step_threshold": ([0, 0.5, 1.0], [-0.1, 1.1, "x", "0.5", float("nan"), True]),
     "memshare_block_threshold": ([0, 0.5, 1.0], [-0.1, 1.1, "x", [0.5], float("inf"), True]),
     "memshare_max_shared_fraction": ([0, 0.5, 1.0], [-0.1, 1.1, "0.1", [0.5], {}, True]),
+    "memshare_max_kept_tokens": ([1, 4096], [0, -1, 1.5, "64", [64], {}, True]),
     "memshare_usage": (["on", "off"], ["auto", 1, None, True]),
 }
 BAD = [(name, value) for name, (_, bad) in VALUES.items() for value in bad]

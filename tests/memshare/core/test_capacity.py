@@ -45,6 +45,24 @@ def test_a_compacted_request_by_hand() -> None:
     assert held(None, max_dropped_fraction=1.0, max_thinning=1.0) == 16 - 11
 
 
+def test_a_request_keeps_its_tokens_by_hand() -> None:
+    """The same with a budget of tokens, of which the block that is being filled takes a part."""
+
+    def held(kept: int | None, **budget: float) -> int:
+        options = {"max_kept_tokens": kept, "max_dropped_fraction": 0.2, **budget}
+        limits = config(
+            policy={"name": "compaction"}, budget=options, protect={"recent_tokens": 128}
+        )
+        return RequestShape(96, 400, 0.0 if kept else 1.0).held(400, BLOCKS, limits)
+
+    assert held(None) == 16 - 3
+    assert held(320) == 10
+    assert held(351) == 10, "whole blocks"
+    assert held(160) == 16 - 8, "prompt and recent window stay"
+    assert held(496) == 15
+    assert held(2048) == 16, "a budget of tokens does not touch what is shorter"
+
+
 def test_concurrency_by_hand() -> None:
     shape = RequestShape(prompt=32, output=64, freed=0.5)
     found = concurrency(shape, usable=30, block_size=32, max_num_seqs=256, config=None)

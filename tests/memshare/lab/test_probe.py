@@ -20,31 +20,10 @@ from memshare.mechanisms.compaction.probe.find import ServedModel, find_probe
 from memshare.mechanisms.compaction.scorers.random import RandomScorer
 from memshare.mechanisms.compaction.scorers.recency import Recency
 from memshare.small_model.head_padding import pad_heads
-from tests.memshare.engine.harness import write_tiny_model
 
 PREFIX, REST, PROMPT = 320, 24, 20
 LAYERS, HEADS, CHANNELS = 2, 2, 32
 WORDS = "".join(f"Line {i}: the sum of {i} and {i * i} is {i + i * i}.\n" for i in range(40))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
-    torch.manual_seed(0)
-    # Weights as large as a trained model's, or attention would look at everything alike.
-    config = AutoConfig.from_pretrained(folder, initializer_range=0.2)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reader(model: Path) -> CacheReader:
-    return CacheReader(str(model))
 
 
 @pytest.fixture

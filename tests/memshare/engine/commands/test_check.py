@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 
 from cluster.check.machine import Needs
 from cluster.check.model import ModelCheck, Place
+from cluster.check.placement import look_at_placement
 from cluster.check.report import GIB, CheckFinding, Memory
 from cluster.check.setup import CheckedSetup
 from memshare.cli.main import main
@@ -222,6 +224,50 @@ def test_ranks_share_heads_and_weights(check: Callable[..., Look], tiny: str) ->
     assert two.block_bytes * 2 == one.block_bytes
     assert two.weight_bytes * 2 == one.weight_bytes
     assert two.blocks == one.blocks * 2
+
+
+def test_an_fp8_cache_has_twice_the_blocks(check: Callable[..., Look], tiny: str) -> None:
+    words = (*BLOCKS, "--dtype=bfloat16", "--kv-cache-memory-bytes=67108864")
+    (_, plain), (found, narrow) = check(tiny, words), check(tiny, (*words, "--kv-cache-dtype=fp8"))
+    assert [finding.level for finding in found] == ["ok"]
+    assert plain is not None
+    assert narrow is not None
+    assert narrow.blocks >= 1.95 * plain.blocks
+    assert (plain.kv_gain, narrow.kv_gain, narrow.kv_dtype) == (1.0, 2.0, "fp8")
+    assert narrow.block_bytes * 2 == plain.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "size"),
+    [
+        ("float32", "auto", 4),
+        ("bfloat16", "auto", 2),
+        ("float32", "bfloat16", 2),
+        ("bfloat16", "fp8", 1),
+        ("bfloat16", "fp8_e5m2", 1),
+        ("bfloat16", "int8_per_token_head", None),  # has scales beside its numbers
+        ("bfloat16", "nvfp4", None),  # two numbers share a byte
+    ],
+)
+def test_a_placement_counts_the_bytes_of_the_cache(
+    dtype: str, cache_dtype: str, size: int | None
+) -> None:
+    import torch
+
+    fields = {**COMMON, "model_type": "qwen3_moe", **EXPERTS}
+    config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=2, data_parallel_size=1, pipeline_parallel_size=1,
+            enable_expert_parallel=False, decode_context_parallel_size=1,
+        ),
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(to_dict=lambda: fields), dtype=getattr(torch, dtype)
+        ),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+    )  # fmt: skip
+    faults, placement = look_at_placement(config)
+    assert faults == []
+    assert (None if placement is None else placement.kv_number_bytes) == size
 
 
 def test_gpus_of_another_machine(check: Callable[..., Look], tiny: str) -> None:

@@ -37,13 +37,17 @@ COMPACTION = CHECKED | {"policy": {"name": "compaction"}}
 
 def options() -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(
-        lambda eager, recent, prompt, budget, thinning, share, least, lookahead: (
+        lambda eager, recent, prompt, budget, thinning, kept, share, least, lookahead: (
             CHECKED
             | {
                 "policy": {"name": "compaction", "round_fraction": share, "min_round": least},
                 "trigger": {"kind": "eager" if eager else "pressure"},
                 "protect": {"recent_tokens": recent, "prompt_tokens": prompt},
-                "budget": {"max_dropped_fraction": budget, "max_thinning": thinning},
+                "budget": {
+                    "max_dropped_fraction": budget,
+                    "max_thinning": thinning,
+                    "max_kept_tokens": kept,
+                },
                 "admission": {"lookahead_tokens": lookahead, "hold_steps": 64},
             }
         ),
@@ -52,6 +56,7 @@ def options() -> st.SearchStrategy[dict[str, Any]]:
         prompt=st.sampled_from(["all", 0, 32]),  # 0: requests share blocks that may go
         budget=st.sampled_from([0.3, 0.75, 1.0]),
         thinning=st.sampled_from([0.5, 0.8, 1.0]),
+        kept=st.sampled_from([None, 160, 256]),
         share=st.sampled_from([0.1, 0.5, 1.0]),
         least=st.sampled_from([1, 2, 4]),
         lookahead=st.sampled_from([0, 64, None]),
