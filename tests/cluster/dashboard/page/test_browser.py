@@ -7,39 +7,22 @@ trace of its request (``tools/record_page.py``); samples are repeated as often a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from cluster.config import PageConfig
-from cluster.dashboard.records import AdapterTokens, BlockTrace, ExpertUse, ReplicaReport, Thinned
-from tests.cluster.dashboard.page.browsing import open_browser
+from cluster.dashboard.records import BlockTrace, ReplicaReport, Thinned
 from tests.cluster.dashboard.page.recorded import (
-    ARGUMENTS,
     colour_in,
     quiet,
     recorded,
     recorded_trace,
     visiting,
 )
-from tests.cluster.dashboard.page.serving import PageServer, serve_page
+from tests.cluster.dashboard.page.serving import PageServer
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[BrowserContext]:
-    with open_browser(chromium) as browser:
-        yield browser
-
-
-@pytest.fixture
-def server() -> Iterator[PageServer]:
-    with serve_page(PageConfig(), ARGUMENTS) as server:
-        yield server
 
 
 def test_sixteen_replicas_and_ten_minutes_are_fast(
@@ -133,56 +116,6 @@ def test_a_trace_greys_what_compaction_has_dropped(
         expect(page.locator("#trace-facts")).to_contain_text("4 given up")
         expect(page.locator("#trace-detail")).to_contain_text("tokens of 4 of the blocks 3")
         assert visit.errors == []
-
-
-def test_adapters_that_share_have_a_table(browser: BrowserContext, server: PageServer) -> None:
-    """What they have found on all replicas; no table where none share."""
-    adapters = {"plan": "/adapters/plan", "act": "/adapters/act"}
-    agents = {"scheme": "stacked", "adapters": adapters}
-    shares = ARGUMENTS | {"memshare": {"mode": "off", "agents": agents}}
-    found = {"plan": AdapterTokens(96, 0), "act": AdapterTokens(2000, 1500)}
-    with serve_page(PageConfig(), shares) as sharing:
-        for name in ("replica-0", "replica-1"):
-            report = recorded(name, 60, time.time())
-            sharing.report(replace(report, adapters=found if name == "replica-0" else {}))
-        with visiting(browser, sharing) as visit:
-            rows = visit.page.locator("#agents tbody tr")
-            expect(rows).to_have_count(2)
-            cells = [row.locator("td").all_inner_texts() for row in rows.all()]
-            assert cells == [["plan", "96", "0", "0%"], ["act", "2,000", "1,500", "75%"]]
-            # Of each column of numbers: where its header and its numbers end.
-            ends = visit.page.locator("#agents .number").evaluate_all(
-                """cells => cells.map((cell) => Math.round(cell.getBoundingClientRect().right
-                  - parseFloat(getComputedStyle(cell).paddingRight)))"""
-            )
-            assert ends == ends[:3] * 3
-            assert len(set(ends)) == 3
-            expect(visit.page.locator("#agents-hint")).to_contain_text("scheme stacked")
-            expect(visit.page.locator("#settings")).to_contain_text("agents stacked")
-            assert visit.errors == []
-    server.report(recorded("replica-0", 60, time.time()))
-    with visiting(browser, server) as visit:
-        expect(visit.page.locator(".card")).to_have_count(1)
-        expect(visit.page.locator("#agents")).to_be_hidden()
-
-
-def test_experts_that_are_counted_have_a_table(browser: BrowserContext, server: PageServer) -> None:
-    """A row for each replica; no table where nobody counts."""
-    counts = ARGUMENTS | {"memshare": {"mode": "off", "experts": {"count_every": 16}}}
-    used = {"0": ExpertUse(10, 60, 160, 1.5), "3": ExpertUse(10, 40, 160, 2.25)}
-    with serve_page(PageConfig(), counts) as counting:
-        for name, experts in (("replica-0", used), ("replica-1", {})):
-            counting.report(replace(recorded(name, 60, time.time()), experts=experts))
-        with visiting(browser, counting) as visit:
-            rows = visit.page.locator("#experts tbody tr")
-            expect(rows).to_have_count(2)
-            cells = [row.locator("td").all_inner_texts()[1:] for row in rows.all()]
-            assert cells == [["5.0", "3.20", "2.25 times the mean, in layer 3"], ["", "", ""]]
-            assert visit.errors == []
-    server.report(recorded("replica-0", 60, time.time()))
-    with visiting(browser, server) as visit:
-        expect(visit.page.locator(".card")).to_have_count(1)
-        expect(visit.page.locator("#experts")).to_be_hidden()
 
 
 def open_trace(page: Page, server: PageServer, trace: BlockTrace) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.memshare.engine.drafts import DRAFTS, METHODS, write_draft
 from tests.memshare.engine.harness import StartEngine, forget_numba
 from tests.memshare.engine.scripted import NAME, Plan, Reference, Watched, registered
+from tests.memshare.engine.speculation.drafts import DRAFTS, METHODS, write_draft
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

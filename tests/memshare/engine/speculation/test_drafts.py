@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from memshare.lab.bench.exactness import COPIES, IDENTICAL_ONLY, OTHERS, PROMPT
-from tests.memshare.engine.drafts import DRAFTS, METHODS, write_draft
 from tests.memshare.engine.harness import Engine, StartEngine
+from tests.memshare.engine.speculation.drafts import DRAFTS, METHODS, write_draft
 
 pytestmark = [pytest.mark.engine, pytest.mark.complete, pytest.mark.timeout(600)]
 
