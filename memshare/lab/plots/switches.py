@@ -28,11 +28,15 @@ def plot_switches(found: Mapping[int, Mapping[str, Sequence[Switch]]], path: Pat
     with figure(path, columns=2, width=10.0, height=3.6) as (times, memory):
         for (agents, by_scheme), mark in zip(found.items(), _MARKS, strict=False):
             for scheme, rows in by_scheme.items():
-                look = {"color": _COLOURS[scheme], "marker": mark, "linewidth": 0.8}
                 contexts = [row.context for row in rows]
-                label = f"{scheme}, {agents} agents"
-                times.plot(contexts, [row.first for row in rows], label=label, **look)
-                memory.plot(contexts, [row.bytes / 1e6 for row in rows], label=label, **look)
+                for panel, values in (
+                    (times, [row.first for row in rows]),
+                    (memory, [row.bytes / 1e6 for row in rows]),
+                ):
+                    panel.plot(
+                        contexts, values, color=_COLOURS[scheme], marker=mark, linewidth=0.8,
+                        label=f"{scheme}, {agents} agents",
+                    )  # fmt: skip
         times.set(ylabel="first token at a switch, CPU s")
         memory.set(ylabel="KV kept, MB")
         for panel in (times, memory):
