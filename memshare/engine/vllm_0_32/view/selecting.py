@@ -126,13 +126,19 @@ class SelectingImpl(CPUAttentionBackendImpl):
     bounds: PageBounds | None
 
     def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
     ) -> None:
         """As vLLM's; the bounds take in the same keys."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         # KVLayout finds out about a cache's layout by writing into another one.
         if self.bounds is not None and kv_cache is cast(Any, layer).kv_cache:
-            self.bounds.write(key[: len(slots)], self.selector.writes(slots))
+            writes = self.selector.writes(slot_mapping)
+            self.bounds.write(key[: len(slot_mapping)], writes)
 
     def forward(
         self,
