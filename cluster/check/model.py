@@ -230,12 +230,12 @@ def _memory_of(
 
 def _bounds_bytes(memshare: MemShareConfig, cache: KVCacheConfig, block_bytes: int) -> int:
     """What page selection keeps beside the cache: the bytes of one slot of each page and layer,
-    where a page is a block (a backend that splits blocks has more pages)."""
+    where a page is a block (a backend that splits blocks has more pages), and a copy by request."""
     if not memshare.selection.on:
         return 0
     layers = sum(len(group.layer_names) for group in cache.kv_cache_groups)
     choosing = max(0, layers - memshare.selection.exempt_layers)
-    return cache.num_blocks * block_bytes * choosing // (layers * _block_size(cache))
+    return 2 * cache.num_blocks * block_bytes * choosing // (layers * _block_size(cache))
 
 
 def _kv_gain(config: VllmConfig, model_memory: ModelMemory) -> float:

@@ -76,7 +76,12 @@ class PageBounds:
     Attributes:
         highs: ``[pages, heads, 2 * channels]``: the greatest of each channel's keys, then of the
             negated keys. Of the keys' own type, so exact.
+        by_request: a copy in the order of a batch's requests, the chooser's; None without one.
+        mark: of the step that it is of.
     """
+
+    by_request: Tensor | None = None
+    mark: object = None
 
     def __init__(
         self, pages: int, heads: int, channels: int, dtype: torch.dtype, device: torch.device

@@ -68,8 +68,9 @@ class ForcingEngine:
 
     def use(self, arm: Arm) -> None:
         """Read pages so from now on."""
-        old = self.selector.chooser
-        self.selector.chooser = PageChooser(arm.config, old.heads, PAGE)
+        pages = len(next(iter(self.selector._bounds.values())).highs)
+        heads = self.selector.chooser.heads
+        self.selector.chooser = PageChooser(arm.config, heads, PAGE, pages)
         self.counters.totals.clear()
 
     @property

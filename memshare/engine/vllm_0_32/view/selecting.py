@@ -31,6 +31,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
 from memshare.config import SelectionConfig
+from memshare.core.token_map import TokenMap
 from memshare.engine.vllm_0_32.attention_layers import layers_of
 from memshare.engine.vllm_0_32.view.attention_view import full_layers, numbers_by_row
 from memshare.kv.layout import KVLayout
@@ -125,13 +126,19 @@ class SelectingImpl(CPUAttentionBackendImpl):
     bounds: PageBounds | None
 
     def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
     ) -> None:
         """As vLLM's; the bounds take in the same keys."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         # KVLayout finds out about a cache's layout by writing into another one.
         if self.bounds is not None and kv_cache is cast(Any, layer).kv_cache:
-            self.bounds.write(key[: len(slots)], self.selector.writes(slots))
+            writes = self.selector.writes(slot_mapping)
+            self.bounds.write(key[: len(slot_mapping)], writes)
 
     def forward(
         self,
@@ -217,7 +224,7 @@ class CPUPageSelector:
         cache = next(iter(caches.values()))
         self._page_size = cache.shape[2]
         self._split = block_size // self._page_size
-        self.chooser = PageChooser(config, cache.shape[1], self._page_size)
+        self.chooser = PageChooser(config, cache.shape[1], self._page_size, cache.shape[0])
         self._bounds: dict[str, PageBounds] = {}
         for name, cache in caches.items():
             if extract_layer_index(name) >= config.exempt_layers:
@@ -258,6 +265,7 @@ class CPUPageSelector:
             ]
         if self._split > 1:  # a page is a part of one of the engine's blocks
             blocks = (blocks[:, None] * self._split + torch.arange(self._split)).flatten()
+        self.chooser.changes(blocks.numpy())
         for (name, bounds), layout in zip(self._bounds.items(), self._layouts, strict=True):
             keys, _ = layout.gather(self._caches[name], blocks)
             bounds.rebuild(blocks, keys)
@@ -279,7 +287,12 @@ class CPUPageSelector:
         context = get_forward_context()
         if self._writes is None or self._writes[0] is not context:
             self._writes = context, PageWrites.of(slots.numpy(), self._page_size)
+            self._changes(slots)
         return self._writes[1]
+
+    def _changes(self, slots: Tensor) -> None:
+        written = slots.numpy()
+        self.chooser.changes(TokenMap(self._page_size).entry(written[written >= 0]))
 
     def plan(
         self, batch: CommonAttentionMetadata, built: CPUAttentionMetadata, builder: Any
@@ -291,6 +304,7 @@ class CPUPageSelector:
             built: vLLM's metadata of it, without holes.
             builder: that made it.
         """
+        self._changes(built.slot_mapping)
         rows = batch.num_reqs
         starts = batch.query_start_loc_cpu.numpy()[: rows + 1]
         lens = built.seq_lens.numpy()[:rows]

@@ -90,7 +90,7 @@ def test_scores_as_in_torch(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> No
             queries, bounds.highs, table, torch.from_numpy(lens), (1, 2), SIZE, scores
         )
         config = SelectionConfig(budget=0.5, first_pages=1, recent_pages=2)
-        plan = PageChooser(config, HEADS, SIZE).begin(table, lens)
+        plan = PageChooser(config, HEADS, SIZE, PAGES).begin(table, lens)
         width = plan.bias.shape[1]
         held = bounds.highs.view(-1, 2 * channels)[plan.candidates]
         own = split_signs(queries).view(len(scores), group, -1)

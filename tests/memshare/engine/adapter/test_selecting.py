@@ -61,7 +61,7 @@ def test_each_head_reads_its_own_pages(dtype: torch.dtype) -> None:
         impl.selector = SimpleNamespace(writes=lambda s: PageWrites.of(s.numpy(), PAGE))
         impl.do_kv_cache_update(layer, keys[row], values[row], cache, slots)
     queries = (2 * torch.randn(3, HEADS * GROUP, CHANNELS, generator=generator)).to(dtype)
-    chooser = PageChooser(SelectionConfig(budget=0.4), HEADS, PAGE)
+    chooser = PageChooser(SelectionConfig(budget=0.4), HEADS, PAGE, pages)
     impl.selector = SimpleNamespace(chooser=chooser, count=lambda step, chooses: None)
     plan = chooser.begin(table, lens)
     starts = torch.arange(3 * HEADS + 1, dtype=torch.int32)

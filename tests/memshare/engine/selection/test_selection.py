@@ -89,7 +89,9 @@ def read_by(
 ) -> None:
     """Another budget from now on, on both sides."""
     selector = worker_of(engine)._memshare._selector
-    selector.chooser = chooser(config, selector.chooser.heads, BLOCK)
+    selector.chooser = chooser(
+        config, selector.chooser.heads, BLOCK, OPTIONS["num_gpu_blocks_override"]
+    )
     engine.side.parts[registry.SELECTION]._config = config
 
 

@@ -146,7 +146,7 @@ def test_the_best_pages_are_chosen_and_those_that_are_always_read(
     """One chooser, whose buffers stay, for batches of several shapes."""
     choosers: dict[str, PageChooser] = {}
     for lens, seed, config in batches:
-        chooser = choosers.setdefault(repr(config), PageChooser(config, HEADS, SIZE))
+        chooser = choosers.setdefault(repr(config), PageChooser(config, HEADS, SIZE, 80))
         generator = torch.Generator().manual_seed(seed)
         highs = torch.randn(80, HEADS, 2 * CHANNELS, generator=generator)
         bounds = PageBounds(80, HEADS, CHANNELS, torch.float32, torch.device("cpu"))
@@ -179,3 +179,51 @@ def test_the_best_pages_are_chosen_and_those_that_are_always_read(
                 assert int(plan.lens[row]) == length - (pages - read) * SIZE
                 row += 1
         assert row == len(chosen) == len(plan.lens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_copies_follow_tables_and_bounds(data: st.DataObject) -> None:
+    """From step to step batches grow and shrink, rows change places, pages are written to."""
+    config, pool = SelectionConfig(budget=0.4), 40
+    chooser = PageChooser(config, HEADS, SIZE, pool)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    layers = [PageBounds(pool, HEADS, CHANNELS, torch.float32, torch.device("cpu")) for _ in "ab"]
+    rows = [torch.randperm(pool, generator=generator)[:9] for _ in range(4)]
+    for _ in range(data.draw(st.integers(1, 6))):
+        order = data.draw(st.permutations(range(4)))[: data.draw(st.integers(1, 4))]
+        for row in data.draw(st.lists(st.sampled_from(range(4)), max_size=2)):
+            rows[row] = torch.randperm(pool, generator=generator)[:9]
+        lens = np.array([data.draw(st.integers(20, 36)) for _ in order], np.int32)
+        table = torch.stack([rows[row] for row in order]).int()
+        written = np.array(data.draw(st.lists(st.integers(0, pool - 1), max_size=6)), np.int64)
+        chooser.changes(written)
+        plan = chooser.begin(table, lens)
+        for bounds in layers:
+            new = torch.randn(len(written), HEADS, 2 * CHANNELS, generator=generator)
+            bounds.highs[torch.from_numpy(written)] = 3 * new
+            queries = torch.randn(len(order), 2 * HEADS, CHANNELS, generator=generator)
+            found = chooser.choose(plan, queries, bounds).clone()
+            assert torch.equal(chooser.choose(plan, queries, bounds), found), "shared by layers"
+            anew = PageChooser(config, HEADS, SIZE, pool)
+            apart = PageBounds(pool, HEADS, CHANNELS, torch.float32, torch.device("cpu"))
+            apart.highs.copy_(bounds.highs)
+            wanted = anew.choose(anew.begin(table, lens), queries, apart)
+            for row, read in enumerate(np.repeat(plan.read, HEADS).tolist()):
+                assert found[row, :read].tolist() == wanted[row, :read].tolist()
+
+
+def test_a_page_that_changes_unsaid_is_not_seen() -> None:
+    """Negative control of the test above."""
+    config = SelectionConfig(budget=0.5, first_pages=0, recent_pages=1)
+    chooser = PageChooser(config, 1, SIZE, 8)
+    bounds = PageBounds(8, 1, CHANNELS, torch.float32, torch.device("cpu"))
+    table, lens = torch.arange(6)[None].int(), np.array([6 * SIZE], np.int32)
+    queries = torch.ones(1, 1, CHANNELS)
+    bounds.highs[1:3] = 5
+    first = chooser.choose(chooser.begin(table, lens), queries, bounds).clone()
+    assert first.tolist() == [[1, 2, 5]]
+    bounds.highs[3:5] = 9
+    assert chooser.choose(chooser.begin(table, lens), queries, bounds).tolist() == [[1, 2, 5]]
+    chooser.changes(np.arange(3, 5))
+    assert chooser.choose(chooser.begin(table, lens), queries, bounds).tolist() == [[3, 4, 5]]
