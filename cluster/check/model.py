@@ -91,6 +91,10 @@ class ModelCheck:
                 SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}"
             )
             return
+        if not self.place.elsewhere:
+            unknown = list(_kv_dtype_faults(config))
+            faults += unknown
+            yield from (CheckFinding(SECTION, "fail", fault) for fault in unknown)
         if memshare.mode != "off":
             refused = list(cache_faults(cache))
             faults += refused
@@ -147,6 +151,21 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     if place.elsewhere:  # what the environment here says about a CPU's cache is not for GPUs
         config.cache_config.kv_cache_memory_bytes = options.kv_cache_memory_bytes
     return config
+
+
+def _kv_dtype_faults(config: VllmConfig) -> Iterator[str]:
+    """Why attention on this machine cannot read the KV dtype: vLLM does not look at it on CPUs."""
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+    dtype = config.cache_config.cache_dtype
+    if not is_quantized_kv_cache(dtype):
+        return
+    layers = config.compilation_config.static_forward_context.values()
+    backends = {backend for layer in layers if (backend := getattr(layer, "attn_backend", None))}
+    for backend in sorted(backends, key=lambda backend: str(backend.get_name())):
+        if not backend.supports_kv_cache_dtype(dtype):
+            name, known = backend.get_name(), ", ".join(backend.supported_kv_cache_dtypes)
+            yield f"kv_cache_dtype is {dtype!r}; attention here ({name}) takes {known}"
 
 
 def _heads(config: VllmConfig, memshare: MemShareConfig, place: Place) -> HeadLayout | None:
