@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from cluster.check.setup import CheckedSetup
 from memshare.config import ConfigError, MemShareConfig
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -228,14 +229,15 @@ def _kv_gain(config: VllmConfig, model_memory: ModelMemory) -> float:
     """How many times the bytes the layers' caches would take in the model's own dtype."""
     from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode, MLAAttentionSpec
 
+    dtype = cast("torch.dtype", config.model_config.dtype)
     ours = plain = 0
     for spec in model_memory.layers.values():
         own = spec
         # A latent cache says its dtype otherwise, and state caches have none that could be chosen.
         if isinstance(spec, AttentionSpec) and not isinstance(spec, MLAAttentionSpec):
             own = replace(
-                spec, dtype=config.model_config.dtype, kv_quant_mode=KVQuantMode.NONE,
-                state_content_bytes=None, num_head_slots=None, page_size_padded=None,
+                spec, dtype=dtype, kv_quant_mode=KVQuantMode.NONE, state_content_bytes=None,
+                num_head_slots=None, page_size_padded=None,
             )  # fmt: skip
         ours += spec.page_size_bytes
         plain += own.page_size_bytes
