@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from cluster.check.setup import CheckedSetup
 from memshare.config import ConfigError, MemShareConfig
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -102,6 +103,10 @@ class ModelCheck:
                 SECTION, "fail", f"vLLM cannot build this model: {_first_lines(error)}"
             )
             return
+        if not self.place.elsewhere:
+            unknown = list(_kv_dtype_faults(config))
+            faults += unknown
+            yield from (CheckFinding(SECTION, "fail", fault) for fault in unknown)
         if memshare.mode != "off":
             refused = list(cache_faults(cache))
             faults += refused
@@ -164,6 +169,21 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     if place.elsewhere:  # what the environment here says about a CPU's cache is not for GPUs
         config.cache_config.kv_cache_memory_bytes = options.kv_cache_memory_bytes
     return config
+
+
+def _kv_dtype_faults(config: VllmConfig) -> Iterator[str]:
+    """Why attention on this machine cannot read the KV dtype: vLLM does not look at it on CPUs."""
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+    dtype = config.cache_config.cache_dtype
+    if not is_quantized_kv_cache(dtype):
+        return
+    layers = config.compilation_config.static_forward_context.values()
+    backends = {backend for layer in layers if (backend := getattr(layer, "attn_backend", None))}
+    for backend in sorted(backends, key=lambda backend: str(backend.get_name())):
+        if not backend.supports_kv_cache_dtype(dtype):
+            name, known = backend.get_name(), ", ".join(backend.supported_kv_cache_dtypes)
+            yield f"kv_cache_dtype is {dtype!r}; attention here ({name}) takes {known}"
 
 
 def _heads(config: VllmConfig, memshare: MemShareConfig, place: Place) -> HeadLayout | None:
@@ -242,14 +262,15 @@ def _kv_gain(config: VllmConfig, model_memory: ModelMemory) -> float:
     """How many times the bytes the layers' caches would take in the model's own dtype."""
     from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode, MLAAttentionSpec
 
+    dtype = cast("torch.dtype", config.model_config.dtype)
     ours = plain = 0
     for spec in model_memory.layers.values():
         own = spec
         # A latent cache says its dtype otherwise, and state caches have none that could be chosen.
         if isinstance(spec, AttentionSpec) and not isinstance(spec, MLAAttentionSpec):
             own = replace(
-                spec, dtype=config.model_config.dtype, kv_quant_mode=KVQuantMode.NONE,
-                state_content_bytes=None, num_head_slots=None, page_size_padded=None,
+                spec, dtype=dtype, kv_quant_mode=KVQuantMode.NONE, state_content_bytes=None,
+                num_head_slots=None, page_size_padded=None,
             )  # fmt: skip
         ours += spec.page_size_bytes
         plain += own.page_size_bytes

@@ -226,6 +226,24 @@ def test_ranks_share_heads_and_weights(check: Callable[..., Look], tiny: str) ->
     assert two.blocks == one.blocks * 2
 
 
+@pytest.mark.parametrize("dtype", ["int4_per_token_head", "nvfp4", "turboquant_k8v4"])
+def test_a_kv_dtype_that_cannot_run_here_is_refused(
+    check: Callable[..., Look], tiny: str, dtype: str
+) -> None:
+    """By MemShare, and on a CPU by its attention, which vLLM does not ask before it has loaded."""
+    words = (*BLOCKS, f"--kv-cache-dtype={dtype}")
+    found, _ = check(tiny, words, mode="off")
+    (fault,) = (finding.text for finding in found if finding.level == "fail")
+    assert fault == f"kv_cache_dtype is {dtype!r}; attention here (CPU_ATTN) takes auto, fp8, " + (
+        "fp8_e4m3, fp8_e5m2"
+    )
+    found, _ = check(tiny, words)
+    faults = [finding.text for finding in found if finding.level == "fail"]
+    assert f"kv_cache_dtype is {dtype!r}; choose 'auto' or a per-tensor fp8 type" in faults
+    found, _ = check(tiny, words, Place(10 * GIB, 4 * GIB, elsewhere=True), mode="off")
+    assert all(finding.level == "ok" for finding in found), "not this machine's"
+
+
 def test_an_fp8_cache_has_twice_the_blocks(check: Callable[..., Look], tiny: str) -> None:
     words = (*BLOCKS, "--dtype=bfloat16", "--kv-cache-memory-bytes=67108864")
     (_, plain), (found, narrow) = check(tiny, words), check(tiny, (*words, "--kv-cache-dtype=fp8"))
