@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from memshare.engine.experts import ExpertStats, ExpertWatch
+from memshare.config import ExpertsConfig
+from memshare.engine.experts import ExpertStats, ExpertWatch, watch_experts
 from memshare.moe.experts import HALF_LIFE, ExpertCounts, ExpertLoad
 
 LAYERS = (0, 2)
@@ -61,6 +64,11 @@ def test_a_rank_that_only_listens_reports_nothing() -> None:
     watch = ExpertWatch(Routing(), every=0)
     watch.before_step(5, requests=5)
     assert watch.after_step() is None
+
+
+def test_nobody_listens_unless_asked() -> None:
+    nothing: Any = None
+    assert watch_experts(nothing, nothing, ExpertsConfig()) is None
 
 
 def test_skew_is_one_if_all_are_used_alike_and_forgets_what_is_old() -> None:
