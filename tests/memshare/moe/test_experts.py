@@ -21,6 +21,10 @@ class Routing:
 
     def __init__(self) -> None:
         self._counts = torch.zeros(2, 4, dtype=torch.int32)
+        self.listened: list[bool] = []
+
+    def listen(self, on: bool) -> None:
+        self.listened.append(on)
 
     def ids(self, tokens: int) -> torch.Tensor:
         return torch.tensor([[[0], [i % 4]] for i in range(tokens)])
@@ -35,17 +39,19 @@ def counts(rows: list[list[int]], decodes: bool = True) -> ExpertCounts:
 
 
 def test_one_step_of_many_is_counted() -> None:
-    watch = ExpertWatch(Routing(), every=3)
+    routing = Routing()
+    watch = ExpertWatch(routing, every=3, reports=True)
     seen = []
     for tokens in (5, 5, 6, 0, 5, 5, 7):  # a step without tokens is none
         watch.before_step(tokens, requests=5)
         step = watch.after_step()
         seen.append(None if step is None else int(step.chosen[0]))
     assert seen == [None, None, 6, None, None, None, 7]
+    assert routing.listened == [step is not None for step in seen]
 
 
 def test_what_was_counted_does_not_change_with_the_next_step() -> None:
-    watch = ExpertWatch(Routing(), every=1)
+    watch = ExpertWatch(Routing(), every=1, reports=True)
     steps = []
     for tokens in (3, 6):
         watch.before_step(tokens, requests=3)
@@ -61,9 +67,12 @@ def test_what_was_counted_does_not_change_with_the_next_step() -> None:
 
 
 def test_a_rank_that_only_listens_reports_nothing() -> None:
-    watch = ExpertWatch(Routing(), every=0)
-    watch.before_step(5, requests=5)
-    assert watch.after_step() is None
+    routing = Routing()
+    watch = ExpertWatch(routing, every=2, reports=False)
+    for _ in range(4):
+        watch.before_step(5, requests=5)
+        assert watch.after_step() is None
+    assert routing.listened == [False, True] * 2, "in the same steps as the rank that counts"
 
 
 def test_nobody_listens_unless_asked() -> None:
