@@ -70,6 +70,10 @@ class ExpertRouting(Protocol):
         """Numbers of the layers with experts, ascending."""
         ...
 
+    def listen(self, on: bool) -> None:
+        """Say whether the step that runs next will be looked at. The same on all ranks."""
+        ...
+
     def ids(self, tokens: int) -> Tensor:
         """``[tokens, layers, chosen]``: the experts of each token, in the order in which the step
         had them."""

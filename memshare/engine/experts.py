@@ -33,18 +33,26 @@ def watch_experts(
             f"experts.count_every: {reason}\n    fix: set experts.count_every to 0"
         ) from None
     parallel = vllm_config.parallel_config
-    # All ranks of a tensor-parallel group choose alike; all must listen, as some gather to do so.
-    is_first = parallel.rank % parallel.tensor_parallel_size == 0
-    return ExpertWatch(routing, config.count_every if is_first else 0)
+    # All ranks of a tensor-parallel group choose alike; all must listen in the same steps, as some
+    # gather to do so.
+    reports = parallel.rank % parallel.tensor_parallel_size == 0
+    return ExpertWatch(routing, config.count_every, reports)
 
 
 class ExpertWatch:
     """One rank's half: counts in one step of many, and never waits for the device."""
 
-    def __init__(self, routing: ExpertRouting, every: int) -> None:
-        """``every``: steps; 0 listens and counts nothing."""
+    def __init__(self, routing: ExpertRouting, every: int, reports: bool) -> None:
+        """Begin before the first step.
+
+        Args:
+            routing: what the model's routers choose.
+            every: steps from one that is counted to the next.
+            reports: whether this rank counts; others only listen.
+        """
         self._routing = routing
         self._every = every
+        self._reports = reports
         self._step = 0
         self._tokens = 0  # of the step that runs, if it is to be counted
         self._decodes = False
@@ -52,12 +60,11 @@ class ExpertWatch:
 
     def before_step(self, tokens: int, requests: int) -> None:
         """A step of so many tokens for so many requests is about to run."""
-        self._tokens = 0
-        if not tokens or not self._every:
-            return
-        self._step += 1
-        if self._step % self._every == 0:
-            self._tokens, self._decodes = tokens, tokens == requests
+        self._step += tokens > 0
+        is_due = tokens > 0 and self._step % self._every == 0
+        self._routing.listen(is_due)
+        self._tokens = tokens if is_due and self._reports else 0
+        self._decodes = tokens == requests
 
     def after_step(self) -> ExpertCounts | None:
         """Count the step, if it is its turn; returns counts that have reached the host, those of

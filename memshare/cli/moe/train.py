@@ -15,14 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Trains a mixture of experts of Qwen3's shape on three kinds of texts that are wherever "
         "Python is: worked problems, code of the standard library, and its prose. Interrupted, it "
-        "goes on where it stopped. About ten minutes of one core."
+        "goes on where it stopped. About six minutes of one core."
     )
     parser.add_argument("folder", type=Path, help="for the model; must not exist")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="for tokens and the latest state (default: in the "
         "user's cache)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=count, default=1200, help="of training")
+    parser.add_argument("--steps", type=count, default=600, help="of training")
     parser.add_argument("--experts", type=count, default=16, help="of each layer")
     parser.add_argument("--chosen", type=count, default=2, help="experts of a token")
     parser.add_argument("--width", type=count, default=32, help="of one expert")

@@ -2,8 +2,8 @@
 the model's routers, without what ``enable_return_routed_experts`` needs besides (Triton, and room
 for the ids of every cached token).
 
-Routers write in every step, by an operation that CUDA graphs can hold; what they have written is
-looked at when it is wanted.
+Routers write by an operation that CUDA graphs can hold; what they have written is looked at when it
+is wanted. Where steps are no graphs, they write in those steps alone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,21 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+class _Capturer(RoutedExpertsCapturer):
+    listens = True  # while graphs are made, so that they hold the operation
+
+    def capture(self, layer_id: int, topk_ids: Tensor) -> None:
+        if self.listens:
+            super().capture(layer_id, topk_ids)
+
+
 class RoutedExperts:
     """An :class:`~memshare.core.interfaces.ExpertRouting` of vLLM's own buffer."""
 
     def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module) -> None:
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._capturer = RoutedExpertsCapturer(tokens, vllm_config)
+        self._capturer = _Capturer(tokens, vllm_config)
+        self._is_eager = vllm_config.model_config.enforce_eager
         bind_routed_experts_capturer(model, self._capturer)
         self._layers = tuple(sorted(_layers(model)))
         device = self._capturer.device_buffer.device
@@ -41,6 +50,11 @@ class RoutedExperts:
     def layers(self) -> tuple[int, ...]:
         """See :attr:`ExpertRouting.layers`."""
         return self._layers
+
+    def listen(self, on: bool) -> None:
+        """See :meth:`ExpertRouting.listen`. Code that is compiled keeps what it was made with."""
+        if self._is_eager:
+            self._capturer.listens = on
 
     def ids(self, tokens: int) -> Tensor:
         """See :meth:`ExpertRouting.ids`."""

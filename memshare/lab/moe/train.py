@@ -59,7 +59,7 @@ class MoePlan:
         seed: of weights and batches.
     """
 
-    steps: int = 1200
+    steps: int = 600
     batch: int = 15
     length: int = 192
     vocabulary: int = 1024

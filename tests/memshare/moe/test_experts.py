@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from memshare.engine.experts import ExpertStats, ExpertWatch
+from memshare.config import ExpertsConfig
+from memshare.engine.experts import ExpertStats, ExpertWatch, watch_experts
 from memshare.moe.experts import HALF_LIFE, ExpertCounts, ExpertLoad
 
 LAYERS = (0, 2)
@@ -18,6 +21,10 @@ class Routing:
 
     def __init__(self) -> None:
         self._counts = torch.zeros(2, 4, dtype=torch.int32)
+        self.listened: list[bool] = []
+
+    def listen(self, on: bool) -> None:
+        self.listened.append(on)
 
     def ids(self, tokens: int) -> torch.Tensor:
         return torch.tensor([[[0], [i % 4]] for i in range(tokens)])
@@ -32,17 +39,19 @@ def counts(rows: list[list[int]], decodes: bool = True) -> ExpertCounts:
 
 
 def test_one_step_of_many_is_counted() -> None:
-    watch = ExpertWatch(Routing(), every=3)
+    routing = Routing()
+    watch = ExpertWatch(routing, every=3, reports=True)
     seen = []
     for tokens in (5, 5, 6, 0, 5, 5, 7):  # a step without tokens is none
         watch.before_step(tokens, requests=5)
         step = watch.after_step()
         seen.append(None if step is None else int(step.chosen[0]))
     assert seen == [None, None, 6, None, None, None, 7]
+    assert routing.listened == [step is not None for step in seen]
 
 
 def test_what_was_counted_does_not_change_with_the_next_step() -> None:
-    watch = ExpertWatch(Routing(), every=1)
+    watch = ExpertWatch(Routing(), every=1, reports=True)
     steps = []
     for tokens in (3, 6):
         watch.before_step(tokens, requests=3)
@@ -58,9 +67,17 @@ def test_what_was_counted_does_not_change_with_the_next_step() -> None:
 
 
 def test_a_rank_that_only_listens_reports_nothing() -> None:
-    watch = ExpertWatch(Routing(), every=0)
-    watch.before_step(5, requests=5)
-    assert watch.after_step() is None
+    routing = Routing()
+    watch = ExpertWatch(routing, every=2, reports=False)
+    for _ in range(4):
+        watch.before_step(5, requests=5)
+        assert watch.after_step() is None
+    assert routing.listened == [False, True] * 2, "in the same steps as the rank that counts"
+
+
+def test_nobody_listens_unless_asked() -> None:
+    nothing: Any = None
+    assert watch_experts(nothing, nothing, ExpertsConfig()) is None
 
 
 def test_skew_is_one_if_all_are_used_alike_and_forgets_what_is_old() -> None:

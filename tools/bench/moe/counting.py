@@ -117,7 +117,7 @@ class _Rig:
     def switch(self, every: int) -> None:
         watch = self._watch if every else None
         self._worker._experts = self._connector.expert_watch = watch
-        self._watch._every = every
+        self._watch._every = every or 1
         for router, capture in self._routers:
             router.set_capture_fn(capture if every else None)
 

@@ -18,7 +18,10 @@ PROMPTS = ["The history of the city begins", "def add(a, b): return a + b  # sum
 OUTPUT = 6
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[KINDS[0], *(pytest.param(kind, marks=pytest.mark.complete) for kind in KINDS[1:])],
+)
 def engine(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
