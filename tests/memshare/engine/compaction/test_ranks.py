@@ -164,10 +164,8 @@ def test_what_is_preempted_is_dense_again_on_both_ranks(
     requests.run(until=lambda: len(starts.of.keys() & {"s1", "s2", "s3", "s4"}) >= 2)
     before = max((name for name in starts.of if name[0] == "s"), key=lambda n: len(starts.of[n]))
     engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    rpc(take_notes)
     since, rounds = len(requests.tokens[before]), len(starts.of[before])
-    (_, first), (_, second) = rpc(take_notes)
-    gone = events_of(first, second, starts.of[before], before)
-    assert len(gone) == rounds
     requests.run()
     tokens = requests.tokens
     (logits, first), (_, second) = rpc(take_notes)
@@ -175,8 +173,6 @@ def test_what_is_preempted_is_dense_again_on_both_ranks(
     noise = worst(logits, "s0", reference.logits(tokens["s0"], []))
     assert noise < 2e-4
     assert worst(logits, before, reference.logits(tokens[before], again), since) <= 1.5 * noise
-    still = reference.logits(tokens[before], gone)  # control: as if it had not become dense
-    assert worst(logits, before, still, since) > 1000 * noise
 
     for name in ("s0", before):
         requests.add(f"{name}again", tokens[name][:-TOKENS], exact=True)
