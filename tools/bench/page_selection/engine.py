@@ -100,14 +100,18 @@ class ForcingEngine:
         return tokens[len(forced) :], torch.stack(self._seen[1 : len(forced)])
 
     def _patch(self) -> None:
-        model = self.worker.model_runner.model
-        compute = model.compute_logits
+        runner = self.worker.model_runner
+        model, compute = runner.model, runner.model.compute_logits
 
         def compute_logits(hidden: Tensor) -> Tensor | None:
             logits: Tensor | None = compute(hidden)
-            if logits is not None and len(logits) == 1:
+            batch = runner.input_batch
+            if logits is None or batch.num_reqs != 1:
+                return logits
+            known = batch.num_computed_tokens_cpu[0] + runner.query_start_loc.np[1]
+            step = int(known - batch.num_prompt_tokens[0])
+            if step >= 0:  # else a part of the prompt, whose logits nobody wants
                 self._seen.append(logits[0].float().log_softmax(-1))
-                step = len(self._seen) - 1
                 if step < len(self._forced):
                     logits[0, self._forced[step]] = 1e9
             return logits
