@@ -28,12 +28,12 @@ class ExpertCounts:
     @property
     def touched(self) -> npt.NDArray[np.int64]:
         """``[layers]``: distinct experts."""
-        return np.count_nonzero(self.counts, axis=1)
+        return np.asarray(np.count_nonzero(self.counts, axis=1))
 
     @property
     def chosen(self) -> npt.NDArray[np.int64]:
         """``[layers]``: tokens, each as often as it chose an expert."""
-        return self.counts.sum(axis=1, dtype=np.int64)
+        return np.asarray(self.counts.sum(axis=1, dtype=np.int64))
 
 
 class ExpertLoad:
@@ -54,4 +54,4 @@ class ExpertLoad:
         Empty before the first step."""
         if self._load is None:
             return np.empty(0)
-        return self._load.max(axis=1) / np.maximum(self._load.mean(axis=1), 1e-9)
+        return np.asarray(self._load.max(axis=1) / np.maximum(self._load.mean(axis=1), 1e-9))
