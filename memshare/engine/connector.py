@@ -258,12 +258,12 @@ class MemShareConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What has changed since the last step (scheduler side)."""
         side = self.scheduler_side or self.family_side
-        stats = [
+        stats: list[KVConnectorStats] = [
             MemShareStats(payload)
             for half in (side, self.expert_stats)
             if half is not None and (payload := half.take_stats()) is not None
         ]
-        return reduce(MemShareStats.aggregate, stats) if stats else None
+        return reduce(lambda earlier, later: earlier.aggregate(later), stats) if stats else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:

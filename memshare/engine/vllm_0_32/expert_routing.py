@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.layer import MoERunner
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
     RoutedExpertsCapturer,
     RoutedExpertsCaptureSource,
     bind_routed_experts_capturer,
 )
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memshare.errors import UserError
-from memshare.lab.moe.texts import domain_texts
+from memshare.lab.moe.texts import Domain, domain_texts
 
 Ids = npt.NDArray[np.int16]
 
@@ -36,7 +36,7 @@ class ExpertTrace:
 
 
 def read_traces(
-    model: Path, domains: Sequence[str], count: int, length: int
+    model: Path, domains: Sequence[Domain], count: int, length: int
 ) -> tuple[list[ExpertTrace], int, float]:
     """Let a model read texts that it was not trained on.
 

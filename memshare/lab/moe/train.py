@@ -105,7 +105,7 @@ def train(plan: MoePlan, work: Path, folder: Path) -> None:
         draws = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
         loss, balance = _loss(plan, model, _batch(plan, streams, draws))
         optimizer.zero_grad()
-        (loss + plan.balance * balance).backward()  # type: ignore[no-untyped-call]
+        (loss + plan.balance * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
@@ -114,7 +114,7 @@ def train(plan: MoePlan, work: Path, folder: Path) -> None:
             _save(work, model, optimizer, step + 1)
             saved = time.monotonic()
     _save(work, model, optimizer, plan.steps)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -129,7 +129,6 @@ def model_config(plan: MoePlan) -> Qwen3MoeConfig:
         num_hidden_layers=plan.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
-        head_dim=32,
         num_experts=plan.experts,
         num_experts_per_tok=plan.chosen,
         norm_topk_prob=True,

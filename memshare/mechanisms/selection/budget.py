@@ -25,7 +25,8 @@ def pages_read(config: SelectionConfig, pages: Counts) -> Counts:
         assert config.budget is not None, "nothing is selected"
         wanted = np.ceil(pages * config.budget).astype(np.int32)
     always = config.first_pages + config.recent_pages
-    return np.minimum(np.maximum(wanted, always), pages)
+    read: Counts = np.minimum(np.maximum(wanted, always), pages)
+    return read
 
 
 def chooses(config: SelectionConfig, pages: int) -> bool:
