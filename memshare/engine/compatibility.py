@@ -148,8 +148,9 @@ def check_workers(
 
 def edits_view(config: MemShareConfig) -> bool:
     """Whether attention must read its tables through a view: only where tokens may be dropped."""
-    mechanisms = registry.mechanisms_of(config).values()
-    return config.mode == "share" and any(mechanism.edits_view for mechanism in mechanisms)
+    if config.mode != "share":
+        return False
+    return any(mechanism.edits_view for mechanism in registry.mechanisms_of(config).values())
 
 
 def check_layers(vllm_config: VllmConfig, config: MemShareConfig) -> None:

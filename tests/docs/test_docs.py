@@ -80,9 +80,11 @@ def test_the_compatibility_page_names_the_versions_that_the_code_wants() -> None
 @pytest.mark.engine  # vLLM is loaded
 def test_the_compatibility_page_names_every_option_that_is_refused() -> None:
     from memshare.engine.compatibility import engine_facts, plug_in_faults, setup_faults
+    from memshare.engine.speculation import speculation_faults
 
     page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
-    code = "".join(map(inspect.getsource, (plug_in_faults, setup_faults, engine_facts)))
+    told = (plug_in_faults, setup_faults, engine_facts, speculation_faults)
+    code = "".join(map(inspect.getsource, told))
     options = set(re.findall(r"(?:parallel|model|vllm_config|cache_config)\.(\w+)", code))
     options |= set(re.findall(r'"(\w+_context_parallel_size)"', code))
     # Not options: sections, and the model's own properties, which the page has in words.

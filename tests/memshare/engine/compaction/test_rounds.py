@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from tests.memshare.engine.harness import BLOCK, Engine, StartEngine, forget_numba
+from tests.memshare.engine.compaction.rounds import (
+    CHECKED,
+    OFF,
+    PROMPTS,
+    SMALL,
+    TOKENS,
+    assert_clean,
+    finished,
+)
+from tests.memshare.engine.harness import BLOCK, Engine, StartEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-
-CHECKED: dict[str, Any] = {
-    "policy": {"name": "compaction"},
-    "protect": {"recent_tokens": 64},
-    "integrity": {"check_every": 1, "on_failure": "raise"},
-}
-SMALL: dict[str, Any] = {"load_format": "dummy", "num_gpu_blocks_override": 80}
-PROMPTS = [f"Problem {i}: " + "add one to the number, " * 3 for i in range(16)]
-TOKENS = 320
-OFF = {"memshare": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +47,6 @@ def clean(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engine" in request.fixturenames:
         assert_clean(request.getfixturevalue("engine"))
-
-
-def assert_clean(engine: Engine) -> None:
-    assert engine.is_clean()
-    assert "integrity_checks:failed" not in engine.totals
-    assert engine.totals["integrity_checks:passed"] > 0
-    assert list(engine.side.tracker) == []
-    assert engine.side.part.holes == {}
-    engine.generate(PROMPTS[:1], 1)  # what has ended is told with the next step
-    worker = engine.core.model_executor.driver_worker.worker
-    assert worker._memshare.parts["compaction"].slots._entries == {}
-
-
-def finished(engine: Engine, names: dict[str, Any], **params: Any) -> dict[str, Any]:
-    """Add requests, run them to their ends, and return their last outputs by name."""
-    from vllm import SamplingParams
-
-    vllm, outputs = engine.llm.llm_engine, {}
-    for name, prompt in names.items():
-        options = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        vllm.add_request(name, prompt, SamplingParams(**options | params.get(name, {})))
-    while vllm.has_unfinished_requests():
-        outputs |= {output.request_id: output for output in vllm.step() if output.finished}
-    return outputs
 
 
 def test_under_pressure_requests_are_compacted_and_leave_nothing_behind(engine: Engine) -> None:
@@ -171,65 +145,3 @@ def test_what_is_reported_agrees_with_the_books(engine: Engine) -> None:
     assert seen > 10
     assert engine.metric("vllm:memshare_tokens_dropped") == engine.totals["tokens_dropped"]
     assert engine.metric("vllm:memshare_compactions") == engine.totals["compactions"]
-
-
-EAGER = CHECKED | {
-    "trigger": {"kind": "eager"},
-    "policy": {"name": "compaction", "scorer": "recency", "min_round": 1},
-    "protect": {"recent_tokens": 32},
-    "budget": {"max_thinning": 0.5},
-}
-
-
-def test_a_later_turn_is_served_exact_blocks_alone(
-    dense: list[tuple[int, ...]], start_engine: StartEngine, tiny: str
-) -> None:
-    """A whole answer is compacted as soon as it may be; its conversation goes on, exactly."""
-    with start_engine(tiny, EAGER, **SMALL | {"num_gpu_blocks_override": 200}) as engine:
-        prompt = engine.llm.get_tokenizer().encode(PROMPTS[0])
-        turn = {"prompt_token_ids": [*prompt, *dense[0]]}
-        finished(engine, {"first": PROMPTS[0]})
-        assert engine.totals["compactions"] > 0
-
-        asked = {"extra_args": OFF, "max_tokens": 8}
-        later = finished(engine, {"later": turn}, later=asked)["later"]
-        # Blocks that hold any of the prompt are found. The first behind them was packed.
-        assert later.num_cached_tokens == -(-len(prompt) // BLOCK) * BLOCK
-        engine.llm.reset_prefix_cache()
-        alone = finished(engine, {"alone": turn}, alone=asked)["alone"]
-        assert alone.num_cached_tokens == 0
-        assert later.outputs[0].token_ids == alone.outputs[0].token_ids
-        assert engine.is_clean()
-
-        # Negative control: packed blocks that stay published are found, and are wrong.
-        engine.side.tables.make_writable = lambda request_id, indexes: True
-        finished(engine, {"again": PROMPTS[0]})
-        wrong = finished(engine, {"wrong": turn}, wrong=asked)["wrong"]
-        assert wrong.num_cached_tokens > later.num_cached_tokens
-
-
-def test_observe_drops_nothing(start_engine: StartEngine, tiny: str) -> None:
-    with start_engine(tiny, CHECKED | {"mode": "observe"}, **SMALL) as engine:
-        outputs = engine.generate(PROMPTS, TOKENS)
-        assert all(len(tokens) == TOKENS for tokens in outputs)
-        assert engine.totals["compactions"] == 0
-        assert engine.metric("vllm:num_preemptions") > 0, "memory was short"
-        assert engine.is_clean()
-
-
-def test_drafted_tokens(start_engine: StartEngine, tiny: str) -> None:
-    options: dict[str, Any] = {
-        "speculative_config": {
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
-    }  # fmt: skip
-    try:
-        with start_engine(tiny, CHECKED, **SMALL | options) as engine:
-            outputs = engine.generate(PROMPTS, TOKENS)
-            assert all(len(tokens) == TOKENS for tokens in outputs)
-            assert engine.totals["compactions"] > 10
-            assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
-            assert_clean(engine)
-    finally:
-        forget_numba()
