@@ -277,7 +277,7 @@ class PageSelector(Protocol):
         ...
 
     def clear(self) -> None:
-        """The step has been launched: no request is named any more."""
+        """The step is over: no request is named any more."""
         ...
 
     def rewritten(self, blocks: Tensor) -> None:
