@@ -70,12 +70,13 @@ def test_schemes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_switches_by_number_of_agents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Under a scheme that shares the others compute what is new, and memory does not grow with
     them; each with a cache of its own computes and keeps everything."""
-    write_base(tmp_path / "base")
-    write_adapter(tmp_path / "plan", seed=0)
+    base = write_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    write_adapter(tmp_path / "plan", model, seed=0)
     write_rows(tmp_path / "plan.jsonl", rows("plan"))
     command = [
         "agents", "switches", *(f"{name}={tmp_path / 'plan'}" for name in "abc"),
-        "--base", str(tmp_path / "base"), "--records", str(tmp_path / "plan.jsonl"),
+        "--base", str(base), "--records", str(tmp_path / "plan.jsonl"),
         "--schemes", "base_lr_shared", "--contexts", "64,256", "--new", "10", "--block-size", "32",
         "--work", str(tmp_path / "work"), "--json", str(tmp_path / "figures.json"),
         "--plot", str(tmp_path / "figures.svg"),
