@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.complete]
     graceful_shutdown_wait_loop_s=0.2,
 )
 class Slow:
-    """Answers with its node, after a while."""
+    """Answers with its node, some seconds after there is a file of this name."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -32,11 +33,13 @@ class Slow:
     def running(self) -> int:
         return self._running
 
-    async def __call__(self, seconds: float) -> str:
+    async def __call__(self, gate: str, seconds: float) -> str:
         import asyncio
 
         self._running += 1
         try:
+            while not Path(gate).exists():
+                await asyncio.sleep(0.1)
             await asyncio.sleep(seconds)
         finally:
             self._running -= 1
@@ -72,18 +75,22 @@ def slow(second_node: str) -> Iterator[Any]:
         serve.shutdown()
 
 
-def test_replicas_leave_and_finish_first(second_node: str, slow: Any) -> None:
+def test_replicas_leave_and_finish_first(second_node: str, slow: Any, tmp_path: Path) -> None:
     assert replicas_on(second_node) > 0, "replicas spread over both nodes"
-    running = [slow.remote(20.0) for _ in range(16)]  # until all have begun
-    end = time.monotonic() + 60
+    gate = tmp_path / "gate"
+    running = [slow.remote(str(gate), 5.0) for _ in range(16)]
+    end = time.monotonic() + 120
     while sum(slow.broadcast("running").results(timeout_s=60)) < 16:
         assert time.monotonic() < end, "they do not get under way"
         time.sleep(0.1)
+    gate.touch()
     assert drain(second_node, deadline_s=60)
     assert replicas_on(second_node) == 0
     nodes = [answer.result(timeout_s=60) for answer in running]
     assert second_node in nodes, "some ran there, and none was cut"
-    assert {slow.remote(0.0).result(timeout_s=60) for _ in range(8)} == set(nodes) - {second_node}
+    assert {slow.remote(str(gate), 0.0).result(timeout_s=60) for _ in range(8)} == set(nodes) - {
+        second_node
+    }
 
 
 def test_a_deadline_ends_the_wait(second_node: str) -> None:
