@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,19 @@ def fractions(option: str, text: str) -> list[float]:
     if not all(number is not None and number <= 1 for number in found):
         raise UserError(f"{option} {text}: give fractions from 0 to 1, separated by ','")
     return [number for number in found if number is not None]
+
+
+def require_known(
+    option: str, names: Iterable[str], known: Collection[str], separator: str = ", "
+) -> None:
+    """Refuse a name that there is not.
+
+    Raises:
+        UserError: for the first such name; ``option`` and what there is are named.
+    """
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"{option} {unknown}: choose of {separator.join(known)}")
 
 
 @contextmanager

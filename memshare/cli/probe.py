@@ -13,7 +13,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memshare.cli.options import count, counts, fraction, fractions, new_file, whole
+from memshare.cli.options import (
+    count,
+    counts,
+    fraction,
+    fractions,
+    new_file,
+    require_known,
+    whole,
+)
 from memshare.errors import UserError
 from memshare.lab.markdown import table
 from memshare.small_model.names import SMOLLM2
@@ -254,9 +262,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from memshare.small_model.names import resolve_model
 
     scorers = args.scorers.split(",")
-    unknown = [name for name in scorers if name not in _SCORERS]
-    if unknown:
-        raise UserError(f"--scorers {unknown[0]}: choose of {', '.join(_SCORERS)}")
+    require_known("--scorers", scorers, _SCORERS)
     plan = JudgingPlan(
         model=resolve_model(args.model),
         recorded=_kinds(args.texts),
@@ -290,9 +296,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     dense = [name for name, policy in POLICIES.items() if not policy.routed]
     policies = args.policies.split(";") if args.policies else dense
-    unknown = [name for name in policies if name not in POLICIES]
-    if unknown:
-        raise UserError(f"--policies {unknown[0]}: choose of {'; '.join(POLICIES)}")
+    require_known("--policies", policies, POLICIES, "; ")
     plan = ComparePlan(
         model=resolve_model(args.model),
         reasoner=resolve_model(args.reasoner) if args.solutions else "",

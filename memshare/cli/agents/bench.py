@@ -11,11 +11,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from memshare.cli.agents.check import named
-from memshare.cli.agents.replays import SCHEMES, run_schemes, usable, work_folder
+from memshare.cli.agents.replays import add_schemes, run_schemes, usable, work_folder
 from memshare.cli.options import count, fraction, new_file, whole
 from memshare.errors import UserError
 from memshare.lab.markdown import table
-from memshare.small_model.names import SMOLLM2
 
 if TYPE_CHECKING:
     from memshare.lab.agents.quality import Quality
@@ -35,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--records", action="append", required=True, metavar="ROLE=FILE", help="records of a role, "
         "as for train; once for each role",
     )  # fmt: skip
-    parser.add_argument("--base", default=SMOLLM2.name, help="base model: name, folder or hub id")
-    parser.add_argument(
-        "--schemes", help=f"separated by ','; of {', '.join(SCHEMES)} (default: all that take the "
-        "adapters)",
-    )  # fmt: skip
+    add_schemes(parser)
     parser.add_argument(
         "--held-out", type=fraction, default=0.15, help="fraction of the trajectories that train "
         "kept aside, which are replayed; 1: all are",

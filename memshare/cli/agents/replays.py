@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -9,14 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from memshare.cli.options import require_known
 from memshare.config import AgentsConfig, ConfigError
 from memshare.errors import UserError
+from memshare.small_model.names import SMOLLM2
 
 if TYPE_CHECKING:
     from memshare.lab.agents.turns import ReplayPlan
 
 _RUN = "memshare.lab.agents.replay:run_scheme"
 SCHEMES: tuple[str, ...] = get_args(AgentsConfig.model_fields["scheme"].annotation)
+
+
+def add_schemes(parser: argparse.ArgumentParser) -> None:
+    """Declare which model, and which schemes :func:`usable` chooses from."""
+    parser.add_argument("--base", default=SMOLLM2.name, help="base model: name, folder or hub id")
+    parser.add_argument(
+        "--schemes", help=f"separated by ','; of {', '.join(SCHEMES)} (default: all that take the "
+        "adapters)",
+    )  # fmt: skip
 
 
 def run_schemes(plan: ReplayPlan, schemes: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -85,9 +97,7 @@ def usable(folders: dict[str, Path], wanted: str | None) -> list[str]:
     from memshare.agents.refusals import check_adapters
 
     names = SCHEMES if wanted is None else tuple(dict.fromkeys(("nonshared", *wanted.split(","))))
-    unknown = [name for name in names if name not in SCHEMES]
-    if unknown:
-        raise UserError(f"--schemes {unknown[0]}: choose of {', '.join(SCHEMES)}")
+    require_known("--schemes", names, SCHEMES)
     found = []
     try:
         adapters = adapters_by_name(folders)

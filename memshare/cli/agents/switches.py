@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshare.cli.agents.check import named
-from memshare.cli.agents.replays import SCHEMES, run_schemes, usable, work_folder
+from memshare.cli.agents.replays import add_schemes, run_schemes, usable, work_folder
 from memshare.cli.options import count, counts, new_file
 from memshare.errors import UserError
 from memshare.lab.markdown import table
-from memshare.small_model.names import SMOLLM2
 
 if TYPE_CHECKING:
     from memshare.lab.agents.switches import Switch
@@ -39,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--records", type=Path, action="append", required=True, metavar="FILE", help="records, as "
         "for train, whose inputs are the text; once or more",
     )  # fmt: skip
-    parser.add_argument("--base", default=SMOLLM2.name, help="base model: name, folder or hub id")
-    parser.add_argument(
-        "--schemes", help=f"separated by ','; of {', '.join(SCHEMES)} (default: all that take the "
-        "adapters)",
-    )  # fmt: skip
+    add_schemes(parser)
     parser.add_argument(
         "--contexts", type=counts, default=(1024, 4096), help="tokens that the first agent reads, "
         "separated by ','",

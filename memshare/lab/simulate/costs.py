@@ -114,10 +114,29 @@ def _non_negative(works: npt.NDArray[np.float64], seconds: npt.NDArray[np.float6
         del kept[int(found.argmin())]
 
 
-class Deployment(BaseModel):
-    """A model on some accelerators, by published numbers. Nothing here has been measured."""
+class AcceleratorFacts(BaseModel):
+    """What each of some accelerators can do, by published numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    memory_gb: PositiveFloat
+    """Gigabytes of memory of each, 10^9 bytes."""
+    memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """vLLM's ``gpu_memory_utilization``: a fraction of the memory."""
+    reserved_gb: float = Field(default=4.0, ge=0.0)
+    """Gigabytes of each for activations and CUDA graphs."""
+    bandwidth_gb_s: PositiveFloat
+    """Gigabytes a second that each reads from its memory."""
+    teraflops: PositiveFloat
+    """Dense 16-bit operations a second of each, 10^12."""
+    efficiency: float = Field(default=0.6, gt=0.0, le=1.0)
+    """Fraction of bandwidths and operations that is reached."""
+    block_size: PositiveInt = 16
+    """Tokens of a KV block."""
+
+
+class Deployment(AcceleratorFacts):
+    """A model on some accelerators, by published numbers. Nothing here has been measured."""
 
     name: str
     """As shown in tables."""
@@ -135,22 +154,8 @@ class Deployment(BaseModel):
     """Bytes a value of the cache."""
     accelerators: PositiveInt
     """How many share the model (tensor parallel)."""
-    memory_gb: PositiveFloat
-    """Gigabytes of memory of each, 10^9 bytes."""
-    memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
-    """vLLM's ``gpu_memory_utilization``: a fraction of the memory."""
-    reserved_gb: float = Field(default=4.0, ge=0.0)
-    """Gigabytes of each for activations and CUDA graphs."""
-    bandwidth_gb_s: PositiveFloat
-    """Gigabytes a second that each reads from its memory."""
-    teraflops: PositiveFloat
-    """Dense 16-bit operations a second of each, 10^12."""
-    efficiency: float = Field(default=0.6, gt=0.0, le=1.0)
-    """Fraction of bandwidth and operations that is reached."""
     step_overhead_s: float = Field(default=0.002, ge=0.0)
     """Seconds of a step that neither reads nor computes: launches, sampling, communication."""
-    block_size: PositiveInt = 16
-    """Tokens of a KV block."""
 
     @property
     def kv_bytes_per_token(self) -> float:

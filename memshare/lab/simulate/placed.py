@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from memshare.config import ConfigError
-from memshare.lab.simulate.costs import DoesNotFitError, StepWork
+from memshare.lab.simulate.costs import AcceleratorFacts, DoesNotFitError, StepWork
 from memshare.moe.placement.model_config import read_shape
 from memshare.moe.placement.parallelism import Parallelism
 from memshare.moe.placement.proposal import touched
@@ -50,13 +50,11 @@ class PlacedCosts:
         )
 
 
-class PlacedDeployment(BaseModel):
+class PlacedDeployment(AcceleratorFacts):
     """A model by its ``config.json``, divided over accelerators that are given by published
     numbers."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(protected_namespaces=())
 
     name: str
     """As shown in tables."""
@@ -72,24 +70,10 @@ class PlacedDeployment(BaseModel):
     """Ranks that divide the tokens of the same KV heads."""
     kv_bytes: PositiveInt = 2
     """Bytes a number of the cache."""
-    memory_gb: PositiveFloat
-    """Gigabytes of memory of each accelerator, 10^9 bytes."""
-    memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
-    """vLLM's ``gpu_memory_utilization``: a fraction of the memory."""
-    reserved_gb: float = Field(default=4.0, ge=0.0)
-    """Gigabytes of each for activations and CUDA graphs."""
-    bandwidth_gb_s: PositiveFloat
-    """Gigabytes a second that each reads from its memory."""
     link_gb_s: PositiveFloat
     """Gigabytes a second that each sends to others."""
-    teraflops: PositiveFloat
-    """Dense 16-bit operations a second of each, 10^12."""
-    efficiency: float = Field(default=0.6, gt=0.0, le=1.0)
-    """Fraction of bandwidths and operations that is reached."""
     step_overhead_s: float = Field(default=0.002, ge=0.0)
     """Seconds of a step for launches and sampling."""
-    block_size: PositiveInt = 16
-    """Tokens of a KV block."""
 
     @property
     def accelerators(self) -> int:

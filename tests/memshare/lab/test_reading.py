@@ -23,7 +23,6 @@ from memshare.lab.replay.prefilled import PrefilledTrace, Reader
 from memshare.mechanisms.baselines.params import OldestParams
 from memshare.mechanisms.step_pairs.params import PaperParams
 from memshare.mechanisms.twins.params import TwinsParams
-from tests.memshare.engine.harness import write_tiny_model
 from tools.bench import study_policies
 
 SIZE = 32
@@ -31,22 +30,6 @@ STEP = "So the sum of both is 42, and I check it.\n\n"
 TEXT = "".join(f"{STEP}Line {i}: " + "abcdefghijklmnopqrstuvwxyz"[i:] * 2 for i in range(12))
 PROMPT = "Add the numbers, and write every step as a paragraph of its own."
 DAMAGE = {name: i for i, name in enumerate(COLUMNS)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with weights, and a chat template that adds nothing."""
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
-    torch.manual_seed(0)
-    # Weights as large as a trained model's, or attention would look at everything alike.
-    config = AutoConfig.from_pretrained(folder, initializer_range=0.2)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
