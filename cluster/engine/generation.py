@@ -30,10 +30,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from cluster.grpc.messages import Cost, Piece
 from cluster.grpc.status import http_status
+from memshare.engine.compatibility import config_of
 
 
 class Generation:
-    """Runs requests in one engine. Each call is one sequence."""
+    """Runs requests in one engine. Each call is one sequence.
+
+    Attributes:
+        memshare_policy: the policy that runs in the engine; ``""`` if nothing is reclaimed.
+    """
 
     def __init__(self, engine: AsyncLLM, state: State) -> None:
         """Take hold of what vLLM's HTTP app uses.
@@ -45,6 +50,7 @@ class Generation:
         self._engine = engine
         self._completion: OpenAIServingCompletion = state.openai_serving_completion
         self._chat: OpenAIServingChat = state.openai_serving_chat
+        self.memshare_policy = _policy_of(engine.vllm_config)
 
     @property
     def vllm_config(self) -> VllmConfig:
@@ -273,3 +279,10 @@ def _only(rendered: list[EngineInput] | ErrorResponse) -> EngineInput:
 
 def _refused(response: ErrorResponse) -> Exception:
     return http_status(HTTPStatus(response.error.code), response.error.message)
+
+
+def _policy_of(config: VllmConfig) -> str:
+    if config.kv_transfer_config is None:  # the engine runs without MemShare
+        return ""
+    memshare = config_of(config)
+    return "" if memshare.mode == "off" else memshare.policy.name

@@ -32,8 +32,6 @@ def model_info(args: ClusterArgs, generation: Generation, model: str) -> pb.GetM
     """
     import vllm
 
-    from memshare.engine.compatibility import config_of
-
     config = generation.vllm_config
     return pb.GetModelInfoResponse(
         model=model,
@@ -45,7 +43,7 @@ def model_info(args: ClusterArgs, generation: Generation, model: str) -> pb.GetM
         block_size=config.cache_config.block_size,
         kv_blocks=config.cache_config.num_gpu_blocks or 0,
         memshare_mode=args.memshare.mode,
-        memshare_policy="" if args.memshare.mode == "off" else config_of(config).policy.name,
+        memshare_policy=generation.memshare_policy,
         memshare_version=__version__,
         vllm_version=vllm.__version__,
     )

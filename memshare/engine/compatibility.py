@@ -36,7 +36,7 @@ def config_of(vllm_config: VllmConfig) -> MemShareConfig:
     config = _asked_for(vllm_config)
     if config.mode == "off":
         return config
-    return config.model_copy(update={"policy": policy_choice(vllm_config).params})
+    return config.model_copy(update={"policy": _settle(config, vllm_config).params})
 
 
 def policy_choice(vllm_config: VllmConfig) -> registry.Choice:
@@ -45,7 +45,11 @@ def policy_choice(vllm_config: VllmConfig) -> registry.Choice:
     Raises:
         ConfigError: a field is unknown or wrong.
     """
-    return registry.settle(Setup(_asked_for(vllm_config), engine_facts(vllm_config)))
+    return _settle(_asked_for(vllm_config), vllm_config)
+
+
+def _settle(config: MemShareConfig, vllm_config: VllmConfig) -> registry.Choice:
+    return registry.settle(Setup(config, engine_facts(vllm_config)))
 
 
 def _asked_for(vllm_config: VllmConfig) -> MemShareConfig:
