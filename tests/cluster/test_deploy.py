@@ -32,6 +32,7 @@ from tools.confine import USER
 from tools.kubernetes.build import Manifests, build
 from tools.kubernetes.dashboards import AGENTS, ROWS
 from tools.kubernetes.layout import IMAGE_MODELS, K8S, KEY_TABLE, ROOT
+from tools.runtime_env import runtime_env
 
 pytestmark = [
     pytest.mark.cluster,
@@ -83,7 +84,7 @@ class Node:
         )
         answer.raise_for_status()
         for application in answer.json()["applications"].values():  # at first there is none
-            assert application["status"] != "DEPLOY_FAILED", application["message"]
+            assert application["status"] != "DEPLOY_FAILED", _why(application)
             return str(application["status"])
         return "NOT_STARTED"
 
@@ -127,6 +128,13 @@ class Node:
         return found
 
 
+def _why(application: dict[str, Any]) -> str:
+    """What Ray Serve says of an application, and last of the deployment that failed."""
+    deployments = application["deployments"].values()
+    failed = [each["message"] for each in deployments if each["status"] != "HEALTHY"]
+    return "\n".join([application["message"], *failed])
+
+
 def serve_config(ports: dict[str, int]) -> dict[str, Any]:
     """What the overlay gives KubeRay, on ports that are free here."""
     config = Manifests(build(CPU_DEMO)).serve_config
@@ -137,13 +145,11 @@ def serve_config(ports: dict[str, int]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    scratch = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))  # short: it holds Unix sockets
     log = tmp_path_factory.mktemp("pod") / "ray.log"
     names = ("gcs", "client", "dashboard", "agent", "metrics", "http", "grpc")
     ports = {name: get_open_port() for name in names}
     token = secrets.token_hex(32)
     command = [
-        *(sys.executable, str(ROOT / "tools" / "confine.py"), "--scratch", str(scratch)),
         *("--mount", f"{prepare_model()}:{IMAGE_MODELS}/smollm2-135m"),
         *("--mount", f"{CPU_DEMO / 'keys.yaml'}:{KEY_TABLE}"),
         "--",
@@ -154,7 +160,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         *("--dashboard-agent-listen-port", str(ports["agent"])),
         *("--metrics-export-port", str(ports["metrics"])),
     ]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+    # As in a pod, nothing of who starts it: engines of other tests leave much in this environment.
+    bare = runtime_env({"PATH": os.environ["PATH"]})
+    environ = {k: v for k, v in bare.items() if not k.startswith("RAY_")} | {
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
@@ -163,10 +171,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         "HF_HUB_OFFLINE": "1",
     }
 
+    scratches: list[Path] = []
+
     def launch() -> subprocess.Popen[bytes]:
+        scratches.append(Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp")))  # short: Unix sockets
+        confine = [sys.executable, str(ROOT / "tools/confine.py"), "--scratch", str(scratches[-1])]
         with log.open("ab") as output:
             return subprocess.Popen(
-                command, env=environ, stdout=output, stderr=subprocess.STDOUT,
+                confine + command, env=environ, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -194,7 +206,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         _, alive = psutil.wait_procs(everything, timeout=20)
         for left in alive:
             left.kill()
-        shutil.rmtree(scratch, ignore_errors=True)
+        for scratch in scratches:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

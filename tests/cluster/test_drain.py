@@ -25,24 +25,19 @@ pytestmark = [pytest.mark.cluster, pytest.mark.complete]
     graceful_shutdown_wait_loop_s=0.2,
 )
 class Slow:
-    """Answers with its node, some seconds after there is a file of this name."""
+    """Answers with its node, some seconds after a folder has a file named ``gate``.
 
-    def __init__(self) -> None:
-        self._running = 0
+    A request that is under way is a file there, too: a replica that is full answers no question.
+    """
 
-    def running(self) -> int:
-        return self._running
-
-    async def __call__(self, gate: str, seconds: float) -> str:
+    async def __call__(self, folder: str, seconds: float) -> str:
         import asyncio
+        import uuid
 
-        self._running += 1
-        try:
-            while not Path(gate).exists():
-                await asyncio.sleep(0.1)
-            await asyncio.sleep(seconds)
-        finally:
-            self._running -= 1
+        Path(folder, f"running-{uuid.uuid4()}").touch()
+        while not Path(folder, "gate").exists():
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(seconds)
         return str(ray.get_runtime_context().get_node_id())
 
 
@@ -77,20 +72,19 @@ def slow(second_node: str) -> Iterator[Any]:
 
 def test_replicas_leave_and_finish_first(second_node: str, slow: Any, tmp_path: Path) -> None:
     assert replicas_on(second_node) > 0, "replicas spread over both nodes"
-    gate = tmp_path / "gate"
-    running = [slow.remote(str(gate), 5.0) for _ in range(16)]
+    running = [slow.remote(str(tmp_path), 5.0) for _ in range(16)]
     end = time.monotonic() + 120
-    while sum(slow.broadcast("running").results(timeout_s=60)) < 16:
+    while len(list(tmp_path.glob("running-*"))) < 16:
         assert time.monotonic() < end, "they do not get under way"
         time.sleep(0.1)
-    gate.touch()
+    (tmp_path / "gate").touch()
     assert drain(second_node, deadline_s=60)
     assert replicas_on(second_node) == 0
     nodes = [answer.result(timeout_s=60) for answer in running]
     assert second_node in nodes, "some ran there, and none was cut"
-    assert {slow.remote(str(gate), 0.0).result(timeout_s=60) for _ in range(8)} == set(nodes) - {
-        second_node
-    }
+    assert {slow.remote(str(tmp_path), 0.0).result(timeout_s=60) for _ in range(8)} == set(
+        nodes
+    ) - {second_node}
 
 
 def test_a_deadline_ends_the_wait(second_node: str) -> None:
