@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from memshare.errors import UserError
+
 if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
+
     from memshare.config import AgentsConfig
 
 CONNECTOR = "MemShareConnector"
 CONNECTOR_MODULE = "memshare.engine.connector"
 ROLE = "kv_producer"
+MULTI_CONNECTOR = "MultiConnector"
 WORKER_CLASS = "memshare.engine.worker.MemShareWorker"
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256)  # that vLLM's `max_lora_rank` may be
@@ -29,22 +36,99 @@ def register_connector() -> None:
         KVConnectorFactory.register_connector(CONNECTOR, CONNECTOR_MODULE, CONNECTOR)
 
 
-def connector_options(memshare: Mapping[str, object]) -> dict[str, Any]:
+def connector_options(
+    memshare: Mapping[str, object], beside: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """vLLM's ``kv_transfer_config`` for MemShare's own options.
 
     The module path is there although the name is registered: installed metadata may be older than
     the code, and ``VLLM_PLUGINS`` may leave the entry point out.
+
+    Args:
+        memshare: MemShare's configuration.
+        beside: ``kv_transfer_config`` of other connectors, which run beside MemShare's.
     """
-    return {
+    ours = {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": ROLE,
         "kv_connector_extra_config": dict(memshare),
     }
+    if not beside:
+        return ours
+    return {
+        "kv_connector": MULTI_CONNECTOR,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": [ours, *map(dict, beside)]},
+    }
 
 
-def plug_in(memshare: Mapping[str, object] | None) -> dict[str, Any]:
+def host_memory(gib: float) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config`` for prompts in host memory, as ``--kv-offloading-size`` has it;
+    to be given as ``beside``.
+
+    Args:
+        gib: size of that memory, over all ranks, in GiB.
+    """
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": int(gib * 2**30)},
+    }
+
+
+def take_beside(options: Namespace) -> list[dict[str, Any]]:
+    """Connectors that options of vLLM ask for, to be given as ``beside``; they are taken out, as
+    there is room for one.
+
+    Raises:
+        UserError: one of them cannot stand beside MemShare's.
+    """
+    beside = []
+    given: KVTransferConfig | None = options.kv_transfer_config
+    if given is not None and given.kv_connector == MULTI_CONNECTOR:
+        raise UserError(
+            f"--kv-transfer-config: kv_connector is {MULTI_CONNECTOR!r}, and MemShare writes that "
+            "itself\n"
+            "    fix: name the connector that is to stand beside MemShare's"
+        )
+    if given is not None and given.kv_connector not in (None, CONNECTOR):
+        beside.append(_changed(given))
+        options.kv_transfer_config = None
+    if options.kv_offloading_size is not None:
+        if options.kv_offloading_backend != "native":
+            raise UserError(
+                f"--kv-offloading-backend is {options.kv_offloading_backend!r}, and its connector "
+                "stores generated tokens, too\n    fix: set it to 'native'"
+            )
+        beside.append(host_memory(options.kv_offloading_size))
+        options.kv_offloading_size = None
+    if beside and options.async_scheduling is None:
+        options.async_scheduling = False
+    return beside
+
+
+def _changed(transfer: KVTransferConfig) -> dict[str, Any]:
+    """The fields that differ from vLLM's defaults, but for the engine's id, which is drawn."""
+    from vllm.config import KVTransferConfig
+
+    plain = asdict(KVTransferConfig())
+    return {
+        name: value
+        for name, value in asdict(transfer).items()
+        if name != "engine_id" and value != plain[name]
+    }
+
+
+def plug_in(
+    memshare: Mapping[str, object] | None, beside: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` or ``EngineArgs``; none for None, which is plain vLLM.
+
+    Args:
+        memshare: MemShare's configuration.
+        beside: ``kv_transfer_config`` of other connectors (docs/other-connectors.md says which may
+            be there). They need ``async_scheduling=False``, which is among the arguments then.
 
     Raises:
         ConfigError: a field is unknown or wrong, or adapters cannot share. The engine would say so
@@ -56,7 +140,11 @@ def plug_in(memshare: Mapping[str, object] | None) -> dict[str, Any]:
     from memshare.config import load_config  # not for `register_connector`, see there
 
     config = load_config(memshare)
-    options = {"kv_transfer_config": connector_options(memshare), "worker_cls": WORKER_CLASS}
+    options: dict[str, Any] = {
+        "kv_transfer_config": connector_options(memshare, beside), "worker_cls": WORKER_CLASS,
+    }  # fmt: skip
+    if beside:
+        options["async_scheduling"] = False
     return options | adapter_options(config.agents)
 
 

@@ -148,19 +148,22 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
 
     Raises:
         ConfigError: vLLM's parser refuses an option.
+        UserError: a connector cannot stand beside MemShare's.
         Exception: whatever vLLM raises for a model or an option that it does not accept.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
     from cluster.engine.options import parse_words
-    from memshare.plug_in import plug_in
+    from memshare.plug_in import CONNECTOR, plug_in, take_beside
 
     options = parse_words(setup.engine)
     memshare = setup.memshare
     wanted = memshare.mode != "off" or memshare.agents.adapters or memshare.experts.counts
-    if options.kv_transfer_config is None and wanted:
-        for name, value in plug_in(setup.memshare.model_dump(mode="json")).items():
+    given = options.kv_transfer_config
+    if wanted and (given is None or given.kv_connector != CONNECTOR):
+        beside = take_beside(options)
+        for name, value in plug_in(memshare.model_dump(mode="json"), beside).items():
             setattr(options, name, value)
     if place.elsewhere and options.block_size is None:
         options.block_size = GPU_BLOCK

@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import json
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.config import ClusterArgs, EngineConfig, ExtraValue
 from memshare.config import AgentsConfig, ConfigError, MemShareConfig
-from memshare.plug_in import WORKER_CLASS, adapter_options, connector_options
+from memshare.plug_in import WORKER_CLASS, adapter_options, connector_options, host_memory
 
 # Options that `engine.extra` may not set, and where they belong.
 _ELSEWHERE = {
     "model": "set 'model' of the application",
     "served_model_name": "set 'served_model_name' of the application",
-    "kv_transfer_config": "leave it out: MemShare's connector takes this place",
+    "kv_transfer_config": "leave it out: MemShare's connector takes this place; to keep prompts in "
+    "host memory, set 'kv_offloading_size'",
     "worker_cls": "leave it out: MemShare's worker class takes this place",
     "host": "set 'http_options.host' of the Ray Serve config file",
     "port": "set 'http_options.port' of the Ray Serve config file",
@@ -36,6 +37,7 @@ _ELSEWHERE = {
     "uds": "leave it out: replicas are served by Ray Serve",
 }
 
+_HOST_MEMORY = "kv_offloading_size"  # which makes a connector of its own, beside ours
 
 # Options of vLLM that say how it logs; without them it follows `memshare.telemetry.logs`.
 _OWN_LOGGING = {"logging_config", "log_config_file"}
@@ -74,7 +76,7 @@ def check_engine_options(args: ClusterArgs) -> None:
     known = parser.option_names
     typed = set(EngineConfig.model_fields)
     for raw, value in args.engine.extra.items():
-        name = raw.removeprefix("--").replace("-", "_")
+        name = _plain(raw)
         if name in _ELSEWHERE:
             raise _wrong(raw, value, "is not an engine option here", _ELSEWHERE[name])
         if name in typed:
@@ -147,12 +149,18 @@ def engine_words(args: ClusterArgs, model: str, config: MemShareConfig) -> list[
     argv = ["--model", model, "--served-model-name", args.public_name]
     for name, value in args.engine.model_dump(exclude={"extra"}, exclude_none=True).items():
         argv += _flag(name, value)
+    host_gib = None
     for name, value in args.engine.extra.items():
-        argv += _flag(name.removeprefix("--"), value)
+        if args.uses_memshare and _plain(name) == _HOST_MEMORY:
+            host_gib = float(value)
+        else:
+            argv += _flag(name.removeprefix("--"), value)
     if config.logs.format == "json" and _names(args).isdisjoint(_OWN_LOGGING):
         argv.append("--logging-config.formatter=json")
     if args.uses_memshare:
-        argv += ["--kv-transfer-config", _connector(config), "--worker-cls", WORKER_CLASS]
+        beside = [] if host_gib is None else [host_memory(host_gib)]
+        argv += ["--kv-transfer-config", _connector(config, beside), "--worker-cls", WORKER_CLASS]
+        argv += ["--no-async-scheduling"] if beside else []
     return argv + _adapter_words(config.agents)
 
 
@@ -167,7 +175,11 @@ def _adapter_words(agents: AgentsConfig) -> list[str]:
 
 
 def _names(args: ClusterArgs) -> set[str]:
-    return {name.removeprefix("--").replace("-", "_") for name in args.engine.extra}
+    return {_plain(name) for name in args.engine.extra}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
 
 
 def _flag(name: str, value: ExtraValue) -> list[str]:
@@ -178,13 +190,13 @@ def _flag(name: str, value: ExtraValue) -> list[str]:
     return [f"--{option}={value}"]
 
 
-def _connector(config: MemShareConfig) -> str:
+def _connector(config: MemShareConfig, beside: Sequence[Mapping[str, Any]]) -> str:
     """vLLM's ``--kv-transfer-config``.
 
     Holds every field, so that files and variables on the replica's machine can't change what was
     validated when the application was built.
     """
-    return json.dumps(connector_options(config.model_dump(mode="json")))
+    return json.dumps(connector_options(config.model_dump(mode="json"), beside))
 
 
 def _wrong(name: str, value: ExtraValue, what: str, fix: str) -> ConfigError:

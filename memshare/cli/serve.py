@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from memshare.config import AgentsConfig, ConfigError, MemShareConfig, load_config, merge
 from memshare.errors import UserError
 from memshare.plug_in import (
-    CONNECTOR,
     ROLE,
     WORKER_CLASS,
     adapter_options,
     connector_options,
+    take_beside,
 )
 from memshare.process_env import engine_env
 from memshare.small_model.names import resolve_model
@@ -90,7 +90,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(["serve", *words])
     assert isinstance(options, argparse.Namespace)
-    config, options.kv_transfer_config = _transfer(options.kv_transfer_config, options.memshare)
+    beside = take_beside(options)
+    config, options.kv_transfer_config = _transfer(
+        options.kv_transfer_config, options.memshare, beside
+    )
     _serve_adapters(options, config.agents)
     options.worker_cls = _worker_class(options.worker_cls)
     _resolve(options)
@@ -109,19 +112,15 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _transfer(
-    given: KVTransferConfig | None, memshare: Sequence[Mapping[str, Any]]
+    given: KVTransferConfig | None,
+    memshare: Sequence[Mapping[str, Any]],
+    beside: Sequence[Mapping[str, Any]],
 ) -> tuple[MemShareConfig, KVTransferConfig]:
-    """MemShare's configuration, and vLLM's option for its connector; what the user has set in that
-    stays."""
+    """MemShare's configuration, and vLLM's option for its connector and those beside it; what the
+    user has set in that stays."""
     from vllm.config import KVTransferConfig
 
     base = given or KVTransferConfig()
-    if base.kv_connector not in (None, CONNECTOR):
-        raise UserError(
-            f"--kv-transfer-config: kv_connector is {base.kv_connector!r}, and MemShare must be "
-            "the only KV connector\n"
-            "    fix: leave the option out, or serve without MemShare, by vLLM's own command"
-        )
     if base.kv_role not in (None, ROLE):
         raise UserError(
             f"--kv-transfer-config: kv_role is {base.kv_role!r}, and MemShare moves no KV\n"
@@ -133,7 +132,7 @@ def _transfer(
     except ConfigError as error:
         raise UserError(str(error)) from None
     # Every field: the processes of the engine run what was checked here.
-    return config, replace(base, **connector_options(config.model_dump(mode="json")))
+    return config, replace(base, **connector_options(config.model_dump(mode="json"), beside))
 
 
 def _serve_adapters(options: argparse.Namespace, agents: AgentsConfig) -> None:

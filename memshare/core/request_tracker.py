@@ -22,11 +22,14 @@ class RequestTracker:
     Attributes:
         step: the engine step that is being scheduled, counted from 1.
         exact: live requests that are not followed.
+        unsent: live requests whose blocks no step has sent to the workers yet: beside another KV
+            connector they may wait for it to fill them.
     """
 
     def __init__(self, config: MemShareConfig, tables: BlockTables) -> None:
         self.step = 0
         self.exact: set[str] = set()
+        self.unsent: set[str] = set()
         self._config = config
         self._max_given_up = config.max_given_up
         self._max_thinning = config.max_thinning
@@ -59,6 +62,7 @@ class RequestTracker:
     def unfollow(self, request_id: str) -> RequestState | None:
         """Stop following a request, if it was; it has ended."""
         self.exact.discard(request_id)
+        self.unsent.discard(request_id)
         state = self._states.pop(request_id, None)
         if state is not None:
             state.alive = False
@@ -78,7 +82,10 @@ class RequestTracker:
     def in_transit(self, state: RequestState) -> bool:
         """Whether the request holds no blocks, or its whole block list is on its way to the workers
         and would overwrite any change."""
-        return state.sent_whole_at == self.step or self._tables.table(state.request_id) is None
+        request_id = state.request_id
+        if state.sent_whole_at == self.step or request_id in self.unsent:
+            return True
+        return self._tables.table(request_id) is None
 
     def first_target(self, state: RequestState) -> int:
         """First block behind the protected prompt."""

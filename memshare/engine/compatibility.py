@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from memshare.config import EngineFacts, MemShareConfig, Setup, load_config, registry
 from memshare.core.interfaces import CacheGroup
 from memshare.engine.adapter import vllm_adapter
 from memshare.engine.agents import agent_faults
+from memshare.engine.beside.children import own_transfer
+from memshare.engine.beside.rules import beside_faults
 from memshare.engine.messages import WorkerHandshake
 from memshare.engine.speculation import speculation_faults
 from memshare.engine.versions import check_vllm_version
-from memshare.plug_in import CONNECTOR, ROLE, WORKER_CLASS
+from memshare.plug_in import CONNECTOR, MULTI_CONNECTOR, ROLE, WORKER_CLASS
 from memshare.search.steps import DelimiterAutomaton, compile_delimiters
 from memshare.search.vocabulary import token_bytes
 
@@ -53,8 +55,8 @@ def _settle(config: MemShareConfig, vllm_config: VllmConfig) -> registry.Choice:
 
 
 def _asked_for(vllm_config: VllmConfig) -> MemShareConfig:
-    transfer = vllm_config.kv_transfer_config
-    return load_config(transfer.kv_connector_extra_config if transfer is not None else None)
+    ours = own_transfer(vllm_config.kv_transfer_config)
+    return load_config(ours.kv_connector_extra_config if ours is not None else None)
 
 
 def engine_facts(vllm_config: VllmConfig) -> EngineFacts:
@@ -95,6 +97,7 @@ def faults_before_load(vllm_config: VllmConfig, config: MemShareConfig) -> Itera
         yield from setup_faults(vllm_config, config)
     elif config.agents.shares or config.experts.counts:
         yield from plug_in_faults(vllm_config)
+        yield from beside_faults(vllm_config, config)
     if config.agents.shares:
         yield from agent_faults(vllm_config, config.agents)
     if config.experts.counts:
@@ -111,7 +114,7 @@ def check_cache(kv_cache_config: KVCacheConfig) -> None:
 
 
 def check_workers(
-    handshakes: dict[tuple[int, int], WorkerHandshake],
+    handshakes: Sequence[WorkerHandshake],
     world_size: int,
     family: str | None = None,
     policy: str | None = None,
@@ -129,7 +132,7 @@ def check_workers(
         UnsupportedSetup: a rank did not answer, runs another worker class or policy, or has read
             other adapters.
     """
-    hooked = sum(h.hooked for h in handshakes.values())
+    hooked = sum(h.hooked for h in handshakes)
     if hooked != world_size:
         _raise(
             [
@@ -137,9 +140,9 @@ def check_workers(
                 f"add --worker-cls {WORKER_CLASS}"
             ]
         )
-    if any(h.family != family for h in handshakes.values()):
+    if any(h.family != family for h in handshakes):
         _raise(["adapters were changed while the engine started; start it again"])
-    others = sorted({str(h.policy) for h in handshakes.values() if h.policy != policy})
+    others = sorted({str(h.policy) for h in handshakes if h.policy != policy})
     if others:
         _raise(
             [
@@ -215,15 +218,17 @@ def _raise(faults: Iterator[str] | list[str]) -> None:
 def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
     """What MemShare needs, whatever it does."""
     transfer = vllm_config.kv_transfer_config
+    ours = own_transfer(transfer)
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
-    if transfer is None or transfer.kv_connector != CONNECTOR:
+    if ours is None or ours.kv_connector != CONNECTOR:
         yield (
-            f"kv_connector is {transfer.kv_connector if transfer else None!r}; MemShare must be "
-            f"the only KV connector: set kv_connector to {CONNECTOR!r} in --kv-transfer-config"
+            f"kv_connector is {transfer.kv_connector if transfer else None!r}; set it to "
+            f"{CONNECTOR!r} in --kv-transfer-config, or to {MULTI_CONNECTOR!r} with that first "
+            "among its connectors"
         )
-    elif transfer.kv_role != ROLE:
-        yield f'kv_role is {transfer.kv_role!r}; set "kv_role": "{ROLE}"'
+    elif ours.kv_role != ROLE:
+        yield f'kv_role is {ours.kv_role!r}; set "kv_role": "{ROLE}"'
     if parallel.worker_cls != WORKER_CLASS:
         yield f"worker_cls is {parallel.worker_cls!r}; add --worker-cls {WORKER_CLASS}"
     if parallel.pipeline_parallel_size > 1:
@@ -244,6 +249,7 @@ def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
 def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
     """What is not supported in a set-up, and the way out, as far as its options tell."""
     yield from plug_in_faults(vllm_config)
+    yield from beside_faults(vllm_config, config)
     for mechanism in registry.mechanisms_of(config).values():
         yield from mechanism.refusals(Setup(config, engine_facts(vllm_config)))
     yield from _attention_faults(vllm_config, config)

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from memshare.engine.adapter import vllm_adapter
 from memshare.engine.agents import load_family
+from memshare.engine.beside.children import is_ours
 from memshare.engine.compatibility import (
     check_before_load,
     check_cache,
@@ -73,6 +74,8 @@ class MemShareConnector(KVConnectorBase_V1):
         worker_family: key of the adapters that share the worker's cache; the worker class sets it.
         expert_stats: in the scheduler's process, where experts are counted.
         expert_watch: what counts them in a worker; the worker class sets it.
+        reports_late: whether a worker's handshake comes with the first step, because vLLM hands on
+            that of a connector beside this one; the worker class sets it.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class MemShareConnector(KVConnectorBase_V1):
         self.family_side: FamilySide | None = None
         self.expert_stats: ExpertStats | None = None
         self.expert_watch: ExpertWatch | None = None
+        self.reports_late = False
         self._adapter = vllm_adapter()
         self._world_size = vllm_config.parallel_config.world_size
         if role == KVConnectorRole.SCHEDULER:
@@ -135,22 +139,34 @@ class MemShareConnector(KVConnectorBase_V1):
                 lambda: open_source(config), config.evaluator.queue_size
             ),
         )
+        self.scheduler_side.reclaimer.enabled = False  # until the workers have reported
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """Start-up guard: every rank must have reported that its table can be edited, and that it
-        has read the same adapters. vLLM's core makes its block hasher right after this call."""
-        requests = None if self.family_side is None else self.family_side.requests
-        if self.scheduler_side is not None or requests is not None:
-            check_workers(
-                cast("dict[tuple[int, int], WorkerHandshake]", metadata),
-                self._world_size,
-                None if requests is None else requests.family.key,
-                None if self.scheduler_side is None else self.scheduler_side.config.policy.name,
-            )
-        if requests is not None:
-            requests.hash_blocks()
+        has read the same adapters. vLLM's core makes its block hasher right after this call.
+
+        Beside a connector with handshakes of its own, vLLM hands on those, and ours come later.
+        """
+        if not is_ours(metadata.values()):
+            return
+        self._check_workers(cast("list[WorkerHandshake]", list(metadata.values())))
+        if self.family_side is not None:
+            self.family_side.requests.hash_blocks()
+
+    def _check_workers(self, handshakes: list[WorkerHandshake]) -> None:
+        side, family = self.scheduler_side, self.family_side
+        if side is None and family is None:
+            return
+        check_workers(
+            handshakes,
+            self._world_size,
+            None if family is None else family.requests.family.key,
+            None if side is None else side.config.policy.name,
+        )
+        if side is not None:
+            side.workers_are_ready()
 
     def on_new_request(self, request: Request) -> None:
         """Begin to follow a request."""
@@ -205,6 +221,8 @@ class MemShareConnector(KVConnectorBase_V1):
         message = connector_output.kv_connector_worker_meta
         if not isinstance(message, WorkerMessage):
             return
+        if message.handshakes:
+            self._check_workers(message.handshakes)
         if self.scheduler_side is not None:
             self.scheduler_side.receive(message)
         if self.expert_stats is not None and message.experts is not None:
@@ -219,6 +237,9 @@ class MemShareConnector(KVConnectorBase_V1):
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What the start-up guard looks at."""
+        return None if self.reports_late else self._handshake()
+
+    def _handshake(self) -> WorkerHandshake | None:
         if self.worker_side is not None:
             return self.worker_side.handshake()
         if self.worker_family is not None:
@@ -229,10 +250,14 @@ class MemShareConnector(KVConnectorBase_V1):
         """Called behind the forward pass: compare blocks, return what is ready."""
         message = None if self.worker_side is None else self.worker_side.after_step()
         experts = None if self.expert_watch is None else self.expert_watch.after_step()
-        if experts is None:
+        late = self._handshake() if self.reports_late else None
+        if experts is None and late is None:
             return message
         message = message or WorkerMessage()
         message.experts = experts
+        if late is not None:
+            message.handshakes.append(late)
+            self.reports_late = False
         return message
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:

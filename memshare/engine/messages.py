@@ -29,6 +29,21 @@ class SchedulerMessage(KVConnectorMetadata):
 
 
 @dataclass
+class WorkerHandshake(KVConnectorHandshakeMetadata):
+    """What every rank reports once, before the first step.
+
+    Attributes:
+        hooked: the worker class is ours, so block tables can be edited.
+        family: key of the adapters that share this rank's cache; None if none do.
+        policy: that runs on it; None if nothing is reclaimed.
+    """
+
+    hooked: bool
+    family: str | None = None
+    policy: str | None = None
+
+
+@dataclass
 class WorkerMessage(KVConnectorWorkerMetadata):
     """Workers to scheduler, once an engine step; ranks are folded together by :meth:`aggregate`.
 
@@ -37,12 +52,14 @@ class WorkerMessage(KVConnectorWorkerMetadata):
         table_faults: differences between a worker's table and the scheduler's; None unless asked.
         check_wanted: an operator asked a worker for an integrity check.
         experts: of a step, or None. One rank of those that choose alike tells.
+        handshakes: of ranks that could not report before the first step.
     """
 
     results: dict[str, Reducible] = field(default_factory=dict)
     table_faults: list[str] | None = None
     check_wanted: bool = False
     experts: ExpertCounts | None = None
+    handshakes: list[WorkerHandshake] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMessage:
         """Add another rank's message to this one (vllm/.../kv_transfer/kv_connector/utils.py)."""
@@ -57,19 +74,5 @@ class WorkerMessage(KVConnectorWorkerMetadata):
             self.table_faults = [*(self.table_faults or ()), *other.table_faults]
         self.check_wanted |= other.check_wanted
         self.experts = self.experts or other.experts
+        self.handshakes += other.handshakes
         return self
-
-
-@dataclass
-class WorkerHandshake(KVConnectorHandshakeMetadata):
-    """What every rank reports once, before the first step.
-
-    Attributes:
-        hooked: the worker class is ours, so block tables can be edited.
-        family: key of the adapters that share this rank's cache; None if none do.
-        policy: that runs on it; None if nothing is reclaimed.
-    """
-
-    hooked: bool
-    family: str | None = None
-    policy: str | None = None

@@ -102,6 +102,10 @@ class SchedulerSide:
             part.close()
         self.recorder.close()
 
+    def workers_are_ready(self) -> None:
+        """Every rank can edit its table, so blocks may be reclaimed from now on."""
+        self.reclaimer.enabled = self.config.mode == "share"
+
     # ---- requests come and go ----
 
     def follow(self, request: EngineRequest) -> None:
@@ -134,6 +138,7 @@ class SchedulerSide:
 
     def admitted(self, request_id: str) -> None:
         """vLLM has given blocks to a request that was waiting."""
+        self.tracker.unsent.add(request_id)
         self.admission.admitted(self.tracker.get(request_id))
 
     def _forget_blocks(self, state: RequestState, reason: DropReason) -> None:
@@ -176,9 +181,11 @@ class SchedulerSide:
         the freed blocks to waiting requests in this one. So admission is closed until then.
         """
         if self.config.drops_tokens:  # what is full may be given up; others search it first
+            unsent = self.tracker.unsent
             for state in self.tracker:
-                if self.tables.table(state.request_id) is not None:  # else preempted in this step
-                    self._note_filled(state)  # who wants a block has just filled one
+                if self.tables.table(state.request_id) is None or state.request_id in unsent:
+                    continue  # preempted in this step, or not begun
+                self._note_filled(state)  # who wants a block has just filled one
         freed = self.reclaimer.before_preemption()
         if freed:
             self.admission.close()
@@ -193,6 +200,7 @@ class SchedulerSide:
             state.note_held(state.full)
             self._forget_blocks(state, "preempted")
             state.start_generation()
+        self.tracker.unsent.difference_update(scheduled.sent_whole)
         for request_id in scheduled.sent_whole:
             state = self.tracker.get(request_id)
             if state is not None:
@@ -247,7 +255,9 @@ class SchedulerSide:
         faults = self.check_integrity()
         if faults:
             self._report_check(faults)
-        return self.tables.block_ids()
+        tables = self.tables.block_ids()
+        # Workers have not heard of these blocks; of a preempted request they remember others.
+        return {each: ids for each, ids in tables.items() if each not in self.tracker.unsent}
 
     def _report_check(self, faults: Sequence[str]) -> None:
         result = "failed" if faults else "passed"

@@ -12,15 +12,14 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 
 from memshare.engine.adapter import vllm_adapter
 from memshare.engine.agents import load_family
+from memshare.engine.beside.children import exchanges_handshakes, own_connector, own_message
 from memshare.engine.compatibility import (
     check_before_load,
     check_layers,
     config_of,
     edits_view,
 )
-from memshare.engine.connector import MemShareConnector
 from memshare.engine.experts import ExpertWatch, watch_experts
-from memshare.engine.messages import SchedulerMessage
 from memshare.engine.worker_side import WorkerSide
 
 if TYPE_CHECKING:
@@ -66,8 +65,10 @@ class MemShareWorker(BaseWorker):
         """Create the KV cache, then attach MemShare to the model runner."""
         super().initialize_from_config(kv_cache_config)
         if has_kv_transfer_group():
-            connector = get_kv_transfer_group()
-            if isinstance(connector, MemShareConnector):
+            group = get_kv_transfer_group()
+            connector = own_connector(group)
+            if connector is not None:
+                connector.reports_late = exchanges_handshakes(group)
                 connector.worker_family = self._family
                 connector.expert_watch = self._experts
                 if connector.worker_side is not None:
@@ -79,9 +80,10 @@ class MemShareWorker(BaseWorker):
         if self._experts is not None:
             requests = len(scheduler_output.num_scheduled_tokens)
             self._experts.before_step(scheduler_output.total_num_scheduled_tokens, requests)
-        message = scheduler_output.kv_connector_metadata
-        if self._memshare is not None and isinstance(message, SchedulerMessage):
-            self._memshare.before_step(message)
+        if self._memshare is not None:
+            message = own_message(scheduler_output.kv_connector_metadata)
+            if message is not None:
+                self._memshare.before_step(message)
         return cast("ModelRunnerOutput | None", super().execute_model(scheduler_output))
 
     def execute_dummy_batch(self) -> None:

@@ -48,7 +48,7 @@ def change(path: str, value: object) -> Callable[[Any], None]:
 
 CASES = {
     "another connector": (
-        change("kv_transfer_config.kv_connector", "MultiConnector"), "only KV connector",
+        change("kv_transfer_config.kv_connector", "X"), "set it to 'MemShareConnector'",
     ),
     "role": (change("kv_transfer_config.kv_role", "kv_both"), '"kv_role": "kv_producer"'),
     "worker class": (
@@ -134,11 +134,11 @@ def test_a_missing_worker_hook_is_noticed() -> None:
     from memshare.engine.messages import WorkerHandshake
 
     hooked, bare = WorkerHandshake(True), WorkerHandshake(False)
-    check_workers({(0, 0): hooked, (0, 1): hooked}, world_size=2)
+    check_workers([hooked, hooked], world_size=2)
     with pytest.raises(UnsupportedSetup, match="1 of 2 workers"):
-        check_workers({(0, 0): hooked, (0, 1): bare}, world_size=2)
+        check_workers([hooked, bare], world_size=2)
     with pytest.raises(UnsupportedSetup, match="1 of 2 workers"):
-        check_workers({(0, 0): hooked}, world_size=2)
+        check_workers([hooked], world_size=2)
 
 
 def test_workers_that_settled_on_another_policy_are_noticed(vllm_config: Any) -> None:
@@ -148,9 +148,9 @@ def test_workers_that_settled_on_another_policy_are_noticed(vllm_config: Any) ->
     policy = config_of(vllm_config).policy.name
     assert policy == "twins", "no weights, so no probe"
     ours, other = WorkerHandshake(True, policy=policy), WorkerHandshake(True, policy="compaction")
-    check_workers({(0, 0): ours, (0, 1): ours}, world_size=2, policy=policy)
+    check_workers([ours, ours], world_size=2, policy=policy)
     with pytest.raises(UnsupportedSetup, match="'twins' in the scheduler, and compaction on work"):
-        check_workers({(0, 0): ours, (0, 1): other}, world_size=2, policy=policy)
+        check_workers([ours, other], world_size=2, policy=policy)
 
 
 def test_an_engine_does_not_start(start_engine: StartEngine, tiny: str, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def with_agents(vllm_config: Any, adapters: Path, scheme: str, *names: str) -> A
 
 
 AGENT_CASES = {
-    "another connector": (change("kv_transfer_config.kv_connector", "X"), "only KV connector"),
+    "another connector": (change("kv_transfer_config.kv_connector", "X"), "set it to 'MemShare"),
     "worker class": (change("parallel_config.worker_cls", "auto"), "--worker-cls memshare"),
     "no LoRA": (change("lora_config", None), "add --enable-lora"),
     "too few slots": (change("lora_config.max_loras", 2), "set it to 3"),
@@ -265,12 +265,12 @@ def test_adapters_that_changed_while_the_engine_started_are_noticed() -> None:
     from memshare.engine.compatibility import UnsupportedSetup, check_workers
     from memshare.engine.messages import WorkerHandshake
 
-    check_workers({(0, 0): WorkerHandshake(True, "key")}, 1, "key")
+    check_workers([WorkerHandshake(True, "key")], 1, "key")
     for theirs, ours in (("other", "key"), (None, "key"), ("key", None)):
         with pytest.raises(UnsupportedSetup, match="adapters were changed"):
-            check_workers({(0, 0): WorkerHandshake(True, theirs)}, 1, ours)
+            check_workers([WorkerHandshake(True, theirs)], 1, ours)
     with pytest.raises(UnsupportedSetup, match="0 of 1 workers"):
-        check_workers({}, 1, "key")
+        check_workers([], 1, "key")
 
 
 def asked(name: str, folder: Path, number: int = 1) -> Any:

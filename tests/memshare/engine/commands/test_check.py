@@ -304,7 +304,8 @@ def test_what_vllm_refuses_is_told(check: Callable[..., Look], tiny: str) -> Non
     other = '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'
     for words, symptom in (
         (["-tp=3"], "must be divisible by tensor parallel size"),
-        (["--kv-transfer-config", other], "MemShare must be the only KV connector"),
+        (["--kv-transfer-config", other], "NixlConnector: kv_role is 'kv_both'; set it to"),
+        (["--kv-offloading-size=1", "--kv-offloading-backend=lmcache"], "set it to 'native'"),
         (["--pipeline-parallel-size=2"], "pipeline_parallel_size is 2"),
         (["--no-such-option"], "--no-such-option"),
         (["--num-gpu-blocks-override=8"], "KV cache"),

@@ -80,6 +80,21 @@ def test_what_vllm_gets() -> None:
     assert (extra["mode"], extra["evaluator"]["address"]) == ("observe", "somewhere:6379")
 
 
+def test_prompts_in_host_memory_are_another_connector() -> None:
+    args = parse(engine={"extra": {"kv_offloading_size": 2}})
+    options = parse_engine_options(args, "/folder", args.memshare)
+    connector = options.kv_transfer_config
+    assert connector.kv_connector == "MultiConnector"
+    ours, theirs = connector.kv_connector_extra_config["connectors"]
+    assert ours["kv_connector"] == "MemShareConnector"
+    assert theirs["kv_connector"] == "OffloadingConnector"
+    assert theirs["kv_connector_extra_config"] == {"cpu_bytes_to_use": 2 << 30}
+    assert options.kv_offloading_size is None, "vLLM would put its connector in ours' place"
+    assert options.async_scheduling is False
+    off = parse(memshare={"mode": "off"}, engine={"extra": {"kv_offloading_size": 2}})
+    assert parse_engine_options(off, "/folder", off.memshare).kv_offloading_size == 2
+
+
 def test_off_is_plain_vllm() -> None:
     args = parse(memshare={"mode": "off"})
     options = parse_engine_options(args, "/folder", args.memshare)

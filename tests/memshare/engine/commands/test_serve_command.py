@@ -97,12 +97,39 @@ def test_a_kv_transfer_config_of_the_users_own_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "other", "fields"),
+    [
+        (["--kv-offloading-size", "2"], "OffloadingConnector", {"cpu_bytes_to_use": 2 << 30}),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'],
+            "NixlConnector",
+            {},
+        ),
+    ],
+)
+def test_another_connector_stands_beside_ours(
+    words: list[str], other: str, fields: dict[str, Any]
+) -> None:
+    options = serve.parse(["some/model", *words, "--memshare.mode", "observe"])
+    transfer = options.kv_transfer_config
+    assert transfer.kv_connector == "MultiConnector"
+    ours, theirs = transfer.kv_connector_extra_config["connectors"]
+    assert ours["kv_connector"] == CONNECTOR
+    assert ours["kv_connector_extra_config"]["mode"] == "observe"
+    assert theirs["kv_connector"] == other
+    assert theirs.get("kv_connector_extra_config", {}) == fields
+    assert options.kv_offloading_size is None, "vLLM would put its connector in ours' place"
+    assert options.async_scheduling is False
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (
-            ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
-            "kv_connector is 'NixlConnector'",
+            ["--kv-transfer-config", '{"kv_connector": "MultiConnector", "kv_role": "kv_both"}'],
+            "name the connector that is to stand beside MemShare's",
         ),
+        (["--kv-offloading-size", "1", "--kv-offloading-backend", "lmcache"], "set it to 'native'"),
         (
             ["--kv-transfer-config", NAMED.replace(ROLE, "kv_both")],
             "set kv_role to 'kv_producer'",
