@@ -111,6 +111,8 @@ class SchedulerHarness:
         )  # fmt: skip
         group = vllm_adapter().editable_group(self.scheduler.kv_cache_config)
         self.worker = FakeWorker(ranks, block_size, seed, group.index)
+        if self.side is not None:
+            self.side.workers_are_ready()  # as a real one reports by its handshake
         part = self.side.part if self.side is not None else None
         stages: Any = part.stages if isinstance(part, RemapPart) else None
         if synchronous_search and stages is not None:

@@ -23,12 +23,15 @@ COMPACTION = {
     "policy": {"name": "compaction", "scorer": "recency"},
     "budget": {"max_dropped_fraction": 0.4},
 }
+_ROOM = 2 << 30  # bytes of host memory: for all that the requests write
+_PROMPTS = host_memory(memory_bytes=_ROOM)
+_EVERYTHING = host_memory(prompts_only=False, memory_bytes=_ROOM)
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "dense, prompts in host memory": {"host": host_memory()},
-    "dense, all tokens in host memory": {"host": host_memory(prompts_only=False)},
+    "dense, prompts in host memory": {"host": _PROMPTS},
+    "dense, all tokens in host memory": {"host": _EVERYTHING},
     "compaction": {"memshare": COMPACTION},
-    "compaction, prompts in host memory": {"memshare": COMPACTION, "host": host_memory()},
+    "compaction, prompts in host memory": {"memshare": COMPACTION, "host": _PROMPTS},
 }
 
 

@@ -109,13 +109,15 @@ class HostSpec(CPUOffloadingSpec):
         return HostWorker(kv_caches, self.num_chunks, lag)
 
 
-def host_memory(prompts_only: bool = True, lag: int = 0) -> dict[str, Any]:
+def host_memory(
+    prompts_only: bool = True, lag: int = 0, memory_bytes: int = 64 << 20
+) -> dict[str, Any]:
     """vLLM's ``kv_transfer_config`` of an offloading connector with this spec."""
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "spec_name": "HostSpec", "spec_module_path": __name__,
-            "cpu_bytes_to_use": 64 << 20, "offload_prompt_only": prompts_only, "lag": lag,
+            "cpu_bytes_to_use": memory_bytes, "offload_prompt_only": prompts_only, "lag": lag,
         },
     }  # fmt: skip
