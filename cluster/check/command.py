@@ -163,9 +163,9 @@ def _capacity(
     shape = RequestShape(prompt, output, min(freed, config.max_given_up))
     shares = config.mode == "share" and shape.freed > 0
 
-    plain = concurrency(shape, memory.usable, memory.block_size, max_num_seqs, None)
+    plain = concurrency(shape, memory.usable, memory.footprint, max_num_seqs, None)
     shared = (
-        concurrency(shape, memory.usable, memory.block_size, max_num_seqs, config)
+        concurrency(shape, memory.usable, memory.footprint, max_num_seqs, config)
         if shares
         else None
     )

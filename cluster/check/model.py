@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from memshare.agents.memory import HeadLayout
+    from memshare.core.footprint import SideGroup
     from memshare.engine.adapter import ModelMemory
 
 SECTION = "model"
@@ -78,6 +79,7 @@ class ModelCheck:
             cache_faults,
             config_of,
             faults_before_load,
+            hybrid_note,
             policy_choice,
         )
 
@@ -108,15 +110,15 @@ class ModelCheck:
             faults += unknown
             yield from (CheckFinding(SECTION, "fail", fault) for fault in unknown)
         if memshare.mode != "off":
-            refused = list(cache_faults(cache))
+            refused = list(cache_faults(cache, config, memshare))
             faults += refused
             yield from (CheckFinding(SECTION, "fail", fault) for fault in refused)
             yield from _delimiters(config, memshare)
         if not faults:
             name = config.model_config.architectures[0]
-            yield CheckFinding(
-                SECTION, "ok", f"{name}, {len(model_memory.layers)} layers, one KV cache"
-            )
+            layers = f"{name}, {len(model_memory.layers)} layers with a KV cache"
+            hybrid = hybrid_note(cache) if memshare.mode != "off" else None
+            yield CheckFinding(SECTION, "ok", f"{layers}; {hybrid}" if hybrid else layers)
             if memshare.mode != "off" and (reason := policy_choice(config).reason):
                 policy = memshare.policy.name
                 yield CheckFinding(SECTION, "ok", f"policy {policy} (auto): {reason}")
@@ -248,6 +250,7 @@ def _memory_of(
         bounds_bytes=_bounds_bytes(memshare, cache, block_bytes),
         kv_dtype=str(config.cache_config.cache_dtype),
         kv_gain=_kv_gain(config, model_memory),
+        beside=_beside(cache),
     )
 
 
@@ -288,6 +291,16 @@ def _block_size(cache: KVCacheConfig) -> int:
         return vllm_adapter().editable_group(cache).block_size
     except ValueError:
         return max(group.kv_cache_spec.block_size for group in cache.kv_cache_groups)
+
+
+def _beside(cache: KVCacheConfig) -> tuple[SideGroup, ...]:
+    """The other groups of a cache that mechanisms can edit."""
+    from memshare.engine.adapter import vllm_adapter
+
+    try:
+        return tuple(vllm_adapter().editable_group(cache).beside)
+    except ValueError:
+        return ()
 
 
 def _delimiters(config: VllmConfig, memshare: MemShareConfig) -> Iterator[CheckFinding]:

@@ -9,6 +9,8 @@ from itertools import groupby
 from typing import Literal
 
 from memshare.core.capacity import Concurrency
+from memshare.core.footprint import Footprint, SideGroup
+from memshare.core.token_map import TokenMap
 from memshare.moe.placement.ranks import Placement
 from memshare.moe.placement.report import as_object, placement_lines
 
@@ -49,6 +51,7 @@ class Memory:
         bounds_bytes: of all pages' bounds, beside the KV cache; 0 unless pages are selected.
         kv_dtype: of the KV cache, as vLLM names it.
         kv_gain: how many times the bytes of a block it would take in the model's own dtype.
+        beside: layers of a hybrid model that have no full attention, by group.
     """
 
     weight_bytes: int
@@ -62,6 +65,12 @@ class Memory:
     bounds_bytes: int = 0
     kv_dtype: str = "auto"
     kv_gain: float = 1.0
+    beside: tuple[SideGroup, ...] = ()
+
+    @property
+    def footprint(self) -> Footprint:
+        """How many blocks tokens take."""
+        return Footprint(TokenMap(self.block_size), self.beside)
 
     @property
     def usable(self) -> int:
@@ -166,10 +175,16 @@ def _memory_lines(memory: Memory) -> Iterable[str]:
     if memory.lora_bytes:
         yield f"  LoRA slots {gib(memory.lora_bytes)}"
     yield f"  KV cache   {gib(memory.kv_bytes)} ({memory.kv_source})"
-    yield (
-        f"  KV blocks  {memory.blocks:,} of {memory.block_size} tokens: "
-        f"{memory.usable * memory.block_size:,} tokens for requests"
-    )
+    if memory.beside:
+        yield (
+            f"  KV blocks  {memory.blocks:,} of {memory.block_size} tokens for layers with full "
+            f"attention; {len(memory.beside)} other groups of layers take blocks of them, too"
+        )
+    else:
+        yield (
+            f"  KV blocks  {memory.blocks:,} of {memory.block_size} tokens: "
+            f"{memory.usable * memory.block_size:,} tokens for requests"
+        )
     yield f"  a block    {memory.block_bytes:,} bytes; a token {per_token:,.0f}"
     if memory.bounds_bytes:
         yield (

@@ -47,7 +47,7 @@ class Admission:
         self._reclaimer = reclaimer
         self._tables = tables
         # Most blocks that a request grows by in that many tokens.
-        self._most_growth = tables.token_map.entries(self._lookahead) + 1
+        self._most_growth = tables.footprint.most_growth(self._lookahead)
         self._holding = 0  # engine steps for which admission is still held back
         self._growth: dict[str, int] = {}  # blocks, by request that holds any; empty if not holding
         self._total = 0  # of the above
@@ -68,7 +68,7 @@ class Admission:
         if not self._foresees or not self._reclaimer.enabled or self._closed:
             return
         if not self._holding:
-            left = self._tables.free - self._tables.token_map.entries(request.num_tokens)
+            left = self._tables.free - self._tables.footprint.blocks(request.num_tokens)
             if left >= self._most_needed():
                 return
             self._begin(steps=1)
@@ -93,7 +93,7 @@ class Admission:
         0 if none waits, or if even then running ones could not be sure of their blocks.
 
         Args:
-            demand: blocks that running requests will begin in the next step.
+            demand: blocks that running requests will take in the next step.
         """
         request = self._waiting
         if request is None:
@@ -112,7 +112,8 @@ class Admission:
         table = self._tables.table(state.request_id)
         if table is None:
             return
-        growth = self._footprint(state) - len(table)
+        has_room_for = self._tables.token_map.first_position(len(table))
+        growth = self._footprint(state) - self._tables.footprint.blocks(has_room_for)
         self._total += growth - self._growth.get(state.request_id, 0)
         self._growth[state.request_id] = growth
 
@@ -182,4 +183,4 @@ class Admission:
         state = self._tracker.get(request.request_id)
         if state is None:
             return 0
-        return max(0, self._footprint(state) - self._tables.token_map.entries(request.num_tokens))
+        return max(0, self._footprint(state) - self._tables.footprint.blocks(request.num_tokens))

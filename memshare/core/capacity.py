@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memshare.config import MemShareConfig, ProtectConfig
+from memshare.core.footprint import Footprint
 from memshare.core.token_map import TokenMap
 
 
@@ -39,16 +40,16 @@ class RequestShape:
     output: int
     freed: float
 
-    def held(self, written: int, token_map: TokenMap, config: MemShareConfig | None) -> int:
+    def held(self, written: int, footprint: Footprint, config: MemShareConfig | None) -> int:
         """Blocks that a request holds once it has written ``written`` tokens.
 
         Args:
             written: tokens of output so far.
-            token_map: of the cache's block size.
+            footprint: of tokens in this cache.
             config: MemShare's limits; None for plain vLLM.
         """
-        tokens = self.prompt + written
-        blocks = token_map.entries(tokens)
+        tokens, token_map = self.prompt + written, footprint.token_map
+        blocks = footprint.blocks(tokens)
         if config is None:
             return blocks
         full = token_map.full(tokens)
@@ -80,7 +81,7 @@ class Concurrency:
 def concurrency(
     shape: RequestShape,
     usable: int,
-    block_size: int,
+    footprint: Footprint,
     max_num_seqs: int,
     config: MemShareConfig | None,
 ) -> Concurrency:
@@ -89,14 +90,13 @@ def concurrency(
     Args:
         shape: of every request.
         usable: KV blocks, without vLLM's null block.
-        block_size: tokens.
+        footprint: of tokens in this cache.
         max_num_seqs: vLLM's limit of running requests.
         config: MemShare's limits; None for plain vLLM.
     """
-    token_map = TokenMap(block_size)
-    held = shape.held(shape.output, token_map, config)
+    held = shape.held(shape.output, footprint, config)
     steps = range(1, shape.output + 1)
-    mean = sum(shape.held(step, token_map, config) for step in steps) / len(steps)
+    mean = sum(shape.held(step, footprint, config) for step in steps) / len(steps)
     return Concurrency(
         held, min(max_num_seqs, usable // held), min(max_num_seqs, int(usable / mean))
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from memshare.core.footprint import Footprint, SideGroup
 from memshare.core.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -163,6 +164,17 @@ class BlockTables(Protocol):
     @property
     def token_map(self) -> TokenMap:
         """Where tokens lie under the entries."""
+        ...
+
+    @property
+    def footprint(self) -> Footprint:
+        """How many blocks tokens take, in the tables of every group."""
+        ...
+
+    @property
+    def publishes_prompt_end(self) -> bool:
+        """Whether the engine publishes the block in which a prompt ends before it is full, and does
+        so again in later steps, tainted or not."""
         ...
 
     @property
@@ -344,8 +356,10 @@ class CacheGroup:
         index: of the group among the engine's.
         block_size: token slots in a block.
         layers: names of the layers, in the order of the model.
+        beside: the engine's other groups, which take blocks of the same pool.
     """
 
     index: int
     block_size: int
     layers: Sequence[str]
+    beside: Sequence[SideGroup] = ()

@@ -55,7 +55,9 @@ class Reclaimer:
         self._keeps_few = config.budget.max_kept_tokens is not None
         self._eager = config.trigger.kind == "eager"
         self._low = math.ceil(config.trigger.low_watermark * tables.total)
-        self._high = max(math.ceil(config.trigger.high_watermark * tables.total), 1)
+        self._begun_together = tables.footprint.begun_together
+        high = math.ceil(config.trigger.high_watermark * tables.total)
+        self._high = max(high, self._begun_together)
         self._sources = sources
         self._tracker = tracker
         self._tables = tables
@@ -69,7 +71,7 @@ class Reclaimer:
     def footprint(self, state: RequestState, tokens: int) -> int:
         """Blocks that a request of this many tokens is expected to keep."""
         savings = sum(source.expected_savings(state, tokens) for source in self._sources)
-        return self._tables.token_map.entries(tokens) - savings
+        return self._tables.footprint.blocks(tokens) - savings
 
     def before_preemption(self) -> bool:
         """vLLM is about to preempt for want of a block; true if reclaiming has freed one.
@@ -84,11 +86,15 @@ class Reclaimer:
             self._recorder.explainer.in_vain(self._obstacle())
         return freed > 0
 
+    def demand(self, entries: int) -> int:
+        """Free blocks that running requests take when they begin so many entries."""
+        return entries * self._begun_together
+
     def reclaim(self, demand: int) -> None:
         """Reclaim by the trigger, so that the next step finds its blocks.
 
         Args:
-            demand: blocks that running requests will begin in the next step.
+            demand: blocks that running requests will take in the next step.
         """
         if not self.enabled:
             return

@@ -90,9 +90,11 @@ class RequestTracker:
     def first_target(self, state: RequestState) -> int:
         """First block behind the protected prompt."""
         request = state.request
-        # Placeholders of images and embeddings hide what a block holds: all of the prompt stays.
+        # Placeholders of images and embeddings hide what a block holds: all of the prompt stays. So
+        # it does where the block at its end could be published after its loss.
         opaque = request.mm_features or request.prompt_embeds is not None
-        protect = _ALL_OF_THE_PROMPT if opaque else self._config.protect
+        whole = opaque or self._tables.publishes_prompt_end
+        protect = _ALL_OF_THE_PROMPT if whole else self._config.protect
         return first_target(request.num_prompt_tokens, self._tables.token_map, protect)
 
     def end_target(self, state: RequestState) -> int:

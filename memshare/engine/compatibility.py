@@ -104,13 +104,15 @@ def faults_before_load(vllm_config: VllmConfig, config: MemShareConfig) -> Itera
         yield from vllm_adapter().expert_refusals(vllm_config)
 
 
-def check_cache(kv_cache_config: KVCacheConfig) -> None:
-    """Refuse KV caches that cannot be shared block by block.
+def check_cache(
+    kv_cache_config: KVCacheConfig, vllm_config: VllmConfig, config: MemShareConfig
+) -> None:
+    """Refuse KV caches that cannot be shared block by block, or not with these options.
 
     Raises:
         UnsupportedSetup: see there.
     """
-    _raise(cache_faults(kv_cache_config))
+    _raise(cache_faults(kv_cache_config, vllm_config, config))
 
 
 def check_workers(
@@ -259,6 +261,31 @@ def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[st
         yield f"kv_cache_dtype is {cache_type!r}; choose 'auto' or a per-tensor fp8 type"
 
 
-def cache_faults(kv_cache_config: KVCacheConfig) -> Iterator[str]:
+def cache_faults(
+    kv_cache_config: KVCacheConfig, vllm_config: VllmConfig, config: MemShareConfig
+) -> Iterator[str]:
     """What is not supported in a model's KV cache, and the way out."""
-    return vllm_adapter().cache_refusals(kv_cache_config)
+    faults = list(vllm_adapter().cache_refusals(kv_cache_config))
+    yield from faults
+    if faults or len(kv_cache_config.kv_cache_groups) == 1:
+        return
+    if vllm_config.speculative_config is not None:
+        yield (
+            "speculative decoding has not been run with a hybrid model, whose draft's layers join "
+            "another group; leave speculative_config out"
+        )
+    if config.selection.on:
+        yield "selection: pages have not been chosen in a hybrid model; leave budget and pages out"
+
+
+def hybrid_note(kv_cache_config: KVCacheConfig) -> str | None:
+    """What is said at start of a hybrid model that is not refused; None of another model."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) == 1:
+        return None
+    group = vllm_adapter().editable_group(kv_cache_config)
+    layers = sum(len(each.layer_names) for each in groups)
+    return (
+        f"hybrid model: {len(group.layers)} of {layers} layers have full attention, and only their "
+        f"blocks are given up, {group.block_size} tokens at a time"
+    )

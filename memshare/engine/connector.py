@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from memshare.engine.adapter import vllm_adapter
@@ -28,6 +29,7 @@ from memshare.engine.compatibility import (
     check_workers,
     compile_steps,
     config_of,
+    hybrid_note,
     policy_choice,
 )
 from memshare.engine.experts import ExpertStats, ExpertWatch
@@ -63,9 +65,12 @@ logger = logging.getLogger(__name__)
 _NOTHING = SchedulerMessage()
 
 
-class MemShareConnector(KVConnectorBase_V1):
+class MemShareConnector(KVConnectorBase_V1, SupportsHMA):
     """MemShare's place in the engine. With mode ``off`` both halves are None and nothing is
     reclaimed.
+
+    ``SupportsHMA`` says that it works beside vLLM's hybrid manager, which gives each kind of layer
+    a block table of its own. Without it vLLM would treat all layers as full attention.
 
     Attributes:
         scheduler_side: the half in the scheduler's process.
@@ -103,7 +108,7 @@ class MemShareConnector(KVConnectorBase_V1):
                 self.family_side = FamilySide(family, kv_cache_config, head_dim)
         if config.mode == "off":
             return
-        check_cache(kv_cache_config)
+        check_cache(kv_cache_config, vllm_config, config)
         if role == KVConnectorRole.WORKER:
             self.worker_side = WorkerSide(config, vllm_config, kv_cache_config)
 
@@ -129,6 +134,8 @@ class MemShareConnector(KVConnectorBase_V1):
         if reason := policy_choice(self._vllm_config).reason:
             logger.info("MemShare policy: %s (auto): %s", config.policy.name, reason)
         group = self._adapter.editable_group(self._kv_cache_config)
+        if note := hybrid_note(self._kv_cache_config):
+            logger.info("MemShare: %s", note)
         self.scheduler_side = SchedulerSide(
             config,
             self._adapter.block_tables(kv_cache_manager, group),
@@ -188,6 +195,13 @@ class MemShareConnector(KVConnectorBase_V1):
         elif self.family_side is not None:
             usage = self.family_side.finish(request, len(block_ids))
         return False, cast("dict[str, Any] | None", usage)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same, as vLLM asks a connector that works beside its hybrid manager. Groups differ in
+        their blocks, not in what they are told of."""
+        return self.request_finished(request, [block for group in block_ids for block in group])
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

@@ -159,7 +159,7 @@ class SchedulerSide:
             state, generation = due
             if state.alive and state.generation == generation:
                 self._wheel.schedule(due, self._note_filled(state))
-        demand = self._wheel.due_within(_AHEAD)
+        demand = self.reclaimer.demand(self._wheel.due_within(_AHEAD))
         self.reclaimer.reclaim(demand)
         shortage = self.admission.shortage(demand)
         if shortage:

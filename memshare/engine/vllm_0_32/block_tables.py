@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from memshare.core.footprint import Footprint
 from memshare.core.interfaces import CacheGroup
 from memshare.core.token_map import TokenMap
 
@@ -26,6 +27,9 @@ class ManagerTables:
 
     Attributes:
         token_map: where tokens lie in the tables that may be edited.
+        footprint: how many blocks tokens take, in all tables.
+        publishes_prompt_end: whether hashes are made of fewer tokens than a block has
+            (``FullAttentionManager._cache_partial_tail_block``).
     """
 
     def __init__(self, manager: KVCacheManager, group: CacheGroup) -> None:
@@ -41,6 +45,8 @@ class ManagerTables:
         self._manager = self._managers[group.index]
         self._configured_watermark: int = manager.watermark_blocks
         self.token_map = TokenMap(group.block_size)
+        self.footprint = Footprint(self.token_map, group.beside)
+        self.publishes_prompt_end = self._pool.hash_block_size != group.block_size
         self._group_maps = tuple(TokenMap(each.block_size) for each in self._managers)
         # Of all groups, each size once: a block of any of them may be published.
         self._maps = tuple(set(self._group_maps))

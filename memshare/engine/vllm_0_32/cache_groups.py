@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
+    MambaSpec,
     MLAAttentionSpec,
+    SlidingWindowSpec,
     is_full_attention_spec,
+    iter_layer_specs,
 )
 
+from memshare.core.footprint import SideGroup
 from memshare.core.interfaces import CacheGroup
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+# What a real engine has run with MemShare. Other kinds derive from these, and are not the same.
+_TESTED = (FullAttentionSpec, SlidingWindowSpec, MambaSpec)
 
 
 def editable_group(cache: KVCacheConfig) -> CacheGroup:
@@ -28,36 +36,51 @@ def editable_group(cache: KVCacheConfig) -> CacheGroup:
     Raises:
         ValueError: no layer has full attention, or such layers are in several groups.
     """
-    found = [
-        CacheGroup(index, group.kv_cache_spec.block_size, tuple(group.layer_names))
-        for index, group in enumerate(cache.kv_cache_groups)
-        if is_full(group.kv_cache_spec)
-    ]
+    groups = cache.kv_cache_groups
+    found = [index for index, group in enumerate(groups) if is_full(group.kv_cache_spec)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} KV cache groups have full attention; one is wanted")
-    return found.pop()
+    (index,) = found
+    return CacheGroup(
+        index,
+        groups[index].kv_cache_spec.block_size,
+        tuple(groups[index].layer_names),
+        tuple(
+            _side_group(group.kv_cache_spec) for group in groups if not is_full(group.kv_cache_spec)
+        ),
+    )
+
+
+def _side_group(spec: KVCacheSpec) -> SideGroup:
+    """What a request keeps of layers beside: as their managers' ``get_num_skipped_tokens`` say."""
+    window = getattr(spec, "sliding_window", None)
+    if window is None:  # one state; behind a full block it is written to the next one
+        window = 2
+    return SideGroup(spec.block_size, window + getattr(spec, "extra_retained_tokens", 0))
 
 
 def cache_refusals(cache: KVCacheConfig) -> Iterator[str]:
     """See :meth:`Adapter.cache_refusals`."""
-    groups = cache.kv_cache_groups
-    if len(groups) != 1:
-        yield (
-            f"the model has {len(groups)} KV cache groups (hybrid attention or Mamba); choose a "
-            "model with full attention in every layer"
-        )
-        return
-    (group,) = groups
-    yield from _spec_refusals(group.kv_cache_spec)
-
-
-def _spec_refusals(spec: KVCacheSpec) -> Iterator[str]:
-    if isinstance(spec, MLAAttentionSpec):
+    specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
+    unknown = [spec for spec in specs if type(spec) not in _TESTED]
+    if any(isinstance(one, MLAAttentionSpec) for spec in specs for one in iter_layer_specs(spec)):
         yield "the model uses multi-head latent attention; choose one with separate K and V"
-    elif type(spec) is not FullAttentionSpec:
-        yield f"the model's cache is {type(spec).__name__}; choose a model with full attention"
-    elif not is_full(spec):
-        yield "the model attends to a sliding window; choose a model with full attention"
+    elif unknown:
+        yield (
+            f"layers of the model keep a {type(unknown[0]).__name__}; choose a model whose layers "
+            "have full attention, sliding windows or states of linear attention"
+        )
+    elif len(full := [spec for spec in specs if is_full(spec)]) > 1:
+        yield (
+            f"the model has {len(full)} KV cache groups with full attention, and mechanisms edit "
+            "the table of one; choose a model with as many of other layers as of full ones, or more"
+        )
+    elif not full:
+        yield (
+            "no layer of the model has full attention, so nothing can be given up that is not gone "
+            "by itself; choose another model. If vLLM treats a hybrid model so, leave its hybrid "
+            "KV cache manager on (--no-disable-hybrid-kv-cache-manager)"
+        )
 
 
 def is_full(spec: KVCacheSpec) -> bool:

@@ -77,6 +77,7 @@ class SchedulerHarness:
         max_num_batched_tokens: int = 2048,
         synchronous_search: bool = False,
         watermark: float = 0.0,
+        window: int | None = None,
     ) -> None:
         """Build it.
 
@@ -93,6 +94,8 @@ class SchedulerHarness:
             max_num_batched_tokens: tokens that a step may compute.
             synchronous_search: see :class:`SynchronousBridge`.
             watermark: vLLM's own.
+            window: tokens that a second group of layers attends to, which stands before the one
+                with full attention; None: there is none.
         """
         from vllm.engine.arg_utils import EngineArgs
 
@@ -108,6 +111,7 @@ class SchedulerHarness:
             ),
             blocks,
             ranks,
+            window,
         )  # fmt: skip
         group = vllm_adapter().editable_group(self.scheduler.kv_cache_config)
         self.worker = FakeWorker(ranks, block_size, seed, group.index)
@@ -198,20 +202,31 @@ class SchedulerHarness:
         self.scheduler.shutdown()
 
 
-def _scheduler(args: EngineArgs, blocks: int, ranks: int) -> Scheduler:
+def _scheduler(args: EngineArgs, blocks: int, ranks: int, window: int | None) -> Scheduler:
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
     from vllm.v1.structured_output import StructuredOutputManager
 
     config = args.create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
     config.parallel_config.world_size = ranks  # of the stand-in worker; nothing is started
     size = config.cache_config.block_size
-    spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    heads: dict[str, Any] = {
+        "block_size": size, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32,
+    }  # fmt: skip
+    groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**heads))]
+    if window is not None:
+        sliding = SlidingWindowSpec(**heads, sliding_window=window)
+        groups.insert(0, KVCacheGroupSpec(["sliding"], sliding))
     return Scheduler(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
-            num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)]
+            num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups
         ),
         structured_output_manager=StructuredOutputManager(config),
         block_size=size,

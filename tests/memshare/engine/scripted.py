@@ -189,7 +189,8 @@ class RankNotes:
             before_step(commands)
             for packing in commands.packings:
                 name = packing.request_id
-                blocks = tables.block_ids(name, len(runner.requests[name].block_ids[0]))
+                entries = len(runner.requests[name].block_ids[tables._group])
+                blocks = tables.block_ids(name, entries)
                 seen: Seen = []
                 for entry, block in enumerate(blocks):
                     facts = part.slots.get(name, entry)
@@ -275,12 +276,13 @@ def worst(
 class Reference:
     """transformers in float64, with a cache from which tokens are deleted by layer and head."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, **options: Any) -> None:
+        """``options`` are those of ``from_pretrained``."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager"
+            folder, dtype=torch.float64, attn_implementation="eager", **options
         ).eval()
         text = (Path(np.__file__).parent / "_core" / "fromnumeric.py").read_text()
         self._ids: list[int] = self._tokenizer(text[:25000])["input_ids"]
@@ -302,7 +304,7 @@ class Reference:
         """
         from transformers import DynamicCache
 
-        cache, held, held_start, done = DynamicCache(), None, 0, 0
+        cache, held, held_start, done = DynamicCache(config=self._model.config), None, 0, 0
         logits = []
         ends = [event.start for event in events] + [len(tokens)]
         for event, end in zip([None, *events], ends, strict=True):
@@ -313,7 +315,8 @@ class Reference:
                 if held is not None:
                     before = torch.cat((held, before[..., held_start:]), 2)
                 places = torch.searchsorted(before.contiguous(), kept.contiguous())
-                for layer, own in zip(cache.layers, places, strict=True):
+                full = [layer for layer in cache.layers if not layer.is_sliding]
+                for layer, own in zip(full, places, strict=True):
                     index = own.clamp(max=before.shape[2] - 1)[None, :, :, None].expand(
                         -1, -1, -1, layer.keys.shape[-1]
                     )

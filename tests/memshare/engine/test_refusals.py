@@ -91,7 +91,7 @@ def test_a_wrong_field_stops_the_worker_before_it_loads(vllm_config: Any) -> Non
         MemShareWorker(broken, 0, 0, "")
 
 
-def test_models_whose_cache_cannot_be_shared() -> None:
+def test_models_whose_cache_cannot_be_shared(vllm_config: Any) -> None:
     import torch
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
@@ -101,6 +101,7 @@ def test_models_whose_cache_cannot_be_shared() -> None:
         SlidingWindowSpec,
     )
 
+    from memshare.config import load_config
     from memshare.engine.compatibility import UnsupportedSetup, check_cache
 
     shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
@@ -109,15 +110,26 @@ def test_models_whose_cache_cannot_be_shared() -> None:
     def cache(*specs: Any) -> KVCacheConfig:
         return KVCacheConfig(8, [], [KVCacheGroupSpec([str(i)], s) for i, s in enumerate(specs)])
 
-    check_cache(cache(full))
+    share, sliding = load_config({}, {}), SlidingWindowSpec(**shape, sliding_window=64)
+    for works in ((full,), (sliding, full)):
+        check_cache(cache(*works), vllm_config, share)
     for specs, symptom in (
         ((full, full), "2 KV cache groups"),
         ((MLAAttentionSpec(**shape),), "latent attention"),
-        ((SlidingWindowSpec(**shape, sliding_window=64),), "full attention"),
-        ((FullAttentionSpec(**shape, sliding_window=64),), "sliding window"),
+        ((sliding,), "no layer of the model has full attention"),
+        ((FullAttentionSpec(**shape, sliding_window=64),), "hybrid KV cache manager"),
     ):
         with pytest.raises(UnsupportedSetup, match=symptom):
-            check_cache(cache(*specs))
+            check_cache(cache(*specs), vllm_config, share)
+    drafting = copy.deepcopy(vllm_config)
+    drafting.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=3)
+    for config, options, symptom in (
+        (drafting, {}, "leave speculative_config out"),
+        (vllm_config, {"selection": {"pages": 4}}, "leave budget and pages out"),
+    ):
+        check_cache(cache(full), config, load_config(options, {}))
+        with pytest.raises(UnsupportedSetup, match=symptom):
+            check_cache(cache(sliding, full), config, load_config(options, {}))
 
 
 @pytest.mark.parametrize("found", ["0.31.0", "0.33.1", "1.0.0"])

@@ -82,11 +82,14 @@ class Schedule(RuleBasedStateMachine):
         blocks=st.integers(70, 120),
         ranks=st.integers(1, 2),
         seed=st.integers(0, 2**32),
+        window=st.sampled_from([None, 48, 128]),
     )
-    def start(self, options: dict[str, Any], blocks: int, ranks: int, seed: int) -> None:
+    def start(
+        self, options: dict[str, Any], blocks: int, ranks: int, seed: int, window: int | None
+    ) -> None:
         self.random = random.Random(seed)
         self.rig = SchedulerHarness(
-            self.folder, options, blocks, max_num_seqs=16, ranks=ranks, seed=seed
+            self.folder, options, blocks, max_num_seqs=16, ranks=ranks, seed=seed, window=window
         )
         self.added = 0
         # So that prefix caching has something to hit.
@@ -187,6 +190,7 @@ def step(rig: SchedulerHarness) -> None:
     published = {block.block_id for block in pool.blocks if block.block_hash is not None}
     assert published & rig.worker.approximate == set(), "approximate KV can be found by its hash"
     assert_tenants_are_apart(rig)
+    assert_taint_holds_in_every_group(rig)
     for state in rig.side.tracker:
         table = rig.side.tables.table(state.request_id)
         for index in state.repointed:
@@ -201,6 +205,17 @@ def assert_tenants_are_apart(rig: SchedulerHarness) -> None:
             if not block.is_null:
                 owner = owners.setdefault(block.block_id, request.cache_salt)
                 assert owner == request.cache_salt, "a block crosses tenants"
+
+
+def assert_taint_holds_in_every_group(rig: SchedulerHarness) -> None:
+    """Nothing that a request has written since its first loss can be found by its hash."""
+    managers = rig.scheduler.kv_cache_manager.coordinator.single_type_managers
+    for state in rig.side.tracker:
+        if state.tainted_from is None:
+            continue
+        for manager in managers:
+            later = manager.req_to_blocks[state.request_id][state.tainted_from :]
+            assert all(block.is_null or block.block_hash is None for block in later)
 
 
 def abort(rig: SchedulerHarness, request_ids: list[str]) -> None:

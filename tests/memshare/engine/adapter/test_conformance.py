@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from memshare.core.footprint import SideGroup
 from memshare.core.interfaces import Block, BlockTables, CacheGroup, EngineRequest
 from memshare.engine.adapter import Adapter, vllm_adapter
 from memshare.lab.simulate.harness import SchedulerHarness
@@ -33,6 +34,7 @@ def specs(*kinds: str) -> Any:
         "full": lambda: kv.FullAttentionSpec(**heads),
         "windowed": lambda: kv.FullAttentionSpec(**heads, sliding_window=64),
         "sliding": lambda: kv.SlidingWindowSpec(**heads, sliding_window=64),
+        "chunked": lambda: kv.ChunkedLocalAttentionSpec(**heads, attention_chunk_size=64),
         "mla": lambda: kv.MLAAttentionSpec(**heads),
         "mamba": lambda: kv.MambaSpec(
             block_size=BLOCK, shapes=((8, 8),), dtypes=(torch.float32,), mamba_type="mamba2"
@@ -140,7 +142,27 @@ def test_the_group_with_full_attention_is_found_wherever_it_is(
     kinds: tuple[str, ...], index: int
 ) -> None:
     found = vllm_adapter().editable_group(specs(*kinds))
-    assert found == CacheGroup(index, BLOCK, (f"full.{index}",))
+    windows = {"sliding": 64, "windowed": 64, "mamba": 2}
+    beside = tuple(SideGroup(BLOCK, windows[kind]) for kind in kinds if kind != "full")
+    assert found == CacheGroup(index, BLOCK, (f"full.{index}",), beside)
+
+
+@pytest.mark.parametrize("kinds", [("full",), ("sliding", "full"), ("sliding", "sliding", "full")])
+def test_a_footprint_is_what_vllm_takes_at_most(kinds: tuple[str, ...]) -> None:
+    """Token by token, over several windows: what is free goes by as many blocks as are foretold."""
+    engine = Scheduled(specs(*kinds))
+    tables, footprint = engine.tables, engine.tables.footprint
+    request = engine.start("a", 1)
+    most = 0
+    for tokens in range(2, 10 * BLOCK):
+        begins = footprint.token_map.entries(tokens) > tables.entries("a")
+        free = tables.free
+        engine.compute(request, 1)
+        assert free - tables.free <= (footprint.begun_together if begins else 0)
+        most = max(most, tables.total - tables.free)
+        assert most == footprint.blocks(tokens), tokens
+    grown = footprint.blocks(10 * BLOCK) - footprint.blocks(4 * BLOCK)
+    assert grown <= footprint.most_growth(6 * BLOCK)
 
 
 @pytest.mark.parametrize("kinds", [("sliding",), ("full", "full"), ("windowed",)])
@@ -152,12 +174,17 @@ def test_without_one_such_group_there_is_none_to_edit(kinds: tuple[str, ...]) ->
 @pytest.mark.parametrize(
     ("kinds", "said"),
     [
-        (("sliding", "full"), "2 KV cache groups"),
+        (("full", "sliding", "full"), "2 KV cache groups with full attention"),
         (("mla",), "multi-head latent attention"),
-        (("mamba",), "cache is MambaSpec"),
-        (("sliding",), "cache is SlidingWindowSpec"),
-        (("windowed",), "sliding window"),
+        (("sliding", "mla"), "multi-head latent attention"),
+        (("mamba",), "no layer of the model has full attention"),
+        (("sliding",), "no layer of the model has full attention"),
+        (("windowed",), "--no-disable-hybrid-kv-cache-manager"),
+        (("chunked", "full"), "keep a ChunkedLocalAttentionSpec"),
         (("full",), None),
+        (("sliding", "full"), None),
+        (("sliding",) * 5 + ("full",), None),
+        (("mamba", "full", "mamba"), None),
     ],
 )
 def test_caches_that_cannot_be_shared_are_refused(kinds: tuple[str, ...], said: str | None) -> None:

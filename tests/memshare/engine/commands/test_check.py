@@ -44,13 +44,26 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "Qwen3ForCausalLM": ({"model_type": "qwen3"}, None),
     "Qwen3MoeForCausalLM": ({"model_type": "qwen3_moe", **EXPERTS}, None),
-    "MistralForCausalLM": ({"model_type": "mistral", "sliding_window": 512}, "SlidingWindowSpec"),
+    "MistralForCausalLM": (
+        {"model_type": "mistral", "sliding_window": 512}, "no layer of the model has full attention"
+    ),
     "Gemma3ForCausalLM": (
         {
             "model_type": "gemma3_text", "sliding_window": 512, "query_pre_attn_scalar": 32,
             "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         },
-        "sliding window",
+        None,
+    ),
+    "Qwen3NextForCausalLM": (
+        {
+            "model_type": "qwen3_next", "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "full_attention_interval": 4,
+            "shared_expert_intermediate_size": 32, "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, **EXPERTS,
+        },
+        None,
     ),
     "DeepseekV2ForCausalLM": (
         {
@@ -66,7 +79,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
             "model_type": "mamba2", "num_heads": 4, "state_size": 16, "n_groups": 1,
             "conv_kernel": 4, "expand": 2,
         },
-        "MambaSpec",
+        "no layer of the model has full attention",
     ),
 }  # fmt: skip
 PLACED = ("qwen3", "qwen3_moe", "mistral", "deepseek_v2")
