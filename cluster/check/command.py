@@ -89,9 +89,9 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
     if any(finding.level == "fail" for finding in findings):
         return CheckReport(setup.subject, tuple(findings))  # another vLLM may not even import
 
+    from cluster.check.guard import guard_cost
     from cluster.check.machine import check_host_memory, check_machine, look_at_this_machine
     from cluster.check.model import ModelCheck, Place
-    from cluster.check.guard import guard_cost
     from cluster.check.placement import look_at_placement
     from cluster.check.ports import look_at_ports
 

@@ -27,7 +27,7 @@ def guard_cost(guard: GuardConfig, capacity: Capacity, config: VllmConfig) -> Ch
     return CheckFinding(
         "model",
         "ok",
-        f"quality guard: {guard.share:.3g} of the requests have a shadow of up to {shadow:,} prompt "
-        f"tokens: at most {guard.share * shadow:,.0f} more for each request served, and "
+        f"quality guard: {guard.share:.3g} of the requests have a shadow of up to {shadow:,} "
+        f"prompt tokens: at most {guard.share * shadow:,.0f} more for each request served, and "
         f"{logits / GIB:.2f} GiB of logits while one runs, outside of the KV cache",
     )

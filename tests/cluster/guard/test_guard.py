@@ -70,8 +70,8 @@ async def guarding(
         guard.close()
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+async def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
         while not holds():
             await asyncio.sleep(0.005)
 
