@@ -27,6 +27,7 @@ from cluster.routing.load import LoadMeter
 from cluster.telemetry.step_stats import StepFeed
 from cluster.tenancy.gate import Gate
 from cluster.tenancy.limits import Ledger, Limiter, LocalLedgerClient
+from memshare.lab.bench.exactness import COPIES, IDENTICAL_ONLY
 from tests.cluster.guard.test_guard import Metrics, until
 from tests.machine import DTYPE
 from tests.memshare.engine.harness import BLOCK, write_tiny_model, write_tiny_weights
@@ -43,7 +44,8 @@ BAD = EAGER | {
     "protect": {"prompt_tokens": 0, "recent_tokens": 64},
     "budget": {"max_shared_fraction": 0.6},
 }
-GOOD = EAGER | {"policy": {"name": "twins"}, "budget": {"max_shared_fraction": 0.1}}
+# What is given up is read from a block that holds the same numbers.
+GOOD = IDENTICAL_ONLY | {"integrity": {"check_every": 1, "on_failure": "raise"}}
 WORDS = ["river", "stone", "lamp", "cloud", "seven", "blue", "north", "glass"]
 
 
@@ -69,10 +71,16 @@ class Served:
     tenants: Tenants
     number: int = 0
 
-    async def ask(self, temperature: float, **extra: object) -> Any:
-        """One request of a tenant, answered; returns its last output."""
+    async def ask(self, temperature: float, text: int | None = None, **extra: object) -> Any:
+        """One request of a tenant, answered; returns its last output.
+
+        Args:
+            temperature: 0 is greedy.
+            text: number of the prompt; None takes a new one.
+            extra: options for MemShare.
+        """
         self.number += 1
-        chance = random.Random(self.number)
+        chance = random.Random(self.number if text is None else -text)
         prompt = " ".join(chance.choice(WORDS) for _ in range(90))
         params = SamplingParams(
             max_tokens=128, temperature=temperature, ignore_eos=True, seed=self.number,
@@ -83,13 +91,9 @@ class Served:
                 assert output.outputs[0].logprobs is None, "the client did not ask"
         return output
 
-    async def judged(self, requests: int) -> None:
-        """Half of the requests are sampled; all are scored, or dropped by an alarm."""
-        for first in range(0, requests, 10):
-            count = min(10, requests - first)
-            await asyncio.gather(*(self.ask(float(i % 2)) for i in range(count)))
-            done = first + count
-            await until(lambda done=done: self._outcomes() >= done, 120)
+    async def judged(self) -> None:
+        """Wait until every request has been scored, or needed not to be."""
+        await until(lambda: self._outcomes() >= self.number, 120)
 
     def _outcomes(self) -> int:
         return sum(n for (name, *_), n in self.metrics.counts.items() if name == "guard_shadows")
@@ -124,8 +128,8 @@ async def test_a_policy_that_loses_the_prompt_is_stopped_within_ten_shadows(
     async with serving(tmp_path, BAD) as served:
         first = await served.ask(0.0, memshare_usage="on")
         assert first.kv_transfer_params["memshare"]["blocks_shared"] > 0, "the plant works"
-        await served.judged(9)
-        print(served.guard.state(), served.metrics.counts)
+        await asyncio.gather(*(served.ask(float(i % 2)) for i in range(9)))
+        await served.judged()
         assert served.guard.stopped
         assert served.guard.state().shadows <= 10
         assert served.metrics.counts["guard_tokens",] > 0
@@ -142,7 +146,14 @@ async def test_a_policy_that_loses_the_prompt_is_stopped_within_ten_shadows(
 
 async def test_a_good_policy_is_left_alone_for_a_hundred_shadows(tmp_path: Path) -> None:
     async with serving(tmp_path, GOOD) as served:
-        await served.judged(100)
-        print(served.guard.state(), served.metrics.counts)
-        assert served.metrics.counts["guard_alarms",] == 0
-        assert not served.guard.stopped
+        scored = 0
+        for text in range(30):
+            await asyncio.gather(*(served.ask(0.0, text) for _ in range(COPIES)))
+            await served.judged()
+            scored = served.metrics.counts["guard_shadows", "scored"]
+            if scored >= 100:
+                break
+        assert scored >= 100, "MemShare gave up blocks of so many"
+        state = served.guard.state()
+        assert (state.alarms, state.stopped) == (0, False)
+        assert state.mean < 1e-4, "rounding alone"
