@@ -323,7 +323,7 @@ def test_a_guard_stops_what_strays_until_an_operator_lets_it_go_on(keyed: Keyed)
     def shared() -> int:
         """Blocks that a request gave up, which reads on in a story."""
         xargs = {"memshare_usage": "on"}
-        answer = keyed.ask("bravo", max_tokens=200, ignore_eos=True, vllm_xargs=xargs)
+        answer = keyed.ask("bravo", max_tokens=160, ignore_eos=True, vllm_xargs=xargs)
         blocks: int = answer.json()["kv_transfer_params"]["memshare"]["blocks_shared"]
         return blocks
 
@@ -336,10 +336,10 @@ def test_a_guard_stops_what_strays_until_an_operator_lets_it_go_on(keyed: Keyed)
     def is_stopped() -> bool:
         return keyed.count("memshare_guard_stopped") == 1
 
-    for _ in range(20):
+    for _ in range(6):
         if is_stopped():
             break
-        shared()
+        print(shared(), [line for line in keyed.metrics().splitlines() if "_guard_" in line])
     wait_for("the stop", is_stopped)
     assert keyed.count("memshare_guard_alarms_total") == 1
     assert keyed.count("memshare_guard_shadows_total", outcome="scored") > 0
