@@ -134,7 +134,7 @@ class Guard(Generic[A]):
         """Take what a chosen request came to."""
         if answer == "untouched" or answer == "unscorable":
             self._metrics.count("guard_shadows", answer)
-        elif self._closed:
+        elif self._closed or self._stopped:
             self._metrics.count("guard_shadows", "dropped")
         else:
             if len(self._waiting) >= self._config.waiting:
@@ -169,7 +169,7 @@ class Guard(Generic[A]):
     def judge(self, value: float) -> None:
         """Take the disagreement of one answer, 0..1."""
         if self._stopped:
-            return  # an answer from before the stop; it has been proved already
+            return  # an answer from before the stop, whose shadow ran beside the last one
         self._scored += 1
         self._values.append(value)
         if self._gathered == self._config.window:

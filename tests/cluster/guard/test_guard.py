@@ -103,6 +103,9 @@ async def test_a_bad_one_is_stopped_within_ten_shadows_until_an_operator_comes(
         assert "new requests run exact" in line.message
         outcomes = ("scored", "dropped")
         assert sum(metrics.counts["guard_shadows", o] for o in outcomes) == 10
+        dropped = metrics.counts["guard_shadows", "dropped"]
+        guard.take(Written())
+        assert metrics.counts["guard_shadows", "dropped"] == dropped + 1, "it has been proved"
         guard.let_go_on("operator")
         assert not guard.stopped
         assert metrics.counts["guard_resumes", "operator"] == 1
