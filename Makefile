@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # The order of prerequisites is the order of work, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help venv lock model serve test lint format test-unit test-browser test-engine test-cluster test-complete test-long soak load headline bench-serving gpu-acceptance browser docs docs-serve clean distclean
+.PHONY: help venv lock model serve test lint format test-unit test-browser test-engine test-cluster test-complete test-long soak load headline bench-serving gpu-acceptance browser compatibility canary docs docs-serve clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,13 @@ test-complete: venv model browser ## The tests that take longer: kills, tensor p
 	$(call pytest,complete,complete,--timeout 900 $(SPREAD))
 	SCHEDULER_TEST_STEPS=10000 $(RUN) pytest tests/memshare/engine/test_state_machine.py -k survives \
 		--durations 30 --junit-xml build/test-reports/schedules.xml
+
+compatibility: venv ## Enter what the last test runs proved into docs/compatibility.md
+	$(BIN)/python -m tools.compatibility.record build/test-reports/*.xml
+	$(BIN)/python -m tools.make_docs compatibility
+
+canary: venv ## Say what MemShare touches that the newest vLLM has moved (downloads its wheel, 340 MB)
+	$(BIN)/python -m tools.canary
 
 docs: venv ## Build the documentation site into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(RUN) python -m mkdocs --quiet build --strict

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.contradictions import refuse_contradictions
+from cluster.guard.config import GuardConfig
 from cluster.tenancy.keys import KeylessConfig, KeySource
 from memshare.config import (
     ENV_PREFIX,
@@ -299,6 +300,8 @@ class ClusterArgs(Section):
     folders are absolute, and exist wherever replicas run and where the application is built."""
     page: PageConfig = PageConfig()
     """The live page."""
+    guard: GuardConfig | None = None
+    """A guard on quality; None has none."""
 
     @model_validator(mode="after")
     def _starts_within_bounds(self) -> ClusterArgs:

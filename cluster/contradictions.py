@@ -19,7 +19,7 @@ def refuse_contradictions(cluster: ClusterArgs) -> None:
     """
     found = [
         *_executor(cluster), *_gpus(cluster), *_nodes(cluster), *_routing(cluster),
-        *_agents(cluster),
+        *_agents(cluster), *_guard(cluster),
     ]  # fmt: skip
     if cluster.memshare.event_log is not None and cluster.most_replicas > 1:
         found.append(
@@ -141,4 +141,33 @@ def _agents(cluster: ClusterArgs) -> Iterator[str]:
             "engine.enable_prefix_caching = False: adapters find each other's blocks by it "
             f"(memshare.agents.scheme = {agents.scheme!r})\n"
             "    fix: leave it out, or set memshare.agents.scheme to 'nonshared'"
+        )
+
+
+def _guard(cluster: ClusterArgs) -> Iterator[str]:
+    """It needs something to guard against, log-probabilities that mean the same in a prompt and in
+    an answer, and somebody who can end a stop."""
+    guard = cluster.guard
+    if guard is None:
+        return
+    if cluster.memshare.mode != "share" and not cluster.memshare.selection.on:
+        yield (
+            f"guard: has no effect with memshare.mode = {cluster.memshare.mode!r}, which "
+            "approximates nothing\n"
+            "    fix: leave it out, or set memshare.mode to 'share'"
+        )
+    for option, value in cluster.engine.extra.items():
+        name = option.removeprefix("--").replace("-", "_")
+        if name == "logprobs_mode" and value != "raw_logprobs":
+            yield (
+                f"engine.extra.{option} = {value!r}: the guard compares log-probabilities of the "
+                "model itself, which vLLM gives for prompts and answers alike only as "
+                "'raw_logprobs'\n"
+                "    fix: leave it out, or leave out guard"
+            )
+    if guard.on_alarm == "stop" and guard.cool_down_s is None and not cluster.page.enabled:
+        yield (
+            "guard.cool_down_s = None: an operator lets a replica go on by the live page, and "
+            "page.enabled is False\n"
+            "    fix: set guard.cool_down_s, or page.enabled to true, or guard.on_alarm to 'report'"
         )

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from cluster.dashboard.engine_sampler import EngineSampler
+    from cluster.guard.answers import Answer
+    from cluster.guard.guard import Guard
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class EngineReplica(GrpcService):
     _watch: asyncio.Task[None] | None = None
     _tending: asyncio.Task[None] | None = None
     _page: SampleReporter | None = None
+    _guard: Guard[Answer] | None = None
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self,
@@ -114,6 +117,7 @@ class EngineReplica(GrpcService):
             from cluster.engine.client import openai_app, start_engine
             from cluster.engine.generation import Generation
             from cluster.engine.options import parse_engine_options
+            from cluster.guard.start import start_guard
             from cluster.telemetry.step_stats import StepFeed
 
         # Another replica takes the next try at once.
@@ -129,8 +133,13 @@ class EngineReplica(GrpcService):
             self._engine = engine
             app = await openai_app(engine, options)
         say_refusals_in_a_line()
+        if args.guard is not None:
+            selects = args.memshare.selection.on
+            self._guard = start_guard(args.guard, engine, gate, self._meter, counts, selects)
         if board is not None:
-            watch = watch_engine(engine, replica_id, platform.node(), args.page.show_text)
+            state = self._guard.state if self._guard is not None else None
+            show_text = args.page.show_text
+            watch = watch_engine(engine, replica_id, platform.node(), show_text, state)
             feed.listeners.append(watch.record)
             self._open_page(app, args, board, watch, count_fault)
         self._asgi = _gated(app, args, gate, engine, unavailable_s)
@@ -152,7 +161,14 @@ class EngineReplica(GrpcService):
         watch: EngineSampler,
         count_fault: CountFault,
     ) -> None:
-        self._page = SampleReporter(watch, board, args.page.interval_s, count_fault)
+        guard = self._guard
+        self._page = SampleReporter(
+            watch,
+            board,
+            args.page.interval_s,
+            count_fault,
+            lambda: guard.let_go_on("operator") if guard is not None else None,
+        )
         self._page.start()
         shown = without_secrets(args).model_dump(mode="json")
         app.mount(PREFIX, page_app(board, shown, count_fault))
@@ -184,6 +200,8 @@ class EngineReplica(GrpcService):
         """Take no further requests: who comes is told to come again later. Idempotent. See
         :func:`cluster.processes.closing.drain`."""
         self._gate.close(math.ceil(self._args.replica.retry_after_s))
+        if self._guard is not None:
+            self._guard.close()
         grace = self._args.replica.graceful_shutdown_timeout_s
         return Closed(grace_s=grace, under_way=self._gate.under_way)
 
@@ -192,6 +210,8 @@ class EngineReplica(GrpcService):
         for task in (self._watch, self._tending):
             if task is not None:
                 task.cancel()
+        if self._guard is not None:
+            self._guard.close()
         if self._page is not None:
             self._page.stop()
         if self._engine is not None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tools.compatibility import page
 from tools.docs import cli, configuration, grpc, http, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,10 @@ PAGES: dict[str, tuple[Path, Callable[[], str]]] = {
     "metrics": (
         metrics.PAGE,
         lambda: metrics.render(metrics.PAGE.read_text(encoding="utf-8")),
+    ),
+    "compatibility": (
+        page.PAGE,
+        lambda: page.render(page.PAGE.read_text(encoding="utf-8")),
     ),
     "cli": (REFERENCE / "cli.md", lambda: generated(cli.render())),
     "grpc": (REFERENCE / "grpc.md", lambda: generated(grpc.render())),
@@ -43,9 +48,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("names", nargs="*", choices=[[], *PAGES], help="pages; all by default")
     for name in parser.parse_args().names or PAGES:
-        page, render = PAGES[name]
-        page.write_text(render(), encoding="utf-8")
-        print(f"wrote {page.relative_to(ROOT)}")
+        file, render = PAGES[name]
+        file.write_text(render(), encoding="utf-8")
+        print(f"wrote {file.relative_to(ROOT)}")
     return 0
 
 

@@ -89,6 +89,7 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
     if any(finding.level == "fail" for finding in findings):
         return CheckReport(setup.subject, tuple(findings))  # another vLLM may not even import
 
+    from cluster.check.guard import guard_cost
     from cluster.check.machine import check_host_memory, check_machine, look_at_this_machine
     from cluster.check.model import ModelCheck, Place
     from cluster.check.placement import look_at_placement
@@ -120,6 +121,8 @@ def check(args: argparse.Namespace, say: Say) -> CheckReport:
         args, model.memshare, memory, model.config.model_config.max_model_len,
         model.config.scheduler_config.max_num_seqs,
     )  # fmt: skip
+    if setup.guard is not None:
+        findings.append(guard_cost(setup.guard, capacity, model.config))
     misplaced, placement = look_at_placement(model.config)
     findings += [*misplaced, *found]
     return CheckReport(setup.subject, tuple(findings), memory, capacity, placement)

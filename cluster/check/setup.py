@@ -17,6 +17,7 @@ from cluster.check.ports import Serving
 from cluster.check.progress import Say
 from cluster.check.report import CheckFinding
 from cluster.config import ClusterArgs, parse_cluster_args
+from cluster.guard.config import GuardConfig
 from memshare.config import MemShareConfig, load_config
 from memshare.errors import UserError
 from memshare.extras import require
@@ -35,6 +36,7 @@ class CheckedSetup:
         needs: what it reserves.
         serving: where it will be served; None for plain vLLM.
         hub: what hinders asking the hub for the model; None if nothing does.
+        guard: on quality, if there is one.
     """
 
     subject: str
@@ -43,6 +45,7 @@ class CheckedSetup:
     needs: Needs
     serving: Serving | None = None
     hub: CheckFinding | None = None
+    guard: GuardConfig | None = None
 
 
 def read_setup(
@@ -119,7 +122,7 @@ def _of_serve(
     words = engine_words(cluster, resolve_model(cluster.model), cluster.memshare)
     return CheckedSetup(
         f"{file}, {_size(cluster)}", tuple(words), cluster.memshare, needs_of(cluster),
-        _serving(schema, ours[0], cluster), hub,
+        _serving(schema, ours[0], cluster), hub, cluster.guard,
     )  # fmt: skip
 
 

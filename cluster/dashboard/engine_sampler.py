@@ -18,6 +18,7 @@ from cluster.dashboard.records import (
     Reuse,
     Thinned,
 )
+from cluster.guard.guard import GuardState
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import (
     CompactionNote,
@@ -78,6 +79,7 @@ class EngineSampler:
         unfinished: Callable[[], int],
         decode: Callable[[Sequence[int]], str] | None,
         clock: Callable[[], float] = time.time,
+        guard: Callable[[], GuardState] | None = None,
     ) -> None:
         """Begin with nothing.
 
@@ -91,6 +93,7 @@ class EngineSampler:
                 nothing, so this tells that its last report is out of date.
             decode: token ids to text, called in another thread; None keeps texts to the replica.
             clock: seconds since the epoch.
+            guard: the state of the guard on quality, if there is one.
         """
         self._replica = replica
         self._node = node
@@ -100,6 +103,7 @@ class EngineSampler:
         self._unfinished = unfinished
         self._decode = decode
         self._clock = clock
+        self._guard = guard
         self._started = clock()
         self._last = StepSample(0.0, 0, 0, 0, 0, None)
         self._interval = _Interval()
@@ -211,6 +215,7 @@ class EngineSampler:
             ended=list(self._ended),
             adapters={n: AdapterTokens(f, self._shared[n]) for n, f in self._found.items()},
             experts=dict(self._experts),
+            guard=self._guard() if self._guard is not None else None,
         )
 
     def sent(self, report: ReplicaReport) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
 from cluster.dashboard.engine_sampler import EngineSampler
+from cluster.guard.guard import GuardState
 
 
 class _FrontEndRequest:
@@ -27,8 +28,14 @@ class _FrontEndRequest:
         return detokenizer.output_token_ids if detokenizer is not None else ()
 
 
-def watch_engine(engine: AsyncLLM, replica: str, node: str, show_text: bool) -> EngineSampler:
-    """What the page knows of this engine, as samples and traces."""
+def watch_engine(
+    engine: AsyncLLM,
+    replica: str,
+    node: str,
+    show_text: bool,
+    guard: Callable[[], GuardState] | None,
+) -> EngineSampler:
+    """What the page knows of this engine and its guard, as samples and traces."""
     requests = engine.output_processor.request_states
     # A copy: it is used in another thread, and tokenizers don't bear two at a time.
     tokenizer = copy.deepcopy(engine.get_tokenizer()) if show_text else None
@@ -46,4 +53,5 @@ def watch_engine(engine: AsyncLLM, replica: str, node: str, show_text: bool) -> 
         find=find,
         unfinished=engine.output_processor.get_num_unfinished_requests,
         decode=(lambda tokens: str(tokenizer.decode(list(tokens)))) if tokenizer else None,
+        guard=guard,
     )

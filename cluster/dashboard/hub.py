@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.config import PageConfig
-from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample
+from cluster.dashboard.records import BlockTrace, ReplicaReport, ReplicaSample, Wishes
 from cluster.telemetry.serve_logs import log_no_calls
 
 _SILENT_INTERVALS = 5.0  # without a report: the replica is shown as silent
@@ -48,9 +48,10 @@ class DashboardHub:
         self._number = 0
         self._replicas: dict[str, _Replica] = {}
         self._wanted: dict[tuple[str, str], _Wanted] = {}
+        self._to_go_on: set[str] = set()
 
-    async def report(self, report: ReplicaReport) -> list[str]:
-        """Take a replica's report; returns the requests whose traces are wanted of it."""
+    async def report(self, report: ReplicaReport) -> Wishes:
+        """Take a replica's report; returns what is wanted of it."""
         kept = int(self._config.minutes * 60 / self._config.interval_s) + 1
         replica = self._replicas.get(report.replica)
         if replica is None:
@@ -61,7 +62,21 @@ class DashboardHub:
             self._number += 1
             replica.samples.append((self._number, sample))
         self._forget_the_silent()
-        return [request for name, request in self._wanted if name == report.replica]
+        go_on = report.replica in self._to_go_on
+        self._to_go_on.discard(report.replica)
+        return Wishes([r for name, r in self._wanted if name == report.replica], go_on)
+
+    async def let_go_on(self, replica: str) -> bool:
+        """Tell a replica, at its next report, to end a stop of its guard on quality.
+
+        Returns:
+            False if there is no such replica, or its guard has not stopped it.
+        """
+        known = self._replicas.get(replica)
+        if known is None or known.latest.guard is None or not known.latest.guard.stopped:
+            return False
+        self._to_go_on.add(replica)
+        return True
 
     async def deliver(self, replica: str, request: str, trace: BlockTrace | None) -> None:
         """Take a trace that was wanted; None if the replica does not know the request."""
@@ -101,6 +116,7 @@ class DashboardHub:
                     "ended": replica.latest.ended,
                     "adapters": {n: a._asdict() for n, a in replica.latest.adapters.items()},
                     "experts": {n: e._asdict() for n, e in replica.latest.experts.items()},
+                    "guard": replica.latest.guard and replica.latest.guard._asdict(),
                     "samples": [s for number, s in replica.samples if number > after],
                 }
                 for name, replica in sorted(
@@ -129,3 +145,4 @@ class DashboardHub:
         oldest = self._clock() - self._config.minutes * 60
         for name in [n for n, r in self._replicas.items() if r.heard < oldest]:
             del self._replicas[name]
+            self._to_go_on.discard(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cluster.guard.guard import GuardState
 from memshare.telemetry.stats import RequestRow
 
 
@@ -130,6 +131,7 @@ class ReplicaReport:
         ended: requests that have ended lately and whose trace can still be asked for.
         adapters: what each has found, where adapters share a cache.
         experts: by layer, where they are counted.
+        guard: on quality, where there is one.
     """
 
     replica: str
@@ -142,3 +144,16 @@ class ReplicaReport:
     ended: list[str] = field(default_factory=list)
     adapters: dict[str, AdapterTokens] = field(default_factory=dict)
     experts: dict[str, ExpertUse] = field(default_factory=dict)
+    guard: GuardState | None = None
+
+
+class Wishes(NamedTuple):
+    """What the board answers to a report.
+
+    Attributes:
+        traces: requests whose traces browsers wait for.
+        go_on: whether an operator lets MemShare go on after an alarm of the replica's guard.
+    """
+
+    traces: list[str]
+    go_on: bool

@@ -67,6 +67,12 @@ def page_app(
             return _refusal(404, "no replica knows this request now")
         return JSONResponse(asdict(found))
 
+    async def let_go_on(request: Request) -> Response:
+        replica = request.query_params.get("replica", "")
+        if await asyncio.wait_for(board.let_go_on.remote(replica), _TIMEOUT_S):
+            return JSONResponse({"replica": replica}, status_code=202)
+        return _refusal(404, "replica: no replica of this id has been stopped by its guard")
+
     async def show_config(request: Request) -> Response:
         return JSONResponse(config)
 
@@ -86,6 +92,7 @@ def page_app(
             Route("/api/state", guarded(state)),
             Route("/api/trace", guarded(trace)),
             Route("/api/config", guarded(show_config)),
+            Route("/api/guard", guarded(let_go_on), methods=["POST"]),
             Mount("/", StaticFiles(directory=_STATIC, html=True)),
         ],
         middleware=[Middleware(_Headers)],

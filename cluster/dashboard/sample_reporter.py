@@ -27,8 +27,19 @@ class SampleReporter:
         board: DeploymentHandle[Any],
         interval_s: float,
         count_fault: CountFault,
+        let_go_on: Callable[[], None] = lambda: None,
     ) -> None:
+        """Be ready to start.
+
+        Args:
+            watch: takes the samples.
+            board: the :class:`~cluster.dashboard.hub.DashboardHub`.
+            interval_s: seconds between two reports.
+            count_fault: called with the part of the page that failed.
+            let_go_on: called when an operator ends a stop of the guard on quality.
+        """
         self._watch = watch
+        self._let_go_on = let_go_on
         self._board = board
         self._interval_s = interval_s
         self._count_fault = count_fault
@@ -52,13 +63,15 @@ class SampleReporter:
             try:
                 self._watch.sample()
                 report = self._watch.report()
-                wanted = await asyncio.wait_for(self._board.report.remote(report), _TIMEOUT_S)
+                wishes = await asyncio.wait_for(self._board.report.remote(report), _TIMEOUT_S)
                 self._watch.sent(report)
                 self._sound = True
             except Exception as error:  # the board is away, say; samples wait for it
                 self._note("report", error)
                 continue
-            for request in wanted:
+            if wishes.go_on:
+                self._let_go_on()
+            for request in wishes.traces:
                 delivery = asyncio.create_task(self._deliver(report.replica, request))
                 self._deliveries.add(delivery)
                 delivery.add_done_callback(self._deliveries.discard)

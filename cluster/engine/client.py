@@ -25,6 +25,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
+from cluster.guard.answers import AnswerWatch
 from cluster.routing.load import LoadMeter
 from cluster.routing.outage import try_again
 from cluster.telemetry.load_logger import LoadLogger
@@ -64,6 +65,7 @@ class GatedAsyncLLM(AsyncLLM):
     uses_memshare: bool
     unavailable_s: int
     spans: RequestSpans | None = None  # only if `otlp_traces_endpoint` is set
+    answers: AnswerWatch | None = None  # only if `guard` is set
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -94,7 +96,15 @@ class GatedAsyncLLM(AsyncLLM):
         if self.uses_memshare:
             sampling_params.extra_args = self._memshare_options(call, sampling_params.extra_args)
         call.sequences += sequences
-        outputs = self._outputs(prompt, sampling_params, request_id, options)
+
+        def start(params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+            return self._outputs(prompt, params, request_id, options)
+
+        if self.answers is None:
+            outputs = start(sampling_params)
+        else:
+            adapter = options.get("lora_request")
+            outputs = self.answers.follow(start, prompt, sampling_params, call, adapter)
         if sampling_params.structured_outputs is not None:
             outputs = _require_a_text(outputs)
         return _run(outputs, call, request_id, sequences, self.unavailable_s)
@@ -172,7 +182,10 @@ class GatedAsyncLLM(AsyncLLM):
         if refused is not None:
             refusal = self.gate.refuse_options(call, f"vllm_xargs.{refused}")
             raise GracefulHTTPError(str(refusal), HTTPStatus.FORBIDDEN)
-        if call.caller.permissions.always_exact:
+        if not options.enabled:
+            return extra_args
+        exact = call.caller.permissions.always_exact
+        if exact or (self.answers is not None and self.answers.are_to_be_exact()):
             return {**(extra_args or {}), "memshare": "off"}
         return extra_args
 

@@ -247,6 +247,16 @@ class Gate:
             return Call(self._local, self._salt(LOCAL))
         raise self._refusal("no_key", "this way into the server does not check keys")
 
+    @contextmanager
+    def acting_for(self, call: Call) -> Iterator[None]:
+        """What runs inside is the server's own work on what a tenant's call has computed: under
+        its salt, beside its limits, and charged to nobody."""
+        token = _CALL.set(Call(call.caller, call.salt))
+        try:
+            yield
+        finally:
+            _CALL.reset(token)
+
     def refuse_options(self, call: Call, name: str) -> RefusedError:
         """The refusal of a MemShare option that the caller may not use."""
         return self._refusal_within(

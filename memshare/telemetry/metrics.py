@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memshare.telemetry.metric import Label, Metric, named
+from memshare.telemetry.replica_metrics import REPLICA
 
 COUNTERS = named(
     Metric("steps", "counter", "steps", "reasoning steps finished"),
@@ -280,97 +281,6 @@ HISTOGRAMS = named(
     ),
 )
 """Histograms of the engine."""
-
-_TENANT = Label("tenant")
-
-REPLICA = named(
-    Metric(
-        "tenant_requests",
-        "counter",
-        "requests",
-        "requests by tenant; tenants beyond the first hundred count as `other`",
-        (
-            _TENANT,
-            Label(
-                "outcome",
-                {
-                    "served": "answered",
-                    "refused": "refused: key, permission or limit",
-                    "failed": "an error in the server",
-                    "aborted": "the client left",
-                },
-            ),
-        ),
-        home="replica",
-    ),
-    Metric(
-        "tenant_tokens",
-        "counter",
-        "tokens",
-        "tokens by tenant, in prompts and in output",
-        (_TENANT, Label("kind", {"prompt": "in prompts", "output": "generated"})),
-        home="replica",
-    ),
-    Metric(
-        "tenant_refusals",
-        "counter",
-        "requests",
-        "refused requests by tenant (`-` if unknown) and reason",
-        (
-            _TENANT,
-            Label(
-                "reason",
-                {
-                    "no_key": "it has no key",
-                    "unknown_key": "its key is not in the table",
-                    "not_local": "there are no keys, and it came from another machine",
-                    "not_operator": "it is for operators only",
-                    "model": "its key is not for that model",
-                    "memshare": "its key does not allow that MemShare option",
-                    "requests": "the tenant already has as many requests as it may at one time",
-                    "tokens": "the tenant has used its tokens",
-                    "closed": "the server is shutting down",
-                },
-            ),
-        ),
-        home="replica",
-    ),
-    Metric(
-        "key_table_reloads",
-        "counter",
-        "tables",
-        "changed key tables",
-        (Label("result", {"used": "in use now", "refused": "wrong or gone; the old one stays"}),),
-        home="replica",
-    ),
-    Metric(
-        "limit_ledger_faults",
-        "counter",
-        "calls",
-        "calls for which the limits' ledger could not be reached, so the replica enforced limits "
-        "alone",
-        home="replica",
-    ),
-    Metric(
-        "monitoring_faults",
-        "counter",
-        "faults",
-        "faults of the [live page](page.md) and of tracing; serving continues",
-        (
-            Label(
-                "part",
-                {
-                    "record": "a step of the engine could not be read",
-                    "report": "the board did not accept a replica's samples; they are kept",
-                    "trace": "a request's trace could not be created or delivered",
-                    "answer": "the board did not answer a browser",
-                },
-            ),
-        ),
-        home="replica",
-    ),
-)
-"""Counters of a Ray Serve replica."""
 
 METRICS: tuple[Metric, ...] = (
     *COUNTERS.values(), *LABELLED.values(), *GAUGES.values(), BLOCKS, EXPERT_SKEW,

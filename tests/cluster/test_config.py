@@ -19,6 +19,7 @@ from cluster.config import (
     ScalingConfig,
     parse_cluster_args,
 )
+from cluster.guard.config import GuardConfig
 from cluster.tenancy.keys import KeylessConfig
 from memshare.config import ConfigError
 from tests.cluster.support.arguments import parse
@@ -92,6 +93,17 @@ WRONG: list[tuple[str, str, object, str]] = [
     ("page", "minutes", 0.5, "greater than or equal to 1"),
     ("page", "minutes", 121, "less than or equal to 120"),
     ("page", "show_text", "perhaps", "valid boolean"),
+    ("", "guard", "on", "GuardConfig"),
+    ("guard", "share", 0, "greater than 0"),
+    ("guard", "bound", 1, "less than 1"),
+    ("guard", "false_alarm_rate", 0.5, "less than or equal to 0.2"),
+    ("guard", "window", 10, "greater than or equal to 20"),
+    ("guard", "on_alarm", "halt", "'report'"),
+    ("guard", "cool_down_s", 0, "greater than 0"),
+    ("guard", "concurrent", 0, "greater than or equal to 1"),
+    ("guard", "waiting", 0, "greater than or equal to 1"),
+    ("guard", "patience_s", -1, "greater than or equal to 0"),
+    ("guard", "max_usage", 1.5, "less than or equal to 1"),
     ("memshare", "mode", "shar", "'observe'"),
 ]
 
@@ -119,6 +131,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
         "routing": RoutingConfig,
         "scaling": ScalingConfig,
         "page": PageConfig,
+        "guard": GuardConfig,
     }
     fields = {(section, field) for section, model in models.items() for field in model.model_fields}
     assert fields - tried == {("", "memshare")}, "tested where it is defined"
@@ -135,6 +148,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
         RoutingConfig,
         ScalingConfig,
         PageConfig,
+        GuardConfig,
     ],
 )
 def test_every_field_is_documented(model: type[BaseModel]) -> None:
@@ -252,6 +266,26 @@ RAY = {"distributed_executor_backend": "ray"}
             "replica.pin_cpus = True: has no effect",
             "fix: leave it out",
         ),
+        (
+            {"guard": {}, "memshare": {"mode": "observe"}},
+            "guard: has no effect with memshare.mode = 'observe'",
+            "fix: leave it out, or set memshare.mode to 'share'",
+        ),
+        (
+            {"guard": {"on_alarm": "report", "cool_down_s": 60}},
+            "cool_down_s (60) has no effect with on_alarm 'report'",
+            "leave it out, or set on_alarm to 'stop'",
+        ),
+        (
+            {"guard": {}, "engine": {"extra": {"logprobs-mode": "processed_logprobs"}}},
+            "engine.extra.logprobs-mode = 'processed_logprobs': the guard compares",
+            "fix: leave it out, or leave out guard",
+        ),
+        (
+            {"guard": {}, "page": {"enabled": False}},
+            "guard.cool_down_s = None: an operator lets a replica go on by the live page",
+            "fix: set guard.cool_down_s, or page.enabled to true",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(
@@ -270,6 +304,10 @@ def test_what_would_have_no_effect_is_refused(
         {"routing": {"load": "requests", "sessions": False}},
         {"routing": {"sessions": False, "report_period_s": 1}},
         {"engine": {"tensor_parallel_size": 2, **RAY}, "replica": {"gpus": 2}},
+        {"guard": {}},
+        {"guard": {}, "memshare": {"mode": "observe", "selection": {"pages": 8}}},
+        {"guard": {"cool_down_s": 60}, "page": {"enabled": False}},
+        {"guard": {"on_alarm": "report"}, "page": {"enabled": False}},
         {"replica": {"gpus": 2}},  # an operator may reserve more than workers need
     ],
 )

@@ -35,6 +35,11 @@ def stories(spelling: Spelling) -> dict[str, tuple[Story, Story]]:
     lag, faults = ours("evaluator_lag_seconds"), ours("evaluator_faults")[spelling]
     checks, stopped = ours("integrity_checks")[spelling], ours("sharing_stopped")[spelling]
     misses = ours("remap_misses")[spelling]
+    alarms, guard = ours("guard_alarms")[spelling], ours("guard_stopped")[spelling]
+    failed, scored = (
+        f'{ours("guard_shadows")[spelling]}{{outcome="{outcome}"}}'
+        for outcome in ("failed", "scored")
+    )
     paper, dead = f'{queue}{{policy="paper"}}', f'{faults}{{reason="dead"}}'
     low, high = (f'{lag.buckets(spelling)}{{le="{le}"}}' for le in ("0.5", "2.5"))
     top = f'{lag.buckets(spelling)}{{le="+Inf"}}'
@@ -60,6 +65,14 @@ def stories(spelling: Spelling) -> dict[str, tuple[Story, Story]]:
         "MemShareIntegrityFailure": (
             {f'{checks}{{result="failed"}}': "0x20 1x20", stopped: "0x40"},
             {f'{checks}{{result="passed"}}': "0+1x40", stopped: "0x40"},
+        ),
+        "MemShareQualityGuardStopped": (
+            {alarms: "_x20 1x20"},
+            {alarms: "1x40", guard: "0x40"},
+        ),
+        "MemShareQualityGuardBlind": (
+            {failed: "0+1x40"},
+            {failed: "0+1x40", scored: "0+1x40"},
         ),
         "MemShareRemapMiss": ({misses: "0x20 1x20"}, {misses: "1x40"}),
     }

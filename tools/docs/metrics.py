@@ -21,8 +21,8 @@ from memshare.telemetry.metrics import (
     GAUGES,
     HISTOGRAMS,
     LABELLED,
-    REPLICA,
 )
+from memshare.telemetry.replica_metrics import REPLICA
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
@@ -42,7 +42,9 @@ def tables() -> dict[str, str]:
         ),
         "gauge_labels": "\n\n".join(_values([BLOCKS])),
         "histograms": _table(["metric", "unit", "shows"], map(_plain, HISTOGRAMS.values())),
-        "replica": _table(["metric", "unit", "label", "counts"], map(_full, REPLICA.values())),
+        "replica": _table(
+            ["metric", "unit", "label", "counts or shows"], map(_full, REPLICA.values())
+        ),
         "replica_labels": "\n\n".join(_values(REPLICA.values())),
     }
 

@@ -105,6 +105,25 @@ ALERTS = (
         "critical",
         "A worker did not know the request of a remap.",
     ),
+    Alert(
+        "MemShareQualityGuardStopped",
+        # Not increase(): it sees no first count.
+        "max by ({engine}) ({0}) > 0 or sum by ({engine}) ({1})"
+        " unless sum by ({engine}) ({1}) <= sum by ({engine}) ({1} offset 15m)",
+        (ours("guard_stopped"), ours("guard_alarms")),
+        0,
+        "critical",
+        "Answers differ from the exact model's by more than the bound. New requests run exact.",
+    ),
+    Alert(
+        "MemShareQualityGuardBlind",
+        "sum by ({engine}) (increase({0}{{outcome=~\"dropped|failed\"}}[1h])) > 5"
+        " unless sum by ({engine}) (increase({0}{{outcome=\"scored\"}}[1h])) > 0",
+        (ours("guard_shadows"),),
+        15,
+        "warning",
+        "The quality guard chooses answers and scores none: nobody watches quality.",
+    ),
     # Evaluators, and pods of an engine beside its first, are never ready: only a cluster in which
     # no engine's pod is counts.
     Alert(

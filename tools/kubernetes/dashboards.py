@@ -85,6 +85,15 @@ def _at_proxies(series: Series, legend: str) -> Query:
 AGENTS = "Agents that share a cache"
 """The row whose series only servers with such agents export."""
 
+GUARD = "Quality guard"
+"""The row whose series only servers with ``guard`` export."""
+
+
+def _estimate(which: str) -> Query:
+    text = f'max by ({{engine}}) ({{0}}{{{{estimate="{which}", {{only}}}}}})'
+    return Query(text, (ours("guard_disagreement"),), which)
+
+
 ROWS: Mapping[str, tuple[Panel, ...]] = {
     "Is there anything to gain": (
         Panel(
@@ -189,6 +198,34 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             "What they take of the KV cache, with their padding.",
             "bytes",
             (_by_engine(ours("low_rank_bytes")),),
+        ),
+    ),
+    GUARD: (
+        Panel(
+            "Tokens the exact model rejects",
+            "Of answers that MemShare approximated: the mean of the last shadows, and a 95 % "
+            "interval.",
+            "percentunit",
+            (
+                _estimate("mean"),
+                _estimate("low"),
+                _estimate("high"),
+            ),
+        ),
+        Panel(
+            "Shadows",
+            "Chosen requests, by what became of them.",
+            "ops",
+            (_split(ours("guard_shadows"), "outcome"),),
+        ),
+        Panel(
+            "Alarms, and exact requests because of them",
+            "After an alarm new requests run exact.",
+            "ops",
+            (
+                _total_rate(ours("guard_alarms"), "alarms"),
+                _total_rate(ours("guard_exact_requests"), "exact requests"),
+            ),
         ),
     ),
     "Evaluators and integrity": (

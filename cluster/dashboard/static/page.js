@@ -4,6 +4,7 @@ import { renderAgents } from "./agents.js";
 import { drawCard, lagOf, makeCard } from "./cards.js";
 import { greatest, palette, scaleOf } from "./chart.js";
 import { renderExperts } from "./experts.js";
+import { renderGuard } from "./guard.js";
 import { renderRequests, showPartsLegend } from "./requests.js";
 import { showTrace } from "./trace.js";
 import { $, make, seconds, span, sum, whole } from "./words.js";
@@ -26,10 +27,10 @@ let colours = palette();
 
 class Refused extends Error {}
 
-async function ask(path) {
+async function ask(path, method = "GET") {
   const key = sessionStorage.getItem("memshare-key");
   const headers = key ? { authorization: `Bearer ${key}` } : {};
-  const answer = await fetch(path, { headers, signal: AbortSignal.timeout(15000) });
+  const answer = await fetch(path, { method, headers, signal: AbortSignal.timeout(15000) });
   if (answer.status === 401 || answer.status === 403) throw new Refused();
   const body = await answer.json();
   if (!answer.ok) throw new Error(body.error || `HTTP ${answer.status}`);
@@ -133,7 +134,12 @@ function render() {
   renderTotals(replicas, scene);
   renderAgents(replicas, state.config?.memshare.agents);
   renderExperts(replicas, state.config?.memshare.experts);
+  renderGuard(replicas, state.config?.guard, letGoOn);
   renderRequests(replicas, openTrace);
+}
+
+function letGoOn(replica) {
+  ask(`api/guard?replica=${encodeURIComponent(replica)}`, "POST").catch((error) => console.warn(error));
 }
 
 function renderTotals(replicas, scene) {

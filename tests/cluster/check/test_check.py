@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from cluster.check.guard import guard_cost
 from cluster.check.installed import check_installed, check_package
 from cluster.check.machine import (
     OPEN_FILES,
@@ -24,6 +27,7 @@ from cluster.check.placement import place_checked
 from cluster.check.report import GIB, Capacity, CheckFinding, CheckReport, Memory
 from cluster.check.setup import read_setup
 from cluster.config import parse_cluster_args
+from cluster.guard.config import GuardConfig
 from memshare.config import ConfigError
 from memshare.core.capacity import Concurrency
 from memshare.errors import UserError
@@ -172,6 +176,21 @@ def test_where_there_is_nothing_to_place() -> None:
     unknown = {"model_type": "nemotron_h"}
     assert place_checked(unknown, Parallelism(tensor_parallel_size=2), 2) == ([], None)
     assert place_checked(QWEN3_30B, Parallelism(), 2)[1] is not None
+
+
+def test_what_a_guard_costs() -> None:
+    """5 % of 500 + 4,000 tokens; logits of one chunk of a shadow."""
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 128 * 1024),
+    )
+    held = Concurrency(1, 1, 1)
+    found = guard_cost(
+        GuardConfig(share=0.05), Capacity(500, 4000, 0.25, 32, held, held), cast(Any, config)
+    )
+    assert found.level == "ok"
+    assert "0.05 of the requests have a shadow of up to 4,500 prompt tokens" in found.text
+    assert "at most 225 more for each request served, and 3.00 GiB of logits" in found.text
 
 
 def test_files_that_cannot_be_checked(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cluster.dashboard.records import (
     Reuse,
     Thinned,
 )
+from cluster.guard.guard import GuardState
 from cluster.telemetry.step_sample import StepSample
 from memshare.telemetry.stats import (
     CompactionNote,
@@ -277,6 +278,21 @@ async def test_a_browser_is_told_of_experts() -> None:
     assert replica["experts"] == {"0": {"steps": 2, "touched": 10, "tokens": 16, "skew": 1.25}}
 
 
+async def test_a_replica_that_its_guard_has_stopped_hears_of_an_operator_once() -> None:
+    board = DashboardHub(PageConfig())
+    stopped = GuardState(0.3, 0.2, 0.4, 9, 1, True)
+    assert not await board.let_go_on("x"), "there is no such replica"
+    await board.report(replace(report("y"), guard=stopped._replace(stopped=False)))
+    assert not await board.let_go_on("y"), "it has not been stopped"
+    assert not (await board.report(replace(report("x"), guard=stopped))).go_on
+    (shown, _) = json.loads(json.dumps(await board.state("", 0)))["replicas"]
+    assert shown["guard"] == stopped._asdict()
+    assert await board.let_go_on("x")
+    assert not (await board.report(report("y"))).go_on
+    assert (await board.report(replace(report("x"), guard=stopped))).go_on
+    assert not (await board.report(replace(report("x"), guard=stopped))).go_on
+
+
 async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:
     now = [0.0]
     board = DashboardHub(PageConfig(minutes=1, interval_s=1), clock=lambda: now[0])
@@ -293,15 +309,15 @@ async def test_memory_is_bounded_and_replicas_that_are_gone_go() -> None:
 
 async def test_a_trace_is_asked_for_with_the_next_report() -> None:
     board = DashboardHub(PageConfig())
-    assert await board.report(report("x")) == []
+    assert (await board.report(report("x"))).traces == []
     trace = BlockTrace("a", True, 4, 6, 16, [Reuse(1, 2, None, 5.0)], [], None)
     browsers = [asyncio.create_task(board.trace("x", "a")) for _ in range(2)]
     await asyncio.sleep(0)
-    assert await board.report(report("y")) == []
-    assert await board.report(report("x")) == ["a"]
+    assert (await board.report(report("y"))).traces == []
+    assert (await board.report(report("x"))).traces == ["a"]
     await board.deliver("x", "a", trace)
     assert await asyncio.gather(*browsers) == [trace, trace]
-    assert await board.report(report("x")) == [], "asked once"
+    assert (await board.report(report("x"))).traces == [], "asked once"
     assert await board.trace("no such replica", "a") is None
 
 
@@ -312,4 +328,4 @@ async def test_a_replica_that_does_not_answer_leaves_nothing_behind(
     board = DashboardHub(PageConfig())
     await board.report(report("x"))
     assert await board.trace("x", "a") is None
-    assert await board.report(report("x")) == []
+    assert (await board.report(report("x"))).traces == []

@@ -46,6 +46,7 @@ def test_the_python_of_the_documentation_runs(server: Server, block: Block) -> N
     exec(compile(text, block.place, "exec"), {"client": server.client})
 
 
+@pytest.mark.proves("interfaces")
 @pytest.mark.parametrize(
     "body", chat_bodies(), ids=[f"body{i}" for i, _ in enumerate(chat_bodies())]
 )

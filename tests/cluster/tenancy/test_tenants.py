@@ -26,7 +26,7 @@ from cluster.check.ports import look_at_ports
 from cluster.tenancy.keys import hash_key, new_key
 from memshare.client import NotAllowedError, OverloadedError, Sampling
 from tests.cluster.support.loose import LOOSE
-from tests.cluster.support.monitoring import serving_of
+from tests.cluster.support.monitoring import serving_of, wait_for
 from tests.machine import DTYPE
 from tools.bench.local_cluster import (
     START_S,
@@ -113,6 +113,8 @@ def keyed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "dtype": DTYPE,
         "max_num_seqs": 16,
     }
+    # Whatever is re-pointed so loosely strays further than that.
+    arguments["guard"] = {"share": 1.0, "bound": 0.001, "patience_s": 1.0}
     memshare_in(document).update(LOOSE)
     memshare_in(document).update(scope="tenant", event_log=str(events))
     server = start(folder, document)
@@ -315,6 +317,47 @@ def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
     assert between == {"acme", "bravo"}, "negative control: requests of one tenant do pair"
     assert {tenant_of(event["request"]) for event in applied} == {"acme", "bravo"}
     print(f"\n{len(pairs)} pairs of requests, {len(applied)} remaps")
+
+
+def test_a_guard_stops_what_strays_until_an_operator_lets_it_go_on(keyed: Keyed) -> None:
+    def shared() -> int:
+        """Blocks that a request gave up, which reads on in a story."""
+        xargs = {"memshare_usage": "on"}
+        answer = keyed.ask("bravo", max_tokens=160, ignore_eos=True, vllm_xargs=xargs)
+        blocks: int = answer.json()["kv_transfer_params"]["memshare"]["blocks_shared"]
+        return blocks
+
+    def guard() -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {keyed.keys['platform']}"}
+        state = httpx.get(f"{keyed.server.url}/memshare/api/state", headers=headers, timeout=60)
+        (replica,) = state.json()["replicas"]
+        return {"id": replica["id"], **replica["guard"]}
+
+    def is_stopped() -> bool:
+        return keyed.count("memshare_guard_stopped") == 1
+
+    for _ in range(6):
+        if is_stopped():
+            break
+        print(shared(), [line for line in keyed.metrics().splitlines() if "_guard_" in line])
+    wait_for("the stop", is_stopped)
+    assert keyed.count("memshare_guard_alarms_total") == 1
+    assert keyed.count("memshare_guard_shadows_total", outcome="scored") > 0
+    assert keyed.count("memshare_guard_tokens_total") > 100
+    assert keyed.count("memshare_guard_disagreement", estimate="low") > 0.001
+    assert keyed.count("vllm:memshare_blocks_reclaimed_total") > 0, "there was something to stop"
+    assert shared() == 0
+    assert keyed.count("memshare_guard_exact_requests_total") >= 1
+    shown = wait_for("the page", lambda: guard()["stopped"] and guard())
+    assert (shown["alarms"], shown["low"] > 0.001) == (1, True)
+
+    path = f"/memshare/api/guard?replica={shown['id']}"
+    assert keyed.post("bravo", path, {}).status_code == 403, "for operators"
+    assert keyed.post("platform", path + "x", {}).status_code == 404
+    assert keyed.post("platform", path, {}).status_code == 202
+    wait_for("the end of the stop", lambda: not is_stopped())
+    assert keyed.count("memshare_guard_resumes_total", by="operator") == 1
+    assert shared() > 0
 
 
 def test_a_changed_table_is_taken_over(keyed: Keyed) -> None:

@@ -164,6 +164,7 @@ def test_opted_out_requests_stay_exact(engine: Engine) -> None:
     assert after["opted_out:invalid_options"] == 2
 
 
+@pytest.mark.proves("exact requests")
 def test_prompt_logprobs_stay_exact(engine: Engine) -> None:
     from vllm import SamplingParams
 

@@ -38,6 +38,7 @@ def expected(model: str, start_engine: StartEngine) -> list[tuple[int, ...]]:
         return copies(dense)
 
 
+@pytest.mark.proves("x86", "full attention", "cache auto")
 def test_identical_blocks_share_exactly(
     model: str, expected: list[tuple[int, ...]], start_engine: StartEngine
 ) -> None:
@@ -55,6 +56,7 @@ def test_blocks_that_no_worker_is_told_of_are_seen(
     assert wrong.outputs != [list(output) for output in expected], "a wrong table is not seen"
 
 
+@pytest.mark.proves("tensor parallel", "executor mp")
 @pytest.mark.complete
 def test_two_ranks_share_exactly(
     smollm2_tp2: str, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ def turn(engine: Engine, prompt: list[int], max_tokens: int) -> tuple[list[int],
     return list(output.outputs[0].token_ids), int(output.num_cached_tokens)
 
 
+@pytest.mark.proves("prefix caching")
 def test_a_later_turn_is_served_no_tainted_block(start_engine: StartEngine, model: str) -> None:
     options: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 200}
     with start_engine(model, EAGER, **options) as engine:

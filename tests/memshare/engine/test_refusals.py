@@ -67,6 +67,13 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.proves("other connector", how="refused", case="another connector")
+@pytest.mark.proves("other worker", how="refused", case="worker class")
+@pytest.mark.proves("other drafts", how="refused", case="drafts")
+@pytest.mark.proves("pipeline parallel", how="refused", case="pipeline")
+@pytest.mark.proves("context parallel", how="refused", case="DCP")
+@pytest.mark.proves("no tokenizer", how="refused", case="tokenizer")
+@pytest.mark.proves("cache others", how="refused", case="cache type")
 @pytest.mark.parametrize("case", CASES)
 def test_refused_before_the_model_loads(vllm_config: Any, case: str) -> None:
     from memshare.engine.compatibility import UnsupportedSetup, check_before_load
@@ -91,6 +98,7 @@ def test_a_wrong_field_stops_the_worker_before_it_loads(vllm_config: Any) -> Non
         MemShareWorker(broken, 0, 0, "")
 
 
+@pytest.mark.proves("hybrid", "sliding window", "mla", how="refused")
 def test_models_whose_cache_cannot_be_shared(vllm_config: Any) -> None:
     import torch
     from vllm.v1.kv_cache_interface import (

@@ -49,6 +49,7 @@ def test_a_prompt_in_parts_leaves_its_generator_alone(engine: Engine) -> None:
     assert sample(engine, [7, 8], 24)[0] == in_one, "beside another that is prefilled in parts"
 
 
+@pytest.mark.proves("sampling")
 def test_a_preempted_request_goes_on_with_its_seed(engine: Engine) -> None:
     alone = [sample(engine, [seed], 500)[0] for seed in (1, 2)]
     engine.scheduler.reset_prefix_cache()

@@ -54,12 +54,16 @@ class PageServer:
     handle: LocalBoard
     faults: list[str]
     traces: dict[tuple[str, str], BlockTrace] = field(default_factory=dict)
+    went_on: list[str] = field(default_factory=list)
 
     def report(self, report: ReplicaReport) -> None:
         """Tell the board, as a replica does, and deliver what it wants."""
 
         async def tell() -> None:
-            for request in await self.handle.report.remote(report):
+            wishes = await self.handle.report.remote(report)
+            if wishes.go_on:
+                self.went_on.append(report.replica)
+            for request in wishes.traces:
                 trace = self.traces.get((report.replica, request))
                 await self.handle.deliver.remote(report.replica, request, trace)
 

@@ -1,4 +1,5 @@
-"""Tables of the page over all replicas: of adapters that share, and of experts that are counted."""
+"""Tables of the page over all replicas: of adapters that share, of experts that are counted,
+and of guards."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from playwright.sync_api import BrowserContext, expect
 
 from cluster.config import PageConfig
 from cluster.dashboard.records import AdapterTokens, ExpertUse
+from cluster.guard.guard import GuardState
 from tests.cluster.dashboard.page.recorded import ARGUMENTS, recorded, visiting
 from tests.cluster.dashboard.page.serving import PageServer, serve_page
 
@@ -64,3 +66,43 @@ def test_experts_that_are_counted_have_a_table(browser: BrowserContext, server: 
     with visiting(browser, server) as visit:
         expect(visit.page.locator(".card")).to_have_count(1)
         expect(visit.page.locator("#experts")).to_be_hidden()
+
+
+def test_a_guard_has_a_table_and_a_button_that_ends_a_stop(
+    browser: BrowserContext, server: PageServer
+) -> None:
+    guarded = ARGUMENTS | {"guard": {"bound": 0.05}}
+    states = {
+        "replica-0": GuardState(0.012, 0.004, 0.031, 180, 0, False),
+        "replica-1": GuardState(0.31, 0.2, 0.42, 9, 1, True),
+        "replica-2": GuardState(0.0, 0.0, 1.0, 0, 0, False),
+    }
+
+    def tell(serving: PageServer) -> None:
+        for name, state in states.items():
+            serving.report(replace(recorded(name, 60, time.time()), guard=state))
+
+    with serve_page(PageConfig(), guarded) as guarding:
+        tell(guarding)
+        with visiting(browser, guarding) as visit:
+            rows = visit.page.locator("#guard tbody tr")
+            expect(rows).to_have_count(3)
+            cells = {tuple(row.locator("td").all_inner_texts()[1:5]) for row in rows.all()}
+            assert cells == {
+                ("1.2%", "0.4% to 3.1%", "180", "0"),
+                ("31.0%", "20.0% to 42.0%", "9", "1"),
+                ("unknown", "0.0% to 100.0%", "0", "0"),
+            }
+            expect(visit.page.locator("#guard-hint")).to_contain_text("Bound 5.0%")
+            button = visit.page.get_by_role("button", name="Let it go on")
+            expect(button).to_have_count(1)
+            with visit.page.expect_response("**/api/guard?*") as answered:
+                button.click()
+            assert answered.value.status == 202
+            tell(guarding)
+            assert guarding.went_on == ["replica-1"]
+            assert visit.errors == []
+    server.report(recorded("replica-0", 60, time.time()))
+    with visiting(browser, server) as visit:
+        expect(visit.page.locator(".card")).to_have_count(1)
+        expect(visit.page.locator("#guard")).to_be_hidden()

@@ -119,6 +119,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
     return table, lens, {"r4": 4, "r3": 1, "r0": 2, "waiting": 7}
 
 
+@pytest.mark.proves("compaction backends", "nvidia", how="parts")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backends_builder_is_given_tables_without_holes(
     name: str, config: Any, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +140,7 @@ def test_every_backends_builder_is_given_tables_without_holes(
     assert group.passed_on == [True, False, True]
 
 
+@pytest.mark.proves("compaction graphs", how="parts")
 @pytest.mark.parametrize("name", ["triton", "rocm", "flash"])
 def test_full_cuda_graphs_find_each_step_at_the_addresses_that_they_captured(
     name: str, config: Any, monkeypatch: pytest.MonkeyPatch

@@ -319,6 +319,8 @@ def v1_runner() -> Any:
     )
 
 
+@pytest.mark.proves("runner v1")
+@pytest.mark.proves("async scheduling", how="parts")
 def test_v1_edits_the_row_that_attention_reads_and_the_request_it_is_rebuilt_from() -> None:
     runner = v1_runner()
     tables = vllm_adapter().worker_tables(runner, GROUP)
@@ -356,6 +358,7 @@ def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, kernel, InterpretedFunction(getattr(module, kernel)))
 
 
+@pytest.mark.proves("runner v2", "nvidia", how="parts")
 @pytest.mark.usefixtures("kernels_on_a_cpu")
 def test_v2_stages_one_entry_for_the_runner_to_apply() -> None:
     """On vLLM's own tables and kernels, of two groups; the runner that holds them is a stand-in."""

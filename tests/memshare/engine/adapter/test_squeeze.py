@@ -125,6 +125,7 @@ compile_for_gpus(squeeze_kernel, signature, {"block_size": 16, "nulls": 1, "tile
 """
 
 
+@pytest.mark.proves("compaction graphs", how="parts")
 def test_the_kernel_compiles_for_gpus_that_are_not_here() -> None:
     made = compiled(COMPILE)
     assert [code for code, _ in made] == CODE

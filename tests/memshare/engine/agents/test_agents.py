@@ -89,6 +89,7 @@ def test_each_adapter_alone_is_what_peft_says(served: Served, roles: Roles, sche
     assert peft_distance(roles, roles.adapters(scheme), act, said) > WRONG, "control: wrong adapter"
 
 
+@pytest.mark.proves("lora shared")
 def test_turns_over_a_growing_context(served: Served, reference: Reference, scheme: str) -> None:
     """Each agent reads what the others have written, in whole blocks, and is what the scheme says;
     sharing everything is not."""

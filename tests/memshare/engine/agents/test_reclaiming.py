@@ -28,6 +28,7 @@ RECLAIMS: dict[str, Any] = {
 }
 
 
+@pytest.mark.proves("lora")
 def test_compaction_of_adapters_that_do_not_share(roles: Roles, start_engine: StartEngine) -> None:
     """One prompt per adapter, which several of its requests read while they are compacted: whoever
     lost nothing is what peft says, in the same batch, and so is who reads the prompt afterwards."""

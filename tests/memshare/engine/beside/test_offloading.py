@@ -98,6 +98,7 @@ def asked(engine: Engine, tokens: int = TOKENS, **extra: Any) -> list[tuple[int,
     return engine.generate(PROMPTS, tokens, extra_args=extra or None)
 
 
+@pytest.mark.proves("offloading")
 def test_what_is_stored_stays_as_it_was_computed(
     start_engine: StartEngine, tiny_with_weights: str
 ) -> None:
@@ -134,6 +135,7 @@ def expected(start_engine: StartEngine, tiny_with_weights: str) -> list[tuple[in
         return asked(dense)
 
 
+@pytest.mark.proves("offloading")
 def test_prompts_come_back_from_the_host_exact(
     start_engine: StartEngine, tiny_with_weights: str, expected: list[tuple[int, ...]]
 ) -> None:

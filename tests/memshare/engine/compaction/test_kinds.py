@@ -115,6 +115,11 @@ def settle(watched: Watched) -> None:
             del watched.logits[name, position]
 
 
+@pytest.mark.proves("compaction compiled", case="compiled")
+@pytest.mark.proves("compaction bfloat16", "compaction eager", case="bfloat16")
+@pytest.mark.proves("compaction fp8", "cache fp8", case="fp8")
+@pytest.mark.proves("ngram", case="n-gram")
+@pytest.mark.proves("drafts", case="eagle")
 def test_sets_of_its_own_in_each_layer_and_head(watched: Watched, weights: str) -> None:
     reference = Reference(weights)
     watched.add("plain", reference.text(0, 300), 60)

@@ -123,6 +123,7 @@ def events_of(first: Packings, second: Packings, starts: list[int], name: str) -
     return found
 
 
+@pytest.mark.proves("compaction ranks")
 def test_two_ranks_compute_what_is_left_in_both(
     engine: Engine, reference: Reference, starts: Starts
 ) -> None:

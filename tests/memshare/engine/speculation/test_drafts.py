@@ -69,6 +69,7 @@ def too_early(engine: Engine) -> int:
     return found
 
 
+@pytest.mark.proves("drafts")
 def test_identical_blocks_share_exactly(engine: Engine, expected: list[tuple[int, ...]]) -> None:
     assert copies(engine) == expected
     totals = engine.totals
