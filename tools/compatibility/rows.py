@@ -77,7 +77,7 @@ TABLES: Mapping[str, Table] = {
                     "full attention, RoPE, grouped heads",
                     "Llama, Qwen2, Qwen3, their R1 distillations",
                 ),
-                " with Llama's architecture; others not run",
+                " with the architectures of Llama, Mistral, Qwen 2 and Qwen 3",
             ),
             Row(
                 "hybrid",
@@ -111,7 +111,7 @@ TABLES: Mapping[str, Table] = {
             Row(
                 "cache fp8",
                 ("`kv_cache_dtype` `fp8`, `fp8_e4m3`, `fp8_e5m2`",),
-                ": `fp8` with `compaction` on CPUs; else by parts",
+                ": `fp8` on CPUs; `fp8_e4m3` and `fp8_e5m2` not run",
             ),
             Row("cache others", ("other `kv_cache_dtype`",)),
             Row(

@@ -128,7 +128,7 @@ def check(engine: ExactnessEngine) -> list[Verdict]:
     return verdicts
 
 
-class _Uninformed(WorkerPart):
+class Uninformed(WorkerPart):
     """A mechanism's worker part that never hears of a remap: the fault of the negative control."""
 
     def __init__(self, part: WorkerPart) -> None:
@@ -191,7 +191,7 @@ def write(argument: dict[str, Any]) -> Written:
 
         side = cast("MemShareConnector", get_kv_transfer_group()).worker_side
         assert side is not None
-        side.parts.update({name: _Uninformed(part) for name, part in side.parts.items()})
+        side.parts.update({name: Uninformed(part) for name, part in side.parts.items()})
     params = SamplingParams(max_tokens=engine.tokens, temperature=0, ignore_eos=True)
     found = llm.generate([PROMPT] * COPIES + OTHERS, params, use_tqdm=False)
     outputs = [list(output.outputs[0].token_ids) for output in found[:COPIES]]

@@ -49,6 +49,12 @@ class Engine:
         return self.scheduler.connector.scheduler_side
 
     @property
+    def worker_side(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group().worker_side
+
+    @property
     def totals(self) -> Counter[str]:
         return Counter(self.side.recorder.counters.totals)
 
