@@ -28,6 +28,7 @@ from memshare.moe.placement.parallelism import Parallelism
 from memshare.moe.placement.ranks import place
 from tests.memshare.engine.agents.served import write_roles
 from tests.memshare.engine.harness import StartEngine, inspect_models_here, write_tiny_model
+from tests.memshare.engine.hybrids.tiny_hybrids import write_tiny_hybrid
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -82,6 +83,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         "no layer of the model has full attention",
     ),
 }  # fmt: skip
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 PLACED = ("qwen3", "qwen3_moe", "mistral", "deepseek_v2")
 
 Look = tuple[list[CheckFinding], Memory | None]
@@ -168,6 +170,34 @@ def test_blocks_are_counted_as_an_engine_counts_them(
         config = engine.core.vllm_config.cache_config
         assert memory.blocks == config.num_gpu_blocks
         assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "full"),
+    [
+        ("gpt_oss", "float32", "2 of 4 layers"),
+        pytest.param("qwen3_next", "bfloat16", "1 of 4 layers", marks=pytest.mark.complete),
+    ],
+)
+def test_hybrid_models_are_judged_as_an_engine_judges_them(
+    check: Callable[..., Look], start_engine: StartEngine, tmp_path: Path,
+    kind: str, dtype: str, full: str,
+) -> None:  # fmt: skip
+    folder = write_tiny_hybrid(tmp_path, kind)
+    found, memory = check(folder, (*BLOCKS, f"--dtype={dtype}"))
+    assert {finding.level for finding in found} == {"ok"}
+    assert f"hybrid model: {full} have full attention" in found[0].text
+    assert memory is not None
+    assert f"{memory.block_size} tokens at a time" in found[0].text
+    options = {"load_format": "dummy", "dtype": dtype, "max_model_len": 1024}
+    with start_engine(folder, {}, **options) as engine:
+        assert engine.side.tables.footprint == memory.footprint
+        config = engine.core.vllm_config.cache_config
+        assert memory.blocks == config.num_gpu_blocks
+        assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
+    for refused in (("--disable-hybrid-kv-cache-manager",), ("--speculative-config", NGRAM)):
+        found, _ = check(folder, (*BLOCKS, f"--dtype={dtype}", *refused))
+        assert "fail" in {finding.level for finding in found}, refused
 
 
 def test_heads_of_adapters_that_share_are_counted_with_their_columns(
