@@ -206,6 +206,7 @@ class SchedulerHarness:
 def _scheduler(
     args: EngineArgs, blocks: int, ranks: int, window: int | None, states: int
 ) -> Scheduler:
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
@@ -229,8 +230,9 @@ def _scheduler(
         groups.insert(0, KVCacheGroupSpec(["sliding"], sliding))
     for group in range(states):
         state = MambaSpec(
-            block_size=size, shapes=((1, 1),), dtypes=(torch.float32,), mamba_cache_mode="align"
-        )
+            block_size=size, shapes=((1, 1),), dtypes=(torch.float32,), mamba_cache_mode="align",
+            mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+        )  # fmt: skip
         groups.insert(0, KVCacheGroupSpec([f"state.{group}"], state))
     return Scheduler(
         vllm_config=config,

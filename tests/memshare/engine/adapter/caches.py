@@ -14,8 +14,9 @@ BLOCKS = 40
 
 
 def specs(*kinds: str) -> Any:
-    """A KV cache of so many groups: ``full``, ``sliding``, ``chunked``, ``mla`` or ``mamba``."""
+    """A KV cache of so many groups, of the kinds below."""
     from vllm.v1 import kv_cache_interface as kv
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as Kinds
 
     heads = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     made = {
@@ -25,7 +26,14 @@ def specs(*kinds: str) -> Any:
         "chunked": lambda: kv.ChunkedLocalAttentionSpec(**heads, attention_chunk_size=64),
         "mla": lambda: kv.MLAAttentionSpec(**heads),
         "mamba": lambda: kv.MambaSpec(
-            block_size=BLOCK, shapes=((8, 8),), dtypes=(torch.float32,), mamba_type="mamba2"
+            block_size=BLOCK, shapes=((8, 8),), dtypes=(torch.float32,), mamba_type=Kinds.MAMBA2
+        ),
+        "gdn": lambda: kv.MambaSpec(
+            block_size=BLOCK,
+            shapes=((8, 8),),
+            dtypes=(torch.float32,),
+            mamba_type=Kinds.GDN_ATTN,
+            mamba_cache_mode="align",
         ),
     }
     groups = [kv.KVCacheGroupSpec([f"{kind}.{i}"], made[kind]()) for i, kind in enumerate(kinds)]

@@ -80,7 +80,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
             "model_type": "mamba2", "num_heads": 4, "state_size": 16, "n_groups": 1,
             "conv_kernel": 4, "expand": 2,
         },
-        "no layer of the model has full attention",
+        "keep a MambaSpec (MAMBA2)",
     ),
 }  # fmt: skip
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'

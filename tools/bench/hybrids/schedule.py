@@ -1,11 +1,11 @@
 """What hybrid models gain under KV pressure: counts of vLLM's real scheduler, free of noise.
 
-    python -m tools.bench.hybrids
+    python -m tools.bench.hybrids.schedule
 
-Like ``tools.bench.schedule``, with the KV cache groups of three kinds of models: sliding windows of
-128 tokens beside full attention in equal parts (as gpt-oss), five such groups to one full one (as
-Gemma 3), and three groups of linear attention to one full one, in blocks of 544 tokens (as
-Qwen3-Next). Memory is for a third of the requests at full length, of all layers.
+Like ``tools.bench.schedule``, with the KV cache groups of a plain model, of one with sliding
+windows of 128 tokens beside full attention in equal parts (as gpt-oss), and of one with three
+groups of linear attention to one full one, in blocks of 544 tokens (as Qwen3-Next). Memory is for a
+third of the requests at full length, of all layers.
 """
 
 from __future__ import annotations
