@@ -88,7 +88,7 @@ def test_caches_that_cannot_be_shared_are_refused(kinds: tuple[str, ...], said: 
 def test_the_block_at_a_prompts_end_is_published_again_where_hashes_are_of_fewer_tokens() -> None:
     """Tainted or not, in every step: so it must be nobody's target there (RequestTracker)."""
     assert not Scheduled(specs("full")).tables.publishes_prompt_end
-    engine = Scheduled(specs("full"), hash_block=BLOCK // 2)
+    engine = Scheduled(specs("sliding", "full"), hash_block=BLOCK // 2)
     assert engine.tables.publishes_prompt_end
     request = engine.start("a", 2 * BLOCK + BLOCK - 2)  # ends in entry 2, behind half of it
     engine.tables.stop_publishing("a")
