@@ -116,9 +116,9 @@ class ModelCheck:
             yield from _delimiters(config, memshare)
         if not faults:
             name = config.model_config.architectures[0]
-            layers = f"{name}, {len(model_memory.layers)} layers with a KV cache"
-            hybrid = hybrid_note(cache) if memshare.mode != "off" else None
-            yield CheckFinding(SECTION, "ok", f"{layers}; {hybrid}" if hybrid else layers)
+            note = hybrid_note(cache) if memshare.mode != "off" else None
+            layers = f"{name}, {len(model_memory.layers)} layers, {note or 'one KV cache'}"
+            yield CheckFinding(SECTION, "ok", layers)
             if memshare.mode != "off" and (reason := policy_choice(config).reason):
                 policy = memshare.policy.name
                 yield CheckFinding(SECTION, "ok", f"policy {policy} (auto): {reason}")

@@ -22,7 +22,7 @@ REPORT = """<testsuites><testsuite>
 TESTS = """
 import pytest
 
-@pytest.mark.proves("mla", "hybrid", how="refused")
+@pytest.mark.proves("mla", "pooling", how="refused")
 @pytest.mark.proves("drafts", case="eagle")
 @pytest.mark.parametrize("x", [1])
 def test_x(x): ...
@@ -66,7 +66,7 @@ def test_claims_are_read_from_source(tmp_path: Path) -> None:
     (folder / "test_a.py").write_text(TESTS)
     assert claims(folder) == [
         Claim("mla", "refused", "tests/test_a.py", "test_x"),
-        Claim("hybrid", "refused", "tests/test_a.py", "test_x"),
+        Claim("pooling", "refused", "tests/test_a.py", "test_x"),
         Claim("drafts", "whole", "tests/test_a.py", "test_x", "eagle"),
     ]
     for wrong in ('how="somehow"', "cases=1", "case=name"):
@@ -104,7 +104,7 @@ def test_a_note_is_left_out_beside_a_state_that_it_is_not_about() -> None:
     empty = Record("a machine", {}, {})
     shown = page.render(_page(), empty, [])
     assert shown.count("| by parts |") == 1, "what the word means"
-    assert "several KV cache groups" not in shown
+    assert "with small models of these architectures" not in shown
     assert shown.count("| not run") >= len(ROWS) - 2
     with pytest.raises(ValueError, match="can't be tested as well"):
         page.state({"whole", "refused"})

@@ -164,25 +164,27 @@ def main() -> None:
         elif options.kept is not None:
             show_ratios(Path(folder), "tokens kept", dict(_kept(options.kept.split(","))))
         elif options.texts is not None:
-            reasoner = _reasoner()
+            reasoner = reasoner_folder()
             work = of_texts(
                 reasoner, options.texts, options.requests, options.tokens, options.fit,
                 options.traces,
             )  # fmt: skip
             show(reasoner, work, dict(_budgets(options.budget.split(","))))
         else:
-            model = _tiny(Path(folder))
+            model = tiny_folder(Path(folder))
             for work in of_lengths():
                 show(model, work, ARMS)
 
 
-def _tiny(folder: Path) -> Path:
+def tiny_folder(folder: Path) -> Path:
+    """Write a model's configuration there, for requests that write random tokens."""
     from tests.memshare.engine.harness import write_tiny_model
 
     return write_tiny_model(folder)
 
 
-def _reasoner() -> Path:
+def reasoner_folder() -> Path:
+    """The small reasoner's folder, for requests that write its solutions."""
     from memshare.lab.bench.models import resolve
     from memshare.small_model.reasoner import NAME
 
@@ -202,11 +204,11 @@ def show(model: Path, work: ScheduleWorkload, arms: dict[str, dict[str, Any]]) -
     print(f"\n{work.name}; {work.blocks} usable blocks:\n")
     print(table_head(HEADS))
     base = run(model, work, DENSE)
-    print(_row("dense", base, base))
+    print(row_of("dense", base, base))
     held = run(model, work, DENSE, WATERMARK)
-    print(_row(f"dense, `--watermark {WATERMARK}`", held, base), flush=True)
+    print(row_of(f"dense, `--watermark {WATERMARK}`", held, base), flush=True)
     for arm, options in arms.items():
-        print(_row(arm, run(model, work, options), base), flush=True)
+        print(row_of(arm, run(model, work, options), base), flush=True)
 
 
 def _limits() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -230,7 +232,7 @@ def _kept(tokens: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 def show_ratios(folder: Path, varied: str, arms: dict[str, dict[str, Any]]) -> None:
     """Print what arms gain, as multiples of dense's: tokens per step, preemptions (in brackets how
     many of how many came before any request had ended)."""
-    tiny, reasoner = _tiny(folder), _reasoner()
+    tiny, reasoner = tiny_folder(folder), reasoner_folder()
     _, burst, mixed, _, long = of_lengths()
     works = [(tiny, burst), (tiny, mixed), (tiny, long)]
     works += [(reasoner, of_texts(reasoner, "solutions", n, 1100, 33)) for n in (100, 300)]
@@ -246,16 +248,18 @@ def show_ratios(folder: Path, varied: str, arms: dict[str, dict[str, Any]]) -> N
 
 
 def run(
-    model: Path, work: ScheduleWorkload, options: dict[str, Any], watermark: float = 0.0
-) -> ScheduleCounts:
-    """Run a workload to its end."""
+    model: Path, work: ScheduleWorkload, options: dict[str, Any], watermark: float = 0.0,
+    **layers: int,
+) -> ScheduleCounts:  # fmt: skip
+    """Run a workload to its end; ``layers`` are ``block_size``, ``window`` and ``states`` of
+    :class:`SchedulerHarness`."""
     from memshare.lab.simulate.costs import Recomputation
     from memshare.lab.simulate.harness import SchedulerHarness
 
     longest = max(len(job.prompt) + job.length for job in work.jobs) + 1
     rig = SchedulerHarness(
         model, options, work.blocks + 1, max_num_seqs=256, max_model_len=max(2048, longest),
-        synchronous_search=True, watermark=watermark,
+        synchronous_search=True, watermark=watermark, **layers,
     )  # fmt: skip
     given_up: dict[str, float] = {}
     steps = preemptions = early = added = ended = 0
@@ -284,7 +288,8 @@ def run(
     return ScheduleCounts(steps, tokens, preemptions, early, again.tokens, remaps, mean)
 
 
-def _row(arm: str, mine: ScheduleCounts, base: ScheduleCounts) -> str:
+def row_of(arm: str, mine: ScheduleCounts, base: ScheduleCounts) -> str:
+    """The row of an arm, beside dense's."""
     speed = mine.tokens / mine.steps
     return table_row(
         (

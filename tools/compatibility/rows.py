@@ -80,15 +80,33 @@ TABLES: Mapping[str, Table] = {
                 " with the architectures of Llama, Mistral, Qwen 2 and Qwen 3",
             ),
             Row(
-                "hybrid",
-                ("hybrid: sliding and full, Mamba", "Gemma 3, gpt-oss, Jamba"),
-                " (several KV cache groups)",
-                "refused",
+                "hybrid sliding",
+                (
+                    "[hybrid](hybrids.md): sliding windows and full attention",
+                    "gpt-oss, Gemma 3",
+                ),
+                " with small models of these architectures, in float32 and on one rank",
             ),
             Row(
-                "sliding window",
-                ("sliding window or chunked attention everywhere", "early Mistral"),
+                "hybrid linear",
+                (
+                    "hybrid: linear attention (gated delta nets) and full attention",
+                    "Qwen3-Next",
+                ),
+                " with a small model, in bfloat16",
             ),
+            Row(
+                "hybrid mamba",
+                ("Mamba, alone or beside full attention", "Nemotron-H, Bamba, Jamba"),
+            ),
+            Row(
+                "hybrid others",
+                (
+                    "hybrid with several groups of full attention, or chunked attention",
+                    "Llama 4",
+                ),
+            ),
+            Row("sliding window", ("sliding windows everywhere", "early Mistral")),
             Row("mla", ("multi-head latent attention (MLA)", "DeepSeek-V3, R1 itself")),
             Row("encoder-decoder", ("encoder-decoder", "")),
             Row("pooling", ("pooling", "")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,
@@ -24,10 +25,6 @@ from memshare.core.interfaces import CacheGroup
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-
-
-# What a real engine has run with MemShare. Other kinds derive from these, and are not the same.
-_TESTED = (FullAttentionSpec, SlidingWindowSpec, MambaSpec)
 
 
 def editable_group(cache: KVCacheConfig) -> CacheGroup:
@@ -51,6 +48,19 @@ def editable_group(cache: KVCacheConfig) -> CacheGroup:
     )
 
 
+def _is_tested(spec: KVCacheSpec) -> bool:
+    """Whether a real engine has run such layers with MemShare. Classes that derive from these do
+    not behave alike."""
+    if isinstance(spec, MambaSpec):
+        return spec.mamba_type is MambaAttentionBackendEnum.GDN_ATTN
+    return type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+
+
+def _name(spec: KVCacheSpec) -> str:
+    name = type(spec).__name__
+    return f"{name} ({spec.mamba_type.name})" if isinstance(spec, MambaSpec) else name
+
+
 def _side_group(spec: KVCacheSpec) -> SideGroup:
     """What a request keeps of layers beside: as their managers' ``get_num_skipped_tokens`` say."""
     window = getattr(spec, "sliding_window", None)
@@ -62,13 +72,13 @@ def _side_group(spec: KVCacheSpec) -> SideGroup:
 def cache_refusals(cache: KVCacheConfig) -> Iterator[str]:
     """See :meth:`Adapter.cache_refusals`."""
     specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
-    unknown = [spec for spec in specs if type(spec) not in _TESTED]
+    unknown = [spec for spec in specs if not _is_tested(spec)]
     if any(isinstance(one, MLAAttentionSpec) for spec in specs for one in iter_layer_specs(spec)):
         yield "the model uses multi-head latent attention; choose one with separate K and V"
     elif unknown:
         yield (
-            f"layers of the model keep a {type(unknown[0]).__name__}; choose a model whose layers "
-            "have full attention, sliding windows or states of linear attention"
+            f"layers of the model keep a {_name(unknown[0])}, which has not been run; choose a "
+            "model whose layers have full attention, sliding windows or gated delta nets"
         )
     elif len(full := [spec for spec in specs if is_full(spec)]) > 1:
         yield (

@@ -7,7 +7,7 @@ stage-two jobs with random similarities; two ranks answer in different steps, as
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -115,19 +115,29 @@ class FakeWorker:
             _Grown(new.req_id, 0, new.block_ids[self.group], new.num_computed_tokens)
             for new in output.scheduled_new_reqs
         ]
+        beside = [
+            _Grown(new.req_id, 0, blocks, new.num_computed_tokens)
+            for new in output.scheduled_new_reqs
+            for blocks in self._of_other_groups(new.block_ids)
+        ]
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             fresh = cached.new_block_ids[i]
             computed[request_id] = cached.num_computed_tokens[i]
-            if request_id in cached.resumed_req_ids:
+            whole = request_id in cached.resumed_req_ids
+            beside += [
+                _Grown(request_id, 0, blocks, computed[request_id] if whole else 0)
+                for blocks in self._of_other_groups(fresh or ())
+            ]
+            if whole:
                 assert fresh is not None
                 grown.append(_Grown(request_id, 0, fresh[self.group], computed[request_id]))
             elif fresh is not None:
                 grown.append(_Grown(request_id, len(self.tables[request_id]), fresh[self.group], 0))
         # All that this step writes is written before any entry is compared: of two requests that
         # come in together, one may already use the prefix that the other one writes.
-        for each in grown:
+        for each in (*grown, *beside):
             self._write(each)
         for each in grown:
             self._point(each)
@@ -147,10 +157,14 @@ class FakeWorker:
             if table[-1] == NULL:
                 self.faults.append(f"{request_id}: its last entry is a hole")
 
+    def _of_other_groups(self, blocks: Sequence[list[int]]) -> list[list[int]]:
+        """What a request is given for layers whose tables are not kept here: they write, too."""
+        return [own for group, own in enumerate(blocks) if group != self.group]
+
     def _write(self, grown: _Grown) -> None:
         """A new owner overwrites the blocks that begin an entry beyond what was found."""
         for i, block in enumerate(grown.blocks, grown.start):
-            if self._map.first_position(i + 1) > grown.found:
+            if block != NULL and self._map.first_position(i + 1) > grown.found:
                 self.written[block] = self.written.get(block, 0) + 1
                 self.approximate.discard(block)
 

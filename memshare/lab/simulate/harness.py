@@ -78,6 +78,7 @@ class SchedulerHarness:
         synchronous_search: bool = False,
         watermark: float = 0.0,
         window: int | None = None,
+        states: int = 0,
     ) -> None:
         """Build it.
 
@@ -96,6 +97,7 @@ class SchedulerHarness:
             watermark: vLLM's own.
             window: tokens that a second group of layers attends to, which stands before the one
                 with full attention; None: there is none.
+            states: how many groups with linear attention stand before it, too.
         """
         from vllm.engine.arg_utils import EngineArgs
 
@@ -112,6 +114,7 @@ class SchedulerHarness:
             blocks,
             ranks,
             window,
+            states,
         )  # fmt: skip
         group = vllm_adapter().editable_group(self.scheduler.kv_cache_config)
         self.worker = FakeWorker(ranks, block_size, seed, group.index)
@@ -202,12 +205,16 @@ class SchedulerHarness:
         self.scheduler.shutdown()
 
 
-def _scheduler(args: EngineArgs, blocks: int, ranks: int, window: int | None) -> Scheduler:
+def _scheduler(
+    args: EngineArgs, blocks: int, ranks: int, window: int | None, states: int
+) -> Scheduler:
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
         KVCacheConfig,
         KVCacheGroupSpec,
+        MambaSpec,
         SlidingWindowSpec,
     )
     from vllm.v1.structured_output import StructuredOutputManager
@@ -223,6 +230,12 @@ def _scheduler(args: EngineArgs, blocks: int, ranks: int, window: int | None) ->
     if window is not None:
         sliding = SlidingWindowSpec(**heads, sliding_window=window)
         groups.insert(0, KVCacheGroupSpec(["sliding"], sliding))
+    for group in range(states):
+        state = MambaSpec(
+            block_size=size, shapes=((1, 1),), dtypes=(torch.float32,), mamba_cache_mode="align",
+            mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+        )  # fmt: skip
+        groups.insert(0, KVCacheGroupSpec([f"state.{group}"], state))
     return Scheduler(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(

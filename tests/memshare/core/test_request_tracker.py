@@ -33,6 +33,17 @@ def history(scope: str, name: str, salt: str | None, adapter: int | None) -> str
     return state.history
 
 
+@pytest.mark.parametrize(("finer", "first"), [(False, 1), (True, 4)])
+def test_all_of_the_prompt_stays_where_its_end_may_be_published_again(
+    finer: bool, first: int
+) -> None:
+    tables: Any = SimpleNamespace(token_map=TokenMap(32), publishes_prompt_end=finer)
+    tracker = RequestTracker(load_config({"protect": {"prompt_tokens": 20}}, environ={}), tables)
+    request = SimpleNamespace(mm_features=(), prompt_embeds=None, num_prompt_tokens=100)
+    state: Any = SimpleNamespace(request=request)
+    assert tracker.first_target(state) == first
+
+
 SALTS = (
     st.none() | st.text(min_size=1, max_size=4) | st.sampled_from(["a", "a\0", "\0001", "a\0001"])
 )

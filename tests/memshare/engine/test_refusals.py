@@ -98,7 +98,7 @@ def test_a_wrong_field_stops_the_worker_before_it_loads(vllm_config: Any) -> Non
         MemShareWorker(broken, 0, 0, "")
 
 
-@pytest.mark.proves("hybrid", "sliding window", "mla", how="refused")
+@pytest.mark.proves("hybrid others", "sliding window", "mla", how="refused")
 def test_models_whose_cache_cannot_be_shared(vllm_config: Any) -> None:
     import torch
     from vllm.v1.kv_cache_interface import (

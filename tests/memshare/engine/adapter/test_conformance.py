@@ -14,79 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from memshare.core.footprint import SideGroup
-from memshare.core.interfaces import Block, BlockTables, CacheGroup, EngineRequest
+from memshare.core.interfaces import Block, CacheGroup, EngineRequest
 from memshare.engine.adapter import Adapter, vllm_adapter
 from memshare.lab.simulate.harness import SchedulerHarness
+from tests.memshare.engine.adapter.caches import BLOCK, BLOCKS, Scheduled, specs
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
-
-BLOCK = 16
-BLOCKS = 40
-
-
-def specs(*kinds: str) -> Any:
-    """A KV cache of so many groups: ``full``, ``sliding``, ``chunked``, ``mla`` or ``mamba``."""
-    from vllm.v1 import kv_cache_interface as kv
-
-    heads = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
-    made = {
-        "full": lambda: kv.FullAttentionSpec(**heads),
-        "windowed": lambda: kv.FullAttentionSpec(**heads, sliding_window=64),
-        "sliding": lambda: kv.SlidingWindowSpec(**heads, sliding_window=64),
-        "chunked": lambda: kv.ChunkedLocalAttentionSpec(**heads, attention_chunk_size=64),
-        "mla": lambda: kv.MLAAttentionSpec(**heads),
-        "mamba": lambda: kv.MambaSpec(
-            block_size=BLOCK, shapes=((8, 8),), dtypes=(torch.float32,), mamba_type="mamba2"
-        ),
-    }
-    groups = [kv.KVCacheGroupSpec([f"{kind}.{i}"], made[kind]()) for i, kind in enumerate(kinds)]
-    return kv.KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
-
-
-class Scheduled:
-    """vLLM's KV cache manager with the adapter's tables, and requests that grow in it."""
-
-    def __init__(self, cache: Any) -> None:
-        from vllm.utils.hashing import get_hash_fn_by_name
-        from vllm.v1.core.kv_cache_manager import KVCacheManager
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-
-        hashing = get_hash_fn_by_name("sha256")
-        init_none_hash(hashing)
-        self.hasher = get_request_block_hasher(BLOCK, hashing)
-        self.manager = KVCacheManager(
-            cache, max_model_len=1024, scheduler_block_size=BLOCK, hash_block_size=BLOCK
-        )
-        self.group = vllm_adapter().editable_group(cache)
-        self.tables: BlockTables = vllm_adapter().block_tables(self.manager, self.group)
-
-    def request(self, name: str, tokens: list[int]) -> Any:
-        from vllm import SamplingParams
-        from vllm.v1.request import Request
-
-        params = SamplingParams(max_tokens=500)
-        params.update_from_generation_config({}, eos_token_id=None)
-        return Request(name, tokens, params, None, block_hasher=self.hasher)
-
-    def start(self, name: str, tokens: int) -> Any:
-        """A request whose prompt has been computed."""
-        request = self.request(name, [sum(map(ord, name)), *range(tokens - 1)])
-        self.compute(request, tokens)
-        return request
-
-    def compute(self, request: Any, tokens: int) -> None:
-        """One step that computes so many tokens; those that are missing are generated."""
-        missing = request.num_computed_tokens + tokens - request.num_tokens
-        if missing > 0:
-            request.append_output_token_ids([7] * missing)
-        assert self.manager.allocate_slots(request, tokens) is not None
-        request.num_computed_tokens += tokens
-
-    def published(self, request: Any) -> int:
-        """Tokens that another request with the same text would find in the prefix cache."""
-        twin = self.request("twin", [*request.all_token_ids, 9])
-        return int(self.manager.get_computed_blocks(twin)[1])
 
 
 @pytest.fixture(params=[("full",), ("sliding", "full")], ids="-".join)
@@ -123,74 +56,6 @@ def test_requests_and_blocks_have_what_the_interfaces_name(engine: Scheduled) ->
     assert request.num_in_flight_tokens == 0
     assert request.max_tokens == 500
     assert engine.manager.block_pool.null_block.is_null
-
-
-# ---- groups ----
-
-
-@pytest.mark.parametrize(
-    ("kinds", "index"),
-    [
-        (("full",), 0),
-        (("sliding", "full"), 1),
-        (("sliding",) * 5 + ("full",), 5),
-        (("mamba", "full", "mamba"), 1),
-        (("windowed", "full"), 1),
-    ],
-)
-def test_the_group_with_full_attention_is_found_wherever_it_is(
-    kinds: tuple[str, ...], index: int
-) -> None:
-    found = vllm_adapter().editable_group(specs(*kinds))
-    windows = {"sliding": 64, "windowed": 64, "mamba": 2}
-    beside = tuple(SideGroup(BLOCK, windows[kind]) for kind in kinds if kind != "full")
-    assert found == CacheGroup(index, BLOCK, (f"full.{index}",), beside)
-
-
-@pytest.mark.parametrize("kinds", [("full",), ("sliding", "full"), ("sliding", "sliding", "full")])
-def test_a_footprint_is_what_vllm_takes_at_most(kinds: tuple[str, ...]) -> None:
-    """Token by token, over several windows: what is free goes by as many blocks as are foretold."""
-    engine = Scheduled(specs(*kinds))
-    tables, footprint = engine.tables, engine.tables.footprint
-    request = engine.start("a", 1)
-    most = 0
-    for tokens in range(2, 10 * BLOCK):
-        begins = footprint.token_map.entries(tokens) > tables.entries("a")
-        free = tables.free
-        engine.compute(request, 1)
-        assert free - tables.free <= (footprint.begun_together if begins else 0)
-        most = max(most, tables.total - tables.free)
-        assert most == footprint.blocks(tokens), tokens
-    grown = footprint.blocks(10 * BLOCK) - footprint.blocks(4 * BLOCK)
-    assert grown <= footprint.most_growth(6 * BLOCK)
-
-
-@pytest.mark.parametrize("kinds", [("sliding",), ("full", "full"), ("windowed",)])
-def test_without_one_such_group_there_is_none_to_edit(kinds: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="have full attention; one is wanted"):
-        vllm_adapter().editable_group(specs(*kinds))
-
-
-@pytest.mark.parametrize(
-    ("kinds", "said"),
-    [
-        (("full", "sliding", "full"), "2 KV cache groups with full attention"),
-        (("mla",), "multi-head latent attention"),
-        (("sliding", "mla"), "multi-head latent attention"),
-        (("mamba",), "no layer of the model has full attention"),
-        (("sliding",), "no layer of the model has full attention"),
-        (("windowed",), "--no-disable-hybrid-kv-cache-manager"),
-        (("chunked", "full"), "keep a ChunkedLocalAttentionSpec"),
-        (("full",), None),
-        (("sliding", "full"), None),
-        (("sliding",) * 5 + ("full",), None),
-        (("mamba", "full", "mamba"), None),
-    ],
-)
-def test_caches_that_cannot_be_shared_are_refused(kinds: tuple[str, ...], said: str | None) -> None:
-    refusals = list(vllm_adapter().cache_refusals(specs(*kinds)))
-    assert len(refusals) == (said is not None)
-    assert said is None or said in refusals[0]
 
 
 # ---- the scheduler's tables ----

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.memshare.engine.adapter.test_conformance import BLOCK, Scheduled, specs
+from tests.memshare.engine.adapter.caches import BLOCK, Scheduled, specs
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

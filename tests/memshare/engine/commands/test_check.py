@@ -28,6 +28,7 @@ from memshare.moe.placement.parallelism import Parallelism
 from memshare.moe.placement.ranks import place
 from tests.memshare.engine.agents.served import write_roles
 from tests.memshare.engine.harness import StartEngine, inspect_models_here, write_tiny_model
+from tests.memshare.engine.hybrids.tiny_hybrids import write_tiny_hybrid
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -79,9 +80,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
             "model_type": "mamba2", "num_heads": 4, "state_size": 16, "n_groups": 1,
             "conv_kernel": 4, "expand": 2,
         },
-        "no layer of the model has full attention",
+        "keep a MambaSpec (MAMBA2)",
     ),
 }  # fmt: skip
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 PLACED = ("qwen3", "qwen3_moe", "mistral", "deepseek_v2")
 
 Look = tuple[list[CheckFinding], Memory | None]
@@ -129,6 +131,7 @@ def check(other_process: ProcessPoolExecutor) -> Callable[..., Look]:
     return lambda *args, **options: other_process.submit(look, *args, **options).result()
 
 
+@pytest.mark.proves("hybrid mamba", how="refused", case="Mamba2")
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_families_are_judged_without_weights(
     check: Callable[..., Look], architecture: str, tmp_path: Path
@@ -168,6 +171,34 @@ def test_blocks_are_counted_as_an_engine_counts_them(
         config = engine.core.vllm_config.cache_config
         assert memory.blocks == config.num_gpu_blocks
         assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "full"),
+    [
+        ("gpt_oss", "float32", "2 of 4 layers"),
+        pytest.param("qwen3_next", "bfloat16", "1 of 4 layers", marks=pytest.mark.complete),
+    ],
+)
+def test_hybrid_models_are_judged_as_an_engine_judges_them(
+    check: Callable[..., Look], start_engine: StartEngine, tmp_path: Path,
+    kind: str, dtype: str, full: str,
+) -> None:  # fmt: skip
+    folder = write_tiny_hybrid(tmp_path, kind)
+    found, memory = check(folder, (*BLOCKS, f"--dtype={dtype}"))
+    assert {finding.level for finding in found} == {"ok"}
+    assert f"hybrid model: {full} have full attention" in found[0].text
+    assert memory is not None
+    assert f"{memory.block_size} tokens at a time" in found[0].text
+    options = {"load_format": "dummy", "dtype": dtype, "max_model_len": 1024}
+    with start_engine(folder, {}, **options) as engine:
+        assert engine.side.tables.footprint == memory.footprint
+        config = engine.core.vllm_config.cache_config
+        assert memory.blocks == config.num_gpu_blocks
+        assert memory.vllm_concurrency == pytest.approx(config.kv_cache_max_concurrency)
+    for refused in (("--disable-hybrid-kv-cache-manager",), ("--speculative-config", NGRAM)):
+        found, _ = check(folder, (*BLOCKS, f"--dtype={dtype}", *refused))
+        assert "fail" in {finding.level for finding in found}, refused
 
 
 def test_heads_of_adapters_that_share_are_counted_with_their_columns(

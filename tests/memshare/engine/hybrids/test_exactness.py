@@ -77,6 +77,8 @@ def copies(engine: Engine, kind: str) -> list[tuple[int, ...]]:
     return outputs[:COPIES]
 
 
+@pytest.mark.proves("hybrid sliding", case="gpt_oss")
+@pytest.mark.proves("hybrid linear", case="qwen3_next")
 @pytest.mark.parametrize("kind", KINDS)
 def test_identical_blocks_share_exactly(
     kind: str, start_engine: StartEngine, tmp_path: Path
@@ -131,6 +133,8 @@ def publishing_noted(engine: Engine) -> Iterator[Counter[int]]:
         pool.cache_full_blocks = publish
 
 
+@pytest.mark.proves("hybrid sliding", case="gpt_oss")
+@pytest.mark.proves("hybrid linear", case="qwen3_next")
 @pytest.mark.parametrize("policy", [{"name": "oldest"}, {"name": "compaction", "min_round": 1}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_tainted_is_published_in_any_group(

@@ -1,0 +1,1 @@
+"""What hybrid models gain."""
