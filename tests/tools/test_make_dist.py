@@ -117,6 +117,8 @@ def test_the_wheel_is_small_and_the_weights_are_in_the_other(wheels: Mapping[str
         assert {f"memshare_lab_data/probes/{model}{end}" for end in (".safetensors", ".md")} <= {
             *data
         }
+    for role in ("plan", "action", "reflect"):
+        assert f"memshare_lab_data/roles/{role}/adapter_model.safetensors" in data
     assert any(name.endswith("LICENSE") for name in data)
 
 
