@@ -187,6 +187,7 @@ def test_columns_of_others_would_be_noticed(
     runner = served.engine.core.model_executor.driver_worker.worker.model_runner
     columns = runner.get_model().model.layers[0].self_attn.slot_columns
     text = words(10, 100)
+    served.ask(Ask(text, "act", salt="to load it"))  # which writes its columns
     served.ask(Ask(text, "plan"))
     kept = columns.clone()
     columns.copy_(kept.roll(1, dims=1))
@@ -204,6 +205,50 @@ def test_columns_of_others_would_be_noticed(
     for layer in (0, 1):
         others[layer, "v_proj"] = others[layer, "v_proj"].roll(1, dims=0)
     assert distance(reference, ask, said, cache)[0] > WRONG
+
+
+def test_a_wrong_family_key_would_be_noticed(
+    served: Served, reference: Reference, scheme: str
+) -> None:
+    """Control: under two keys agents find nothing of each other's. With one key for two families
+    they find what another A matrix has made, and answers are wrong; with its own key they do not,
+    and answers are right."""
+    if scheme == "full_shared":
+        pytest.skip("there are no A matrices")
+    from memshare.engine.vllm_0_32.family_hashes import FamilyHasher, family_hasher
+
+    core = served.engine.core
+    layers = core.model_executor.driver_worker.worker.model_runner.get_model().model.layers
+    ours = core.request_block_hasher
+    theirs = family_hasher(ours.hasher, "key of another family", ours.admit)
+
+    def read_by_another_family(text: list[int], hasher: FamilyHasher) -> None:
+        """As if a family whose A matrices are others had read it."""
+        kept = [layer.self_attn.value_down.clone() for layer in layers]
+        core.request_block_hasher = hasher
+        for layer, down in zip(layers, kept, strict=True):
+            layer.self_attn.value_down.copy_(down.roll(1, dims=1))
+        served.ask(Ask(text, "plan"))
+        core.request_block_hasher = ours
+        for layer, down in zip(layers, kept, strict=True):
+            layer.self_attn.value_down.copy_(down)
+
+    ask = Ask([*words(19, 100), *words(20, 9)], "act")
+    served.ask(Ask(words(19, 100), "plan"))
+    core.request_block_hasher = theirs
+    (said,) = served.ask(ask)
+    core.request_block_hasher = ours
+    assert said.cached == 0, "the right text under another key"
+    assert served.ask(ask)[0].cached == 96
+
+    for seed, hasher, found in ((21, theirs, 0), (22, ours, 96)):
+        text = words(seed, 100)
+        read_by_another_family(text, hasher)
+        (said,) = served.ask(ask := Ask([*text, *words(23, 9)], "act"))
+        assert said.cached == found
+        cache = reference.run(text, "plan")[1] if found else None
+        far, _ = distance(reference, ask, said, cache)
+        assert (far > WRONG) if hasher is ours else (far < TOLERANCE)
 
 
 def test_an_adapter_that_has_changed_does_not_load(
