@@ -41,7 +41,7 @@ class AdmissionConfig(Section):
     lookahead_tokens: Annotated[Whole, Field(ge=0)] | None = None
     """Tokens. A waiting request is admitted only if enough blocks stay free for running requests to
     generate this many more tokens each, less what can be freed. 0 leaves admission to vLLM; null is
-    96 for ``compaction``, 256 for other policies."""
+    96 for ``compaction``, 256 for other policies, a block's tokens where that is more."""
     hold_steps: Whole = Field(default=1024, ge=1)
     """Engine steps for which the rule above holds after a preemption. Before the first preemption,
     and after this many steps without one, vLLM admits as it always does. With ``compaction`` the

@@ -38,9 +38,10 @@ class Admission:
         tables: BlockTables,
     ) -> None:
         asked = config.admission.lookahead_tokens
-        self._lookahead = (
-            (_CERTAIN if config.drops_tokens else _UNCERTAIN) if asked is None else asked
-        )
+        usual = _CERTAIN if config.drops_tokens else _UNCERTAIN
+        # A whole block at least: else the next one of a model with large blocks goes unseen.
+        usual = max(usual, tables.token_map.first_position(1))
+        self._lookahead = usual if asked is None else asked
         self._foresees = config.drops_tokens and self._lookahead > 0
         self._hold_steps = config.admission.hold_steps
         self._tracker = tracker

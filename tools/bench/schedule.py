@@ -180,7 +180,7 @@ def tiny_folder(folder: Path) -> Path:
     """Write a model's configuration there, for requests that write random tokens."""
     from tests.memshare.engine.harness import write_tiny_model
 
-    return write_tiny_model(folder)
+    return write_tiny_model(folder, max_position_embeddings=1 << 15)
 
 
 def reasoner_folder() -> Path:

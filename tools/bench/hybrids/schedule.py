@@ -10,6 +10,7 @@ third of the requests at full length, of all layers.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import tempfile
@@ -63,32 +64,39 @@ def with_memory(name: str, jobs: list[ScheduledRequest], kind: dict[str, int]) -
 def workloads(kind: dict[str, int]) -> Iterator[tuple[Path | None, ScheduleWorkload]]:
     """Yield each with the model whose texts it writes; None: random tokens."""
     draw = random.Random(0)
-    long = 16_000 if "states" in kind else 2_000
-    lengths = [draw.randrange(long // 8, long) for _ in range(48)]
+    long = 8_000 if "states" in kind else 1_400
+    lengths = [draw.randrange(long // 8, long) for _ in range(24)]
     jobs = [
         ScheduledRequest([draw.randrange(200) for _ in range(PROMPT)], length) for length in lengths
     ]
-    yield None, with_memory(f"48 x {long // 8}-{long} random tokens", jobs, kind)
+    yield None, with_memory(f"24 x {long // 8:,}-{long:,} random tokens", jobs, kind)
     if "states" not in kind:  # a solution is shorter than two of its blocks
         reasoner = reasoner_folder()
-        texts = of_texts(reasoner, "solutions", 100, 1100, 33)
-        yield reasoner, with_memory("100 solutions of up to 1,100 tokens", texts.jobs, kind)
+        texts = of_texts(reasoner, "solutions", 48, 1100, 16)
+        yield reasoner, with_memory("48 solutions of up to 1,100 tokens", texts.jobs, kind)
 
 
 def main() -> None:
     """Print one table a kind and workload."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=KINDS, action="append", help="all, if none is named")
+    parser.add_argument("--arm", choices=ARMS, action="append", help="all, if none is named")
+    chosen = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
         tiny = tiny_folder(Path(folder))
-        for name, kind in KINDS.items():
+        for name in chosen.kind or KINDS:
+            kind = KINDS[name]
             for reasoner, work in workloads(kind):
                 print(f"\n{name}-like: {work.name}; {work.blocks} usable blocks:\n")
                 print(table_head(HEADS))
                 model = reasoner or tiny
                 base = run(model, work, DENSE, **kind)
                 print(row_of("dense", base, base), flush=True)
-                for arm in ARMS if reasoner else [arm for arm in ARMS if arm != "twins"]:
+                for arm in chosen.arm or ARMS:
+                    if arm == "twins" and reasoner is None:
+                        continue  # random tokens have none
                     options: dict[str, Any] = POLICIES[arm]
                     print(row_of(f"`{arm}`", run(model, work, options, **kind), base), flush=True)
 
