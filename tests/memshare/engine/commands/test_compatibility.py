@@ -54,7 +54,7 @@ SETTINGS: Mapping[str, tuple[Spoil, ...]] = {
     ),
     "other worker": (change("parallel_config.worker_cls", "another.Worker"),),
     "no tokenizer": (change("model_config.skip_tokenizer_init", True),),
-    "encoder-decoder": (change("model_config.hf_config.is_encoder_decoder", True),),
+    "encoder-decoder": (change("model_config.is_encoder_decoder", True),),
     "pooling": (change("model_config.runner_type", "pooling"),),
 }
 # Settings of one option, of which a set-up has one.
