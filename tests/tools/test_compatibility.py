@@ -43,7 +43,7 @@ def test_every_claim_is_of_a_row_and_every_row_that_is_said_to_work_has_a_test_t
     for row, word in found.items():
         ran = [claim for claim in made if claim.row == row and name_of(claim) in passed]
         assert bool(ran) == (word != "not run"), row
-    assert {"tested", "by parts", "refused", "not run"} == set(found.values())
+    assert "refused" in found.values()
 
 
 def test_no_word_of_the_tables_is_written_by_hand() -> None:

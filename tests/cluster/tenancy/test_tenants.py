@@ -113,8 +113,8 @@ def keyed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "dtype": DTYPE,
         "max_num_seqs": 16,
     }
-    # Whatever is re-pointed so loosely strays further than that.
-    arguments["guard"] = {"share": 1.0, "bound": 0.001, "patience_s": 1.0}
+    # Whatever is re-pointed strays further than that: what follows an alarm is tested here.
+    arguments["guard"] = {"share": 1.0, "bound": 1e-6, "patience_s": 1.0}
     memshare_in(document).update(LOOSE)
     memshare_in(document).update(scope="tenant", event_log=str(events))
     server = start(folder, document)
@@ -323,7 +323,9 @@ def test_a_guard_stops_what_strays_until_an_operator_lets_it_go_on(keyed: Keyed)
     def shared() -> int:
         """Blocks that a request gave up, which reads on in a story."""
         xargs = {"memshare_usage": "on"}
-        answer = keyed.ask("bravo", max_tokens=160, ignore_eos=True, vllm_xargs=xargs)
+        answer = keyed.ask(
+            "bravo", max_tokens=160, temperature=1, ignore_eos=True, vllm_xargs=xargs
+        )
         blocks: int = answer.json()["kv_transfer_params"]["memshare"]["blocks_shared"]
         return blocks
 
@@ -339,17 +341,17 @@ def test_a_guard_stops_what_strays_until_an_operator_lets_it_go_on(keyed: Keyed)
     for _ in range(6):
         if is_stopped():
             break
-        print(shared(), [line for line in keyed.metrics().splitlines() if "_guard_" in line])
+        shared()
     wait_for("the stop", is_stopped)
     assert keyed.count("memshare_guard_alarms_total") == 1
     assert keyed.count("memshare_guard_shadows_total", outcome="scored") > 0
     assert keyed.count("memshare_guard_tokens_total") > 100
-    assert keyed.count("memshare_guard_disagreement", estimate="low") > 0.001
+    assert keyed.count("memshare_guard_disagreement", estimate="mean") > 1e-6
     assert keyed.count("vllm:memshare_blocks_reclaimed_total") > 0, "there was something to stop"
     assert shared() == 0
     assert keyed.count("memshare_guard_exact_requests_total") >= 1
     shown = wait_for("the page", lambda: guard()["stopped"] and guard())
-    assert (shown["alarms"], shown["low"] > 0.001) == (1, True)
+    assert (shown["alarms"], shown["shadows"] > 0) == (1, True)
 
     path = f"/memshare/api/guard?replica={shown['id']}"
     assert keyed.post("bravo", path, {}).status_code == 403, "for operators"
