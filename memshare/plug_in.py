@@ -90,7 +90,7 @@ def take_beside(options: Namespace) -> list[dict[str, Any]]:
         raise UserError(
             f"--kv-transfer-config: kv_connector is {MULTI_CONNECTOR!r}, and MemShare writes that "
             "itself\n"
-            "    fix: name the connector that is to stand beside MemShare's"
+            "    fix: name the connector that is to stand beside it"
         )
     if given is not None and given.kv_connector not in (None, CONNECTOR):
         beside.append(_changed(given))

@@ -127,7 +127,7 @@ def test_another_connector_stands_beside_ours(
     [
         (
             ["--kv-transfer-config", '{"kv_connector": "MultiConnector", "kv_role": "kv_both"}'],
-            "name the connector that is to stand beside MemShare's",
+            "name the connector that is to stand beside it",
         ),
         (["--kv-offloading-size", "1", "--kv-offloading-backend", "lmcache"], "set it to 'native'"),
         (
