@@ -144,6 +144,7 @@ async def test_a_policy_that_loses_the_prompt_is_stopped_within_ten_shadows(
         assert again.kv_transfer_params["memshare"]["blocks_shared"] > 0
 
 
+@pytest.mark.complete
 async def test_a_good_policy_is_left_alone_for_a_hundred_shadows(tmp_path: Path) -> None:
     async with serving(tmp_path, GOOD) as served:
         scored = 0

@@ -319,6 +319,7 @@ def test_pairs_never_cross_tenants(keyed: Keyed) -> None:
     print(f"\n{len(pairs)} pairs of requests, {len(applied)} remaps")
 
 
+@pytest.mark.complete
 def test_a_guard_stops_what_strays_until_an_operator_lets_it_go_on(keyed: Keyed) -> None:
     def shared() -> int:
         """Blocks that a request gave up, which reads on in a story."""

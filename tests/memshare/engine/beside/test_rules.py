@@ -24,13 +24,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 HOST = host_memory(1)
 
 
-def with_connectors(tiny: str, memshare: dict[str, Any], *beside: dict[str, Any]) -> Any:
+def with_connectors(tiny: str, memshare: dict[str, Any], other: dict[str, Any]) -> Any:
+    """The configuration of an engine with another connector beside MemShare's. It is named when
+    vLLM has made the configuration, for which it looks at the class: some need other packages."""
     from vllm.engine.arg_utils import EngineArgs
 
-    options = plug_in(memshare, beside=beside)
-    return EngineArgs(
+    options = plug_in(memshare, beside=[HOST])
+    config = EngineArgs(
         tiny, max_model_len=512, load_format="dummy", **options
     ).create_engine_config()
+    config.kv_transfer_config.kv_connector_extra_config["connectors"][1] = other
+    return config
 
 
 def changed(transfer: dict[str, Any], **extra: object) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from memshare.engine.beside.children import own_transfer
 from tests.documents import ROOT, Block, blocks, commands
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -46,7 +47,9 @@ def test_our_own_command_takes_them(command: Block, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.chdir(ROOT)
     options = parse(command.text.split("\0"))
-    assert options.kv_transfer_config.kv_connector == "MemShareConnector"
+    ours = own_transfer(options.kv_transfer_config)
+    assert ours is not None
+    assert ours.kv_connector == "MemShareConnector"
 
 
 @pytest.mark.parametrize("server", SERVERS, ids=lambda block: block.place)

@@ -69,9 +69,16 @@ class Compactions(Schedule):
     applied: ClassVar[list[int]] = []
     steps: ClassVar[int] = 0
 
-    @initialize(options=options(), blocks=st.integers(70, 120), seed=st.integers(0, 2**32))
-    def start(self, options: dict[str, Any], blocks: int, seed: int) -> None:  # type: ignore[override]
-        super().start(options=options, blocks=blocks, ranks=1, seed=seed)
+    @initialize(
+        options=options(),
+        blocks=st.integers(70, 120),
+        seed=st.integers(0, 2**32),
+        window=st.sampled_from([None, 48, 128]),
+    )
+    def start(  # type: ignore[override]
+        self, options: dict[str, Any], blocks: int, seed: int, window: int | None
+    ) -> None:
+        super().start(options=options, blocks=blocks, ranks=1, seed=seed, window=window)
 
     @rule(blocks=st.integers(10, 60), exact=st.booleans())
     def add_long_prompt(self, blocks: int, exact: bool) -> None:

@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 KINDS = [
     pytest.param("qwen3", "auto", id="qwen3"),
-    pytest.param("qwen3", "fp8", id="qwen3-fp8"),
+    pytest.param("qwen3", "fp8", id="qwen3-fp8", marks=pytest.mark.complete),
     pytest.param("qwen2", "auto", id="qwen2", marks=pytest.mark.complete),
     pytest.param("mistral", "auto", id="mistral", marks=pytest.mark.complete),
 ]
@@ -89,6 +89,7 @@ def test_identical_blocks_share_exactly(
         assert engine.totals["applied"] >= COPIES
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "policy", [{"name": "twins", "min_coverage": 0.0}, {"name": "oldest"}, {"name": "random"}],
     ids=lambda policy: policy["name"],
