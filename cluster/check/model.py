@@ -157,7 +157,8 @@ def vllm_config(setup: CheckedSetup, place: Place) -> VllmConfig:
     from vllm.usage.usage_lib import UsageContext
 
     from cluster.engine.options import parse_words
-    from memshare.plug_in import CONNECTOR, plug_in, take_beside
+    from memshare.engine.beside.options import take_beside
+    from memshare.plug_in import CONNECTOR, plug_in
 
     options = parse_words(setup.engine)
     memshare = setup.memshare

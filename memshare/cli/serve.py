@@ -17,13 +17,13 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from memshare.config import AgentsConfig, ConfigError, MemShareConfig, load_config, merge
+from memshare.engine.beside.options import take_beside
 from memshare.errors import UserError
 from memshare.plug_in import (
     ROLE,
     WORKER_CLASS,
     adapter_options,
     connector_options,
-    take_beside,
 )
 from memshare.process_env import engine_env
 from memshare.small_model.names import resolve_model
