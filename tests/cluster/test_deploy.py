@@ -30,7 +30,7 @@ from memshare.small_model.names import prepare_model
 from memshare.telemetry.metrics import GAUGES
 from tools.confine import USER
 from tools.kubernetes.build import Manifests, build
-from tools.kubernetes.dashboards import AGENTS, ROWS
+from tools.kubernetes.dashboards import AGENTS, GUARD, ROWS
 from tools.kubernetes.layout import IMAGE_MODELS, K8S, KEY_TABLE, ROOT
 from tools.runtime_env import runtime_env
 
@@ -277,11 +277,11 @@ def test_every_process_is_confined(served: Node) -> None:
 
 def test_dashboards_show_what_a_node_exports(served: Node) -> None:
     """Gauges and histograms are there from the start: all that a dashboard asks for are, but for
-    those of adapters and of remaps, which this server does not have."""
+    those of adapters, of the guard and of remaps, which this server does not have."""
     asked = {
         series.buckets("ray") if series.kind == "histogram" else series["ray"]
         for row, panels in ROWS.items()
-        if row != AGENTS
+        if row not in (AGENTS, GUARD)
         for panel in panels
         for query in panel.queries
         for series in query.series
@@ -289,11 +289,12 @@ def test_dashboards_show_what_a_node_exports(served: Node) -> None:
     }
     asked -= {GAUGES[name].ray for name in ("queue_length", "pairs_waiting", "shared_entries")}
     asked.add(GAUGES["holes"].ray)
+    exported: set[str] = set()
     end = time.monotonic() + 120  # Ray's agent exports every few seconds
     while True:
         served.chat(DEMO_KEY)  # an idle engine reports nothing anew, and a busy agent may lose some
         text = httpx.get(served.url("metrics", "/metrics"), timeout=30).text
-        exported = {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}
+        exported |= {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}
         if asked <= exported:
             return
         assert time.monotonic() < end, sorted(asked - exported)
