@@ -96,8 +96,7 @@ def faults_before_load(vllm_config: VllmConfig, config: MemShareConfig) -> Itera
     if config.mode != "off":
         yield from setup_faults(vllm_config, config)
     elif config.agents.shares or config.experts.counts:
-        yield from plug_in_faults(vllm_config)
-        yield from beside_faults(vllm_config, config)
+        yield from plug_in_faults(vllm_config, config)
     if config.agents.shares:
         yield from agent_faults(vllm_config, config.agents)
     if config.experts.counts:
@@ -217,7 +216,7 @@ def _raise(faults: Iterator[str] | list[str]) -> None:
         )
 
 
-def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
+def plug_in_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
     """What MemShare needs, whatever it does."""
     transfer = vllm_config.kv_transfer_config
     ours = own_transfer(transfer)
@@ -231,6 +230,7 @@ def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
         )
     elif ours.kv_role != ROLE:
         yield f'kv_role is {ours.kv_role!r}; set "kv_role": "{ROLE}"'
+    yield from beside_faults(vllm_config, config)
     if parallel.worker_cls != WORKER_CLASS:
         yield f"worker_cls is {parallel.worker_cls!r}; add --worker-cls {WORKER_CLASS}"
     if parallel.pipeline_parallel_size > 1:
@@ -250,8 +250,7 @@ def plug_in_faults(vllm_config: VllmConfig) -> Iterator[str]:
 
 def setup_faults(vllm_config: VllmConfig, config: MemShareConfig) -> Iterator[str]:
     """What is not supported in a set-up, and the way out, as far as its options tell."""
-    yield from plug_in_faults(vllm_config)
-    yield from beside_faults(vllm_config, config)
+    yield from plug_in_faults(vllm_config, config)
     for mechanism in registry.mechanisms_of(config).values():
         yield from mechanism.refusals(Setup(config, engine_facts(vllm_config)))
     yield from _attention_faults(vllm_config, config)

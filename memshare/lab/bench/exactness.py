@@ -19,6 +19,7 @@ from memshare.mechanisms.contract import WorkerPart
 if TYPE_CHECKING:
     from memshare.core.rank_reducer import Reducible
     from memshare.engine.connector import MemShareConnector
+    from memshare.engine.worker_side import WorkerSide
 
 BLOCK_SIZE = 32
 COPIES = 10
@@ -128,7 +129,7 @@ def check(engine: ExactnessEngine) -> list[Verdict]:
     return verdicts
 
 
-class Uninformed(WorkerPart):
+class _Uninformed(WorkerPart):
     """A mechanism's worker part that never hears of a remap: the fault of the negative control."""
 
     def __init__(self, part: WorkerPart) -> None:
@@ -141,6 +142,11 @@ class Uninformed(WorkerPart):
     def after_step(self) -> Reducible | None:
         """See :meth:`WorkerPart.after_step`."""
         return self._part.after_step()
+
+
+def tell_of_no_remap(side: WorkerSide) -> None:
+    """Plant that fault in a rank: from now on its table is not edited."""
+    side.parts.update({name: _Uninformed(part) for name, part in side.parts.items()})
 
 
 def _of(same: int) -> str:
@@ -191,7 +197,7 @@ def write(argument: dict[str, Any]) -> Written:
 
         side = cast("MemShareConnector", get_kv_transfer_group()).worker_side
         assert side is not None
-        side.parts.update({name: Uninformed(part) for name, part in side.parts.items()})
+        tell_of_no_remap(side)
     params = SamplingParams(max_tokens=engine.tokens, temperature=0, ignore_eos=True)
     found = llm.generate([PROMPT] * COPIES + OTHERS, params, use_tqdm=False)
     outputs = [list(output.outputs[0].token_ids) for output in found[:COPIES]]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from memshare.lab.bench.exactness import IDENTICAL_ONLY, OTHERS, PROMPT, Uninformed
+from memshare.lab.bench.exactness import IDENTICAL_ONLY, OTHERS, PROMPT, tell_of_no_remap
 from tests.memshare.engine.harness import Engine, StartEngine
 from tests.memshare.engine.hybrids.tiny_hybrids import random_weights, write_tiny_hybrid
 
@@ -95,7 +95,7 @@ def test_identical_blocks_share_exactly(
         assert engine.totals["integrity_checks:failed"] == 0
     with started(start_engine, tmp_path, kind, IDENTICAL_ONLY) as engine:
         side = engine.core.model_executor.driver_worker.worker._memshare
-        side.parts.update({name: Uninformed(part) for name, part in side.parts.items()})
+        tell_of_no_remap(side)
         wrong = copies(engine, kind)
         assert engine.totals["applied"] >= COPIES
         assert wrong != expected, "negative control: a wrong table is not seen"

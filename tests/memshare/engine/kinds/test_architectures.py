@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from memshare.lab.bench.exactness import COPIES, IDENTICAL_ONLY, OTHERS, PROMPT, Uninformed
+from memshare.lab.bench.exactness import COPIES, IDENTICAL_ONLY, OTHERS, PROMPT, tell_of_no_remap
 from tests.machine import DTYPE
-from tests.memshare.engine.harness import Engine, StartEngine, write_tiny_model
+from tests.memshare.engine.harness import StartEngine, write_tiny_model
+from tests.memshare.engine.test_exactness import CHECKED, TOKENS, assert_exact, copies
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-CHECKED = IDENTICAL_ONLY | {"integrity": {"check_every": 1, "on_failure": "raise"}}
 OPTIONS: dict[str, Any] = {"num_gpu_blocks_override": 50, "max_model_len": 1024}
-TOKENS = 128
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
@@ -57,10 +56,6 @@ def write_weights(folder: Path, architecture: str, seed: int) -> str:
     return str(folder)
 
 
-def copies(engine: Engine) -> list[tuple[int, ...]]:
-    return engine.generate([PROMPT] * COPIES + OTHERS, TOKENS)[:COPIES]
-
-
 @pytest.mark.proves("full attention")
 @pytest.mark.proves("cache fp8", case="fp8")
 @pytest.mark.parametrize(("architecture", "cache"), KINDS)
@@ -77,14 +72,10 @@ def test_identical_blocks_share_exactly(
         expected = copies(dense)
     assert len(set(expected[0])) > 5, "the text says something"
     with start_engine(model, CHECKED, **options) as engine:
-        assert copies(engine) == expected
-        assert engine.totals["applied"] >= COPIES
-        assert engine.totals["integrity_checks:failed"] == 0
-        assert engine.is_clean()
+        assert_exact(engine, expected)
     # The control: workers that are told of no remap read blocks that others have overwritten.
     with start_engine(model, IDENTICAL_ONLY, **options) as engine:
-        parts = engine.worker_side.parts
-        parts.update({name: Uninformed(part) for name, part in parts.items()})
+        tell_of_no_remap(engine.worker_side)
         assert copies(engine) != expected
         assert engine.totals["applied"] >= COPIES
 
